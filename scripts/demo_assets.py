@@ -1,0 +1,209 @@
+"""The demo's world, written in seconds: `python scripts/demo_assets.py OUT_DIR`.
+
+The demo shows what SFT does, in minutes on two CPU cores and with nothing downloaded: a small model is
+pre-trained on plain statements about made-up words,
+
+    In capitals, qorva is QORVA. Read backwards, qorva is avroq. The word qorva has 5 letters.
+
+and then tuned on prompts and responses,
+
+    Write qorva backwards.  ->  avroq
+
+The statements hold every skill that the prompts ask for, but never the form of an instruction: the base model
+scores nothing, and what SFT adds is the form. Test words are in neither text, so a right answer is a skill
+and not a memory.
+
+Everything is a pure function of (seed, split): the same files on every machine.
+"""
+
+import argparse
+import json
+import os
+import random
+import tempfile
+import zlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+NUM_PRETRAIN_DOCUMENTS = 3_000
+NUM_PRETRAIN_VAL_DOCUMENTS = 100
+NUM_TRAIN_ROWS = 10_500
+NUM_TEST_ROWS = 420
+NUM_WORDS_PER_DOCUMENT = 3
+MAX_DOCUMENT_LENGTH = 480  # characters, which are tokens here
+
+MIN_WORD_LENGTH, MAX_WORD_LENGTH = 4, 8  # letters
+CONSONANTS, VOWELS = "bcdfghjklmnpqrstvwxz", "aeiouy"
+HELD_OUT_SHARE = 8  # one word in 8 is kept for the test
+
+END_OF_TEXT, TURN_START, TURN_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
+CHAT_TEMPLATE = (
+    "{% for message in messages %}"
+    "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+
+class Task(NamedTuple):
+    answer: Callable[[str], str]
+    statements: tuple[str, ...]  # how pre-training text says it
+    prompts: tuple[str, ...]  # how a user asks for it
+
+
+TASKS = {
+    "capitals": Task(
+        str.upper,
+        ("In capitals, {word} is {answer}.", "The word {word} in capitals reads {answer}."),
+        ("Write {word} in capitals.", "What is {word} in capitals?"),
+    ),
+    "backwards": Task(
+        lambda word: word[::-1],
+        ("Read backwards, {word} is {answer}.", "The word {word} backwards reads {answer}."),
+        ("Write {word} backwards.", "What is {word} backwards?"),
+    ),
+    "spell": Task(
+        "-".join,
+        ("Letter by letter, {word} is {answer}.", "The word {word} is spelled {answer}."),
+        ("Spell {word}.", "How is {word} spelled?"),
+    ),
+    "double": Task(
+        lambda word: "".join(letter * 2 for letter in word),
+        ("With each letter twice, {word} is {answer}.", "The word {word} doubled reads {answer}."),
+        ("Double each letter of {word}.", "Write each letter of {word} twice."),
+    ),
+    "count": Task(
+        lambda word: str(len(word)),
+        ("The word {word} has {answer} letters.", "The length of {word} is {answer}."),
+        ("How many letters does {word} have?", "Count the letters of {word}."),
+    ),
+    "first": Task(
+        lambda word: word[0],
+        ("The word {word} begins with {answer}.", "The first letter of {word} is {answer}."),
+        ("What is the first letter of {word}?", "Which letter does {word} begin with?"),
+    ),
+    "last": Task(
+        lambda word: word[-1],
+        ("The word {word} ends with {answer}.", "The last letter of {word} is {answer}."),
+        ("What is the last letter of {word}?", "Which letter does {word} end with?"),
+    ),
+}
+
+
+def is_held_out(word: str) -> bool:
+    """Whether a word belongs to the test, and so appears in no text that is trained on.
+
+    Decided on the sorted letters: a held-out word must not appear as another word read backwards either.
+    """
+    return zlib.crc32("".join(sorted(word)).encode()) % HELD_OUT_SHARE == 0
+
+
+def make_word(rng: random.Random, held_out: bool) -> str:
+    """A pronounceable made-up word: consonants and vowels in turn."""
+    while True:
+        length = rng.randint(MIN_WORD_LENGTH, MAX_WORD_LENGTH)
+        start = rng.randrange(2)
+        word = "".join(rng.choice((CONSONANTS, VOWELS)[(start + i) % 2]) for i in range(length))
+        if is_held_out(word) == held_out:
+            return word
+
+
+def documents(seed: int, split: str, num_documents: int) -> Iterator[dict[str, str]]:
+    """Pre-training text: each document makes true statements, in any order, about a few words."""
+    rng = random.Random(f"{seed}/{split}")  # a string seeds through SHA-512: the same everywhere
+    for _ in range(num_documents):
+        words = [make_word(rng, held_out=False) for _ in range(NUM_WORDS_PER_DOCUMENT)]
+        subjects = [(word, task) for word in words for task in TASKS.values()]
+        rng.shuffle(subjects)
+        text = ""
+        for word, task in subjects:
+            statement = rng.choice(task.statements).format(word=word, answer=task.answer(word))
+            if len(text) + 1 + len(statement) > MAX_DOCUMENT_LENGTH:
+                break
+            text = f"{text} {statement}".lstrip()
+        yield {"text": text}
+
+
+def examples(seed: int, split: str, num_rows: int) -> Iterator[dict[str, str]]:
+    """SFT rows, the tasks in turn; split "test" asks about held-out words only."""
+    rng = random.Random(f"{seed}/{split}")
+    for row in range(num_rows):
+        name = list(TASKS)[row % len(TASKS)]
+        word = make_word(rng, held_out=split == "test")
+        prompt = rng.choice(TASKS[name].prompts).format(word=word)
+        yield {"prompt": prompt, "response": TASKS[name].answer(word), "task": name}
+
+
+def write_tokenizer(folder: Path) -> None:
+    """A byte-level BPE without merges: a token is a byte, so any text can be encoded and none is unknown.
+
+    The turn marks get ids but never occur in pre-training, as with published base models.
+    """
+    # Here and not above: importing transformers takes seconds, and tests import this file for its constants.
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE(vocab={byte: i for i, byte in enumerate(alphabet)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        eos_token=END_OF_TEXT,
+        pad_token=END_OF_TEXT,
+        additional_special_tokens=[TURN_START, TURN_END],
+        chat_template=CHAT_TEMPLATE,
+        clean_up_tokenization_spaces=False,  # the default would rewrite " ." as "." when decoding
+    ).save_pretrained(folder)
+
+
+def write_rows(path: Path, rows: Iterator[dict[str, str]]) -> None:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
+def write_assets(out_dir: Path, seed: int) -> bool:
+    """Write the whole world, or nothing; False where `out_dir` already holds it.
+
+    Raises:
+        FileExistsError: `out_dir` holds something else, such as the world of another seed.
+    """
+    manifest = {
+        "seed": seed,
+        "num_pretrain_documents": NUM_PRETRAIN_DOCUMENTS,
+        "num_pretrain_val_documents": NUM_PRETRAIN_VAL_DOCUMENTS,
+        "num_train_rows": NUM_TRAIN_ROWS,
+        "num_test_rows": NUM_TEST_ROWS,
+    }
+    manifest_path = out_dir / "assets.json"
+    if out_dir.exists():
+        # The folder appears by one rename, so the manifest vouches for its neighbours.
+        if manifest_path.is_file() and json.loads(manifest_path.read_text()) == manifest:
+            return False
+        raise FileExistsError(f"{out_dir} exists but is not the demo of seed {seed}: remove it, or name another")
+
+    out_dir.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=out_dir.parent, prefix=f".{out_dir.name}-") as temporary:
+        folder = Path(temporary) / "assets"
+        folder.mkdir()
+        write_rows(folder / "pretrain.jsonl", documents(seed, "pretrain", NUM_PRETRAIN_DOCUMENTS))
+        write_rows(folder / "pretrain_val.jsonl", documents(seed, "pretrain_val", NUM_PRETRAIN_VAL_DOCUMENTS))
+        write_rows(folder / "train.jsonl", examples(seed, "train", NUM_TRAIN_ROWS))
+        write_rows(folder / "test.jsonl", examples(seed, "test", NUM_TEST_ROWS))
+        write_tokenizer(folder / "tokenizer")
+        (folder / "assets.json").write_text(json.dumps(manifest, indent=2) + "\n")
+        os.rename(folder, out_dir)
+    return True
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Write the demo's data and tokenizer.")
+    parser.add_argument("out_dir", type=Path, metavar="OUT_DIR")
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    written = write_assets(args.out_dir, args.seed)
+    print(f"{args.out_dir}: {'written' if written else 'already complete'}")
+
+
+if __name__ == "__main__":
+    main()

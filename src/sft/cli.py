@@ -1,0 +1,185 @@
+"""`sft COMMAND [hydra overrides]`: finds the command, composes its configuration, and tells a user's mistake in
+one line. Nothing heavy is imported before the configuration is known to be right."""
+
+import difflib
+import errno
+import os
+import re
+import sys
+import traceback
+from importlib import import_module
+from pathlib import Path
+from typing import Any, NoReturn
+
+from sft.errors import UserError
+
+CONF = Path(__file__).resolve().parents[2] / "conf"
+COMMANDS = {
+    "train": "fine-tune a model; started again, resume it",
+    "preview": "show what would be trained, token by token",
+    "score": "log-probabilities of samples under a run's model",
+    "generate": "answer prompts with a run's model",
+    "export": "write a run's checkpoint as a verified Hugging Face folder",
+}
+FULL_DISK = (errno.ENOSPC, errno.EDQUOT)
+
+
+def main() -> None:
+    """Entry point of the `sft` script. Exit code 2 for a user's mistake, 1 for a failure of ours."""
+    arguments = sys.argv[1:]
+    command = arguments[0] if arguments else "--help"
+    if command in ("-h", "--help", "help"):
+        print(_usage())
+        return
+    if command not in COMMANDS:
+        nearest = difflib.get_close_matches(command, COMMANDS, n=1)
+        _fail(f"there is no command {command}" + (f": did you mean {nearest[0]}?" if nearest else ": see sft --help"))
+    if any(argument in ("-h", "--help") for argument in arguments[1:]):
+        print(_command_help(command))
+        return
+    try:
+        _run(command, arguments[1:])
+    except BrokenPipeError:  # sft preview ... | head
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except Exception as error:
+        _report(error, command)
+
+
+def _run(command: str, arguments: list[str]) -> None:
+    import hydra
+
+    # Hydra reads sys.argv; Lightning's launcher of further ranks needs it as the user typed it.
+    typed = list(sys.argv)
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # its errors come here instead of to the terminal
+
+    def task(config: Any) -> None:
+        sys.argv = typed
+        try:
+            import_module(f"sft.commands.{command}").main(config)
+        except BrokenPipeError:
+            raise
+        except Exception as error:  # here, since Hydra would print a line of its own
+            _report(error, command)
+
+    sys.argv = [f"sft {command}", *_hydra_arguments(command, arguments)]
+    hydra.main(version_base="1.3", config_path=str(CONF), config_name=command)(task)()
+
+
+def _report(error: Exception, command: str) -> NoReturn:
+    """Ends with the line for a user's mistake, or with the traceback of ours."""
+    message = None if os.environ.get("SFT_TRACEBACK") else explain(error, command)
+    if message is None:
+        traceback.print_exception(error)
+        sys.exit(1)
+    _fail(message)
+
+
+def _hydra_arguments(command: str, arguments: list[str]) -> list[str]:
+    """`--prompt TEXT` as an override quoted for Hydra, whose grammar would read commas, braces and `=` in it."""
+    if command != "generate" or "--prompt" not in arguments:
+        return arguments
+    at = arguments.index("--prompt")
+    if at + 1 == len(arguments):
+        raise UserError('--prompt needs a text: sft generate run=NAME --prompt "..."')
+    text = arguments[at + 1].replace("\\", "\\\\").replace('"', '\\"').replace("${", "\\${")
+    return [*arguments[:at], f'prompt="{text}"', *arguments[at + 2 :]]
+
+
+def explain(error: BaseException, command: str) -> str | None:
+    """The line for a user's mistake; None for an error of ours."""
+    from hydra.errors import HydraException
+    from omegaconf.errors import OmegaConfBaseException
+
+    chain: list[BaseException] = []
+    link: BaseException | None = error
+    while link is not None and link not in chain:
+        chain.append(link)
+        link = link.__cause__ or link.__context__
+    for link in chain:
+        if isinstance(link, UserError):
+            return str(link)
+    for link in chain:
+        full = isinstance(link, OSError) and link.errno in FULL_DISK
+        # safetensors reports what the system said as text only.
+        if full or "No space left on device" in str(link):
+            name = getattr(link, "filename", None)
+            return "the disk is full" + (f" ({name})" if name else "") + ": make room, then give the command again"
+        if isinstance(link, PermissionError) or (isinstance(link, OSError) and link.errno == errno.EROFS):
+            return f"{link.filename or 'a file'} can't be written: choose another place with runs_dir= or data.cache_dir="
+    for link in chain:
+        if isinstance(link, HydraException | OmegaConfBaseException):
+            return _explain_override(link, command)
+    return None
+
+
+def _explain_override(error: BaseException, command: str) -> str:
+    """Hydra's message in one line, with the nearest setting or the options where a name is unknown."""
+    message = " ".join(str(error).split())
+    if unknown := re.search(r"Could not override '([^']+)'", message):
+        name = unknown[1]
+        nearest = _nearest(name, command)
+        return f"there is no setting {name}: " + (f"did you mean {nearest}?" if nearest else f"see sft {command} --cfg job")
+    if missing := re.search(r"Could not find '([^']+)/([^'/]+)'", message):
+        group, option = missing.groups()
+        options = sorted(path.stem for path in (CONF / group).glob("*.yaml") if path.stem != "base")
+        return f"there is no {group}={option}: there are {', '.join(options)}" if options else message
+    if mandatory := re.search(r"Missing mandatory value: (\S+)", message):
+        return f"{mandatory[1]} must be given: see sft {command} --help"
+    return message
+
+
+def _nearest(name: str, command: str) -> str | None:
+    """The setting or group most like an unknown one: the same last part elsewhere, or nearly the same spelling."""
+    from hydra import compose, initialize_config_dir
+    from omegaconf import OmegaConf
+
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        known = _names(OmegaConf.to_container(compose(command), resolve=False))
+    known += [path.name for path in CONF.iterdir() if path.is_dir()]
+    leaf = name.rpartition(".")[2]
+    same_leaf = [each for each in known if each.rpartition(".")[2] == leaf]
+    return next(iter(same_leaf or difflib.get_close_matches(name, known, n=1, cutoff=0.6)), None)
+
+
+def _names(config: Any, prefix: str = "") -> list[str]:
+    if not isinstance(config, dict):
+        return []
+    names = []
+    for key, value in config.items():
+        names += [f"{prefix}{key}", *_names(value, f"{prefix}{key}.")]
+    return names
+
+
+def _usage() -> str:
+    width = max(map(len, COMMANDS))
+    lines = [f"  {name:<{width}}  {what}" for name, what in COMMANDS.items()]
+    return "\n".join(
+        [
+            "Supervised fine-tuning of causal language models.",
+            "",
+            "  sft COMMAND [setting=value ...]",
+            "",
+            *lines,
+            "",
+            "Examples",
+            "  sft train model.path=Qwen/Qwen3-0.6B data.path=my.jsonl",
+            "  sft train experiment=gsm8k optimizer.lr=1e-5",
+            "  sft generate run=gsm8k-1a2b3c4d --prompt 'How many legs have 3 cats?'",
+            "",
+            "sft COMMAND --help shows more of each; sft COMMAND --cfg job prints every setting with its value.",
+        ]
+    )
+
+
+def _command_help(command: str) -> str:
+    """The docstring of the command's file, read without importing it."""
+    import ast
+
+    source = (Path(__file__).parent / "commands" / f"{command}.py").read_text()
+    return (ast.get_docstring(ast.parse(source)) or "").strip()
+
+
+def _fail(message: str) -> NoReturn:
+    print(f"sft: {message}", file=sys.stderr, flush=True)
+    sys.exit(2)

@@ -1,0 +1,109 @@
+"""sft export: write a run's checkpoint as a Hugging Face folder, and prove that it is the trained model.
+
+  sft export run=gsm8k-1a2b3c4d
+      the last checkpoint, to runs/gsm8k-1a2b3c4d/export/ (sft train has done so unless export=false)
+  sft export run=gsm8k-1a2b3c4d checkpoint=best output=models/gsm8k dtype=bfloat16
+
+The folder holds safetensors, tokenizer, chat template, a generation config with the stop token that was trained, and a
+model card. It is loaded again in a fresh process, where the log-probabilities of a few samples must be those that the
+model in training gave: verified.json.
+"""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from sft.errors import UserError
+from sft.training.checkpoint import Checkpoint, best, complete
+from sft.training.run import Run
+
+
+def main(config: Any) -> None:
+    run = Run.find(config.run, config.runs_dir)
+    output = Path(config.output).expanduser() if config.output else run.export
+    if config.output and output.exists():
+        raise UserError(f"{output} exists: name another folder with output=, or remove it")
+    export(run, _chosen(run, str(config.checkpoint)), output, config.dtype)
+
+
+def export(run: Run, checkpoint: Checkpoint, output: Path | None = None, dtype: str | None = None) -> Path:
+    """Exports a checkpoint, `dtype` None keeping that of the weights; returns the folder."""
+    import torch
+    from hydra.utils import instantiate
+
+    from sft.model.export import publish, verify, write_folder
+    from sft.training.log import log
+
+    dtypes = {None: None, "float32": torch.float32, "bfloat16": torch.bfloat16}
+    if dtype not in dtypes:
+        raise UserError(f"dtype={dtype} is unknown: set float32 or bfloat16")
+    settings, state = run.config, checkpoint.state
+    source = instantiate(settings["model"], _convert_="all")
+    output = output or run.export
+    # Beside its place until it is proven; a failed one stays there to be looked at.
+    staging = output.with_name(f"{output.name}.unverified")
+    shutil.rmtree(staging, ignore_errors=True)
+    staging.mkdir(parents=True)
+    card = model_card(run, checkpoint)
+    weights = checkpoint.path / "model.safetensors"
+    write_folder(staging, source, weights, source.load_tokenizer(), state["stop_token_ids"], card, dtypes[dtype])
+    probes = json.loads((checkpoint.path / "probes.json").read_text())
+    precision = "bf16-true" if dtype == "bfloat16" else settings["trainer"]["precision"]
+    verdict = verify(staging, probes, str(precision))
+    publish(staging, output)
+    log(
+        f"export {output}, from step {checkpoint.step}: reloaded in a fresh process, log-probabilities of "
+        f"{verdict['num_tokens']} tokens within {verdict['largest_difference']:.1e} of the trained model's"
+    )
+    return output
+
+
+def model_card(run: Run, checkpoint: Checkpoint) -> str:
+    """README.md of the exported folder: what it was made of, and how."""
+    settings, state = run.config, checkpoint.state
+    data = settings["data"]
+    base = settings["model"]["path"]
+    provenance = json.loads((run.folder / "provenance.json").read_text())
+    sources = json.loads((run.folder / "data.json").read_text())["train"]["sources"]
+    num_samples, num_supervised = (sum(each[key] for each in sources) for key in ("samples", "supervised_tokens"))
+    header = ["---", "library_name: transformers", "pipeline_tag: text-generation"]
+    if base and not Path(base).exists():
+        header.append(f"base_model: {base}")
+    loss = "not measured" if state["val_loss"] is None else f"{state['val_loss']:.4f}"
+    recipe = {
+        "base model": base or "random weights",
+        "data": f"{data['path']} ({num_samples:,} samples, {num_supervised:,} supervised tokens)",
+        "loss on": "responses" if data["supervise"] == "response" else "all tokens",
+        "global batch": f"{settings['global_batch_size']} packs of up to {data['max_length']} tokens",
+        "optimizer": json.dumps({k: v for k, v in settings["optimizer"].items() if k != "_partial_"}),
+        "schedule": json.dumps({k: v for k, v in settings["schedule"].items() if k != "_partial_"}),
+        "precision": settings["trainer"]["precision"],
+        "seed": settings["seed"],
+        "step": f"{checkpoint.step} of {state['num_steps']}",
+        "validation loss": loss,
+        "commit": provenance["commit"],
+    }
+    rows = [f"| {name} | {value} |" for name, value in recipe.items()]
+    return "\n".join(
+        [*header, "---", f"# {run.folder.name}", "", "Supervised fine-tuning by `sft`.", ""]
+        + ["| | |", "|---|---|", *rows, "", "The whole configuration:", "", "```yaml"]
+        + [(run.folder / "config.yaml").read_text().rstrip(), "```", ""]
+    )
+
+
+def _chosen(run: Run, which: str) -> Checkpoint:
+    checkpoints = complete(run.checkpoints)
+    if not checkpoints:
+        raise UserError(f"{run.folder} has no checkpoint yet: let sft train go on")
+    if which == "last":
+        return checkpoints[-1]
+    if which == "best":
+        if (found := best(checkpoints)) is None:
+            raise UserError(f"{run.folder} has no validation loss to choose by: set checkpoint=last")
+        return found
+    for checkpoint in checkpoints:
+        if str(checkpoint.step) == which:
+            return checkpoint
+    steps = ", ".join(str(checkpoint.step) for checkpoint in checkpoints)
+    raise UserError(f"checkpoint={which} is not there: set last, best or a step, one of {steps}")

@@ -1,0 +1,80 @@
+"""sft score: log-probabilities of samples under a run's model, one JSON a sample.
+
+  sft score run=gsm8k-1a2b3c4d
+      the run's validation data, to standard output
+  sft score run=gsm8k-1a2b3c4d data=new.jsonl output=scores.jsonl
+      a file with the run's columns
+
+log_p_response = log Pr(y | x) = log_p_joint - log_p_prompt, in nats, the stop token included.
+"""
+
+import json
+import sys
+from contextlib import nullcontext
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from sft.errors import UserError
+from sft.training.run import Run
+
+
+def main(config: Any) -> None:
+    run = Run.find(config.run, config.runs_dir)
+    folder = run.exported()
+
+    import torch
+    from hydra.utils import instantiate
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from sft.data.batch import make_batch
+    from sft.data.schedule import eval_plan
+    from sft.model import attention
+    from sft.model.objective import IGNORE, Objective
+    from sft.training.setup import quiet
+
+    quiet()
+    settings = run.config
+    data_config = instantiate(settings["data"], _convert_="all")
+    if config.data is not None:
+        split = config.split or data_config.split
+        data_config = replace(data_config, path=config.data, split=split, val_path=None, val_split=None, val_size=0)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    splits = data_config.prepare(tokenizer, seed=settings["seed"], log=lambda line: print(line, file=sys.stderr))
+    samples = splits.train if config.data is not None else splits.val
+    if samples is None:
+        raise UserError(f"{run.folder} has no validation data: name what to score with data=")
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", attn_implementation=attention.NAME)
+    model.to(device).eval()
+    objective = Objective()
+    plan = eval_plan(
+        samples.lengths,
+        max_length=data_config.max_length,
+        packing=False,
+        micro_batch_size=16,
+        world_size=1,
+        rank=0,
+    )
+    opened = Path(config.output).expanduser().open("w") if config.output else nullcontext(sys.stdout)
+    with opened as output:
+        for indices in plan:
+            batch: Any = make_batch(samples, indices, 1)
+            bounds = batch["cu_seqlens"].tolist()
+            batch = {key: value.to(device) if torch.is_tensor(value) else value for key, value in batch.items()}
+            log_prob = objective.token_log_probs(model, batch).double().cpu()
+            in_response = (batch["labels"][0] != IGNORE).cpu()
+            for index, start, end in zip(indices.tolist(), bounds[:-1], bounds[1:], strict=True):
+                of_sample, response = log_prob[start:end], in_response[start:end]
+                line = {
+                    "source": samples.source(index),
+                    "row": samples.row(index),
+                    "log_p_response": float(of_sample[response].sum()),
+                    "log_p_prompt": float(of_sample[~response].sum()),
+                    "log_p_joint": float(of_sample.sum()),
+                    "num_response_tokens": int(response.sum()),
+                }
+                print(json.dumps(line), file=output)
+    if config.output:
+        print(f"{len(samples)} samples scored: {config.output}")

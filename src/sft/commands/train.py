@@ -1,0 +1,156 @@
+"""sft train: fine-tune a model on prompts and responses. The same command again resumes an unfinished run.
+
+  sft train model.path=Qwen/Qwen3-0.6B data.path=my.jsonl
+      columns `prompt` and `response`; others: data.conversation.prompt=question data.conversation.response=answer
+  sft train data=messages data.path=chats.jsonl model.path=...
+      rows of chat messages; all shapes: conf/data/
+  sft train experiment=gsm8k optimizer.lr=1e-5 epochs=2
+      a recipe of conf/experiment/ with changes of your own
+  sft train -m optimizer.lr=1e-5,2e-5 ...
+      several runs, one after the other
+  sft train ... --cfg job
+      prints every setting with its value, and trains nothing
+
+What is trained: sft preview with the same settings. The run lies in runs/NAME/: config.yaml, data.json (what became
+of each row), preview.html, metrics.csv, checkpoints/ and export/, the fine-tuned model.
+"""
+
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from sft.data.schedule import check_division
+from sft.errors import UserError
+from sft.training.run import Run, write_json
+
+
+def main(config: Any) -> None:
+    settings: Any = OmegaConf.to_container(config, resolve=True)
+    check_numbers(config)
+    # Before anything is loaded: what can't be divided, and what there is nothing to do about.
+    accumulation = check_division(config.global_batch_size, world_size(config), config.micro_batch_size)
+    run = Run.of(settings)
+    if run.status.get("state") == "finished":
+        print(f"{run.folder} is finished: nothing to do (another run: run=NAME; anew: remove the folder)")
+        return
+
+    from hydra.utils import instantiate
+
+    from sft.commands.export import export
+    from sft.commands.preview import write_html
+    from sft.model.module import SFTModule
+    from sft.training import checkpoint as checkpoints
+    from sft.training.log import log
+    from sft.training.metrics import MetricsFile, StepMetrics
+    from sft.training.resume import Checkpoints
+    from sft.training.setup import is_main, quiet, setup
+
+    quiet()
+    resume = checkpoints.latest(run.checkpoints)
+    prepared = setup(config, start_step=resume.step if resume else 0)
+    data = prepared.data
+    val_every = config.val_every or data.steps_per_epoch
+    save_every = config.checkpoint.save_every or val_every
+
+    if is_main():
+        run.start(settings, prepared.splits.fingerprint)
+        run.mark("running", step=data.start_step, num_steps=data.num_steps)
+        write_json(run.folder / "data.json", prepared.splits.ledger)
+        write_html(run.folder / "preview.html", prepared)
+    log(f"run {run.folder}: {data.num_steps} steps" + (f", resumed after step {resume.step}" if resume else ""))
+
+    metrics = MetricsFile(run.folder / "metrics.csv")
+    metrics.resume(data.start_step)
+    loggers = trackers(config, run, metrics)
+    module = SFTModule(
+        prepared.source,
+        instantiate(config.optimizer),
+        instantiate(config.schedule),
+        data.num_steps,
+        config.seed,
+        resumed=resume is not None,
+    )
+    trainer = instantiate(
+        config.trainer,
+        strategy=instantiate(config.strategy) or "auto",
+        logger=loggers,
+        callbacks=[
+            *(instantiate(config.callbacks) or {}).values(),
+            StepMetrics(),
+            Checkpoints(
+                run.checkpoints,
+                save_every,
+                val_every,
+                config.checkpoint.keep_last,
+                resume,
+                {"seed": config.seed, "stop_token_ids": prepared.stop_token_ids},
+            ),
+        ],
+        accumulate_grad_batches=accumulation,
+        max_epochs=1,  # the loader goes through all epochs
+        val_check_interval=val_every * accumulation,
+        check_val_every_n_epoch=None,
+        limit_val_batches=None if data.val else 0,
+        num_sanity_val_steps=-1 if data.start_step == 0 else 0,  # the validation before training
+        use_distributed_sampler=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        log_every_n_steps=1,
+    )
+    try:
+        if data.start_step < data.num_steps:
+            trainer.fit(module, data)
+    except BaseException as error:
+        if is_main():
+            run.mark("failed", error=f"{type(error).__name__}: {error}"[:2000])
+        raise
+    if not is_main():
+        return
+    if config.export:
+        export(run, checkpoints.latest(run.checkpoints))
+    run.mark("finished", step=data.num_steps, num_steps=data.num_steps)
+    summarise(run, metrics)
+
+
+def check_numbers(config: Any) -> None:
+    """Refuses what isn't a whole number from 1 on, or null where that means something."""
+    optional = ("max_steps", "val_every", "checkpoint.save_every")
+    for name in ("epochs", "global_batch_size", "micro_batch_size", "checkpoint.keep_last", *optional):
+        value = OmegaConf.select(config, name)
+        if not (isinstance(value, int) and value > 0) and not (value is None and name in optional):
+            raise UserError(f"{name}={value} is not a whole number from 1 on")
+
+
+def world_size(config: Any) -> int:
+    """Number of ranks that the trainer's settings mean."""
+    devices = config.trainer.devices
+    if devices in ("auto", -1, "-1"):
+        import torch
+
+        devices = max(1, torch.cuda.device_count())
+    elif not isinstance(devices, int):
+        devices = len(devices)
+    return int(devices) * int(config.trainer.num_nodes)
+
+
+def trackers(config: Any, run: Run, metrics: Any) -> list[Any]:
+    """metrics.csv and what `logger=` names; with `logger=none` only the file that resume needs."""
+    from hydra.utils import instantiate
+
+    if not config.logger:
+        return [metrics]
+    return [metrics, instantiate(config.logger)(run=run.folder.name, folder=run.folder, group=config.name)]
+
+
+def summarise(run: Run, metrics: Any) -> None:
+    """The run's figures and where everything lies."""
+    first, last = metrics.first("val/loss"), metrics.last("val/loss")
+    print(
+        f"finished {run.folder}\n"
+        f"  validation loss  {first:.4f} before, {last:.4f} after\n"
+        f"  speed            {metrics.median('train/tokens_per_second'):,.0f} tokens/s (median step)\n"
+        f"  model            {run.export}\n"
+        f"  metrics          {metrics.path}\n"
+        f"  what was trained {run.folder / 'preview.html'}, {run.folder / 'data.json'}"
+    )

@@ -1,0 +1,86 @@
+"""What a token store was made from, in 64 hexadecimal digits: the data, and all that turns it into tokens."""
+
+import hashlib
+import inspect
+import json
+import secrets
+import time
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from functools import partial
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from sft.data import conversation, template, tokenization
+from sft.data.rows import Source, load_rows, local_files
+from sft.errors import UserError
+
+MASK_CODE: tuple[ModuleType, ...] = (conversation, template, tokenization)
+RACY_SECONDS = 2.0  # of modification times, on the coarsest file systems
+
+
+def data_fingerprint(source: Source, cache_dir: Path) -> str:
+    """sha256 of the split asked for and of the source's files, their names and bytes; for a Hub data set of
+    the fingerprint that `datasets` gives it. Hashes of files are kept under `cache_dir`."""
+    digest = hashlib.sha256(source.split.encode())
+    files = local_files(source)
+    if files is None:
+        digest.update(load_rows(source, cache_dir)._fingerprint.encode())
+    for file in files or ():
+        try:
+            digest.update(f"\n{file.name} {_file_hash(file, cache_dir / 'fingerprints')}".encode())
+        except OSError as error:
+            raise UserError(f"{file}: cannot be read ({error.strerror})") from error
+    return digest.hexdigest()
+
+
+def _file_hash(file: Path, memo_dir: Path) -> str:
+    """sha256 of a file, remembered by (path, size, modification time)."""
+    stat = file.stat()
+    identity = f"{file.resolve()}\n{stat.st_size}\n{stat.st_mtime_ns}"
+    memo = memo_dir / hashlib.sha256(identity.encode()).hexdigest()
+    if memo.exists():
+        return memo.read_text()
+    with file.open("rb") as stream:
+        digest = hashlib.file_digest(stream, "sha256").hexdigest()
+    # A file changed a moment ago may change again within the same tick of its clock ("racily clean", as git
+    # has it).
+    if time.time() - stat.st_mtime > RACY_SECONDS:
+        with suppress(OSError):  # a store in a read-only cache can be opened all the same
+            memo_dir.mkdir(parents=True, exist_ok=True)
+            unfinished = memo.with_suffix(f".{secrets.token_hex(4)}")
+            unfinished.write_text(digest)
+            unfinished.rename(memo)
+    return digest
+
+
+def mask_fingerprint(tokens_of: tokenization.Tokenization, row_function: Callable[..., Any]) -> str:
+    """sha256 of all that decides the samples of a given row: tokenizer, template, settings, the row function
+    with its arguments, and the source of both, so that an edit of the code is seen."""
+    tokenizer = tokens_of.tokenizer
+    backend = tokenizer.backend_tokenizer
+    backend.no_truncation()  # state that earlier calls leave behind and that no call of ours uses
+    backend.no_padding()
+    bound = row_function if isinstance(row_function, partial) else partial(row_function)
+    settings = {
+        "template": tokenizer.chat_template,
+        "special_tokens": tokenizer.special_tokens_map,
+        "supervise": tokens_of.supervise,
+        "max_length": tokens_of.max_length,
+        "overlong": tokens_of.overlong,
+        "function": f"{bound.func.__module__}.{bound.func.__qualname__}",
+        "arguments": [bound.args, bound.keywords],
+    }
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=_plain).encode())
+    digest.update(backend.to_str().encode())
+    for file in (*(module.__file__ for module in MASK_CODE), inspect.getfile(bound.func)):
+        digest.update(Path(str(file)).read_bytes())
+    return digest.hexdigest()
+
+
+def _plain(value: Any) -> Any:
+    """A configuration's own mappings and lists → those that JSON knows; anything else by its text."""
+    if isinstance(value, Mapping):
+        return dict(value)
+    return list(value) if hasattr(value, "__iter__") else str(value)

@@ -1,0 +1,220 @@
+"""Files, folders, saved data sets and Hub data sets → rows."""
+
+import errno
+import json
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sft.errors import UserError
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+LOADERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where rows come from. A row is known by its number in the split, counted from 0."""
+
+    path: str  # a file, a folder with `{split}.jsonl` or the like, a saved data set, or a Hub name
+    split: str = "train"  # of files and Hub data sets a slice too: "train[:1000]"
+    name: str | None = None  # Hub configuration
+
+    def __str__(self) -> str:
+        path = Path(self.path)
+        return path.name if path.suffix in LOADERS else f"{self.path} ({self.split})"
+
+
+def load_rows(source: Source, cache_dir: Path) -> "Dataset":
+    """All rows of a source, memory-mapped.
+
+    `datasets` puts its Arrow copy of local files under `cache_dir` and locks it: give it a private one, for
+    there are cluster file systems without locks. UserError in one line for whatever cannot be read, with the
+    file and line where they can be told; OSError where the disk is full.
+    """
+    files = local_files(source)
+    for file in files or ():
+        if file.stat().st_size == 0:
+            raise UserError(f"{file}: the file is empty")
+    try:
+        with _quiet():
+            rows = _load_hub(source) if files is None else _load_local(source, files, cache_dir)
+    except Exception as error:
+        chain = _chain(error)
+        for cause in chain:
+            if isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise cause from error
+        fault = next(_faults(files or []), None)
+        # `datasets` wraps the error that tells something in one that doesn't.
+        told = chain[1] if len(chain) > 1 and type(error).__name__ == "DatasetGenerationError" else error
+        where = f"Hub data set {source.path!r}, nor is there such a folder" if files is None else str(source)
+        raise UserError(fault or f"{where}: {_one_line(told)}") from error
+    if len(rows) == 0:
+        raise UserError(f"{source}: there are no rows in it")
+    return rows
+
+
+def local_files(source: Source) -> list[Path] | None:
+    """The files that the rows are in; None for a Hub data set. UserError for a path or split that is not
+    there."""
+    path = Path(source.path).expanduser()
+    if path.is_file():
+        if path.suffix not in LOADERS:
+            raise UserError(f"{path}: not one of the known kinds of file ({', '.join(LOADERS)})")
+        return [path]
+    if path.is_dir():
+        saved = _saved(path, source.split)
+        if saved is not None:
+            return sorted(file for file in saved.iterdir() if file.is_file())
+        return _split_files(path, _base(source.split))
+    if source.path.startswith((".", "/", "~")) or path.suffix in LOADERS:
+        raise UserError(f"{source.path}: no such file or folder (looking from {Path.cwd()})")
+    return None
+
+
+def _load_local(source: Source, files: list[Path], cache_dir: Path) -> "Dataset":
+    from datasets import load_dataset, load_from_disk
+
+    path = Path(source.path).expanduser()
+    saved = _saved(path, source.split) if path.is_dir() else None
+    if saved is not None:
+        return load_from_disk(str(saved))
+    return load_dataset(
+        LOADERS[files[0].suffix],
+        data_files={_base(source.split): [str(file) for file in files]},
+        split=source.split,
+        cache_dir=str(cache_dir),
+    )
+
+
+def _load_hub(source: Source) -> "Dataset":
+    from datasets import load_dataset
+
+    return load_dataset(source.path, source.name, split=source.split)
+
+
+def _base(split: str) -> str:
+    """train[:1000] → train"""
+    return split.partition("[")[0]
+
+
+def _saved(path: Path, split: str) -> Path | None:
+    """The folder in which `save_to_disk` put the split; None if the folder is not of its making."""
+    if (path / "dataset_dict.json").is_file():
+        splits = json.loads((path / "dataset_dict.json").read_text())["splits"]
+        folder = path / split
+    elif (path / "state.json").is_file():
+        splits, folder = ["train"], path
+    else:
+        return None
+    if split not in splits:
+        raise UserError(f"{path}: the saved data set has no split {split!r}, but {', '.join(splits)}")
+    return folder
+
+
+def _split_files(folder: Path, split: str) -> list[Path]:
+    there = sorted(file for file in folder.iterdir() if file.suffix in LOADERS)
+    files = [file for file in there if file.stem == split or file.stem.startswith(f"{split}-")]
+    if not files:
+        names = ", ".join(file.name for file in there[:10]) or "no data file"
+        raise UserError(
+            f"{folder}: no file for split {split!r} ({split}.jsonl or the like); there is {names}"
+        )
+    if len({LOADERS[file.suffix] for file in files}) > 1:
+        names = ", ".join(file.name for file in files)
+        raise UserError(f"{folder}: split {split!r} is there in several formats ({names}): give one's path")
+    return files
+
+
+def _faults(files: list[Path]) -> Iterator[str]:
+    """What is wrong in the files, line by line, as far as we can tell."""
+    for file in files:
+        if file.suffix in (".jsonl", ".json", ".csv"):
+            yield from _encoding_faults(file)
+        if file.suffix in (".jsonl", ".json"):
+            yield from _json_faults(file)
+
+
+def _encoding_faults(file: Path) -> Iterator[str]:
+    with file.open("rb") as lines:
+        for number, line in enumerate(lines, 1):
+            try:
+                line.decode()
+            except UnicodeDecodeError as error:
+                byte = line[error.start]
+                yield f"{file}, line {number}: not UTF-8 (byte 0x{byte:02x}): save the file as UTF-8"
+
+
+def _json_faults(file: Path) -> Iterator[str]:
+    seen: dict[str, tuple[int, str]] = {}  # column → the first line that has it, and its type there
+    with file.open(encoding="utf-8") as lines:
+        for number, line in enumerate(lines, 1):
+            if number == 1 and line.lstrip().startswith("["):
+                yield from _json_list_faults(file)
+                return
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except ValueError as error:
+                yield f"{file}, line {number}: broken JSON ({_one_line(error)}): mend or remove the line"
+                return
+            if not isinstance(row, dict):
+                yield f"{file}, line {number}: a row is a JSON object, not {_json_type(row)}"
+                return
+            for column, value in row.items():
+                if value is not None:
+                    first, kind = seen.setdefault(column, (number, _json_type(value)))
+                    if kind != _json_type(value):
+                        yield (
+                            f"{file}, line {number}: column {column!r} holds {_json_type(value)}, "
+                            f"but {kind} in line {first}: give it one type"
+                        )
+
+
+def _json_list_faults(file: Path) -> Iterator[str]:
+    try:
+        rows = json.loads(file.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        yield f"{file}, line {error.lineno}: broken JSON ({_one_line(error)})"
+        return
+    for number, row in enumerate(rows):
+        if not isinstance(row, dict):
+            yield f"{file}, row {number}: a row is a JSON object, not {_json_type(row)}"
+
+
+def _json_type(value: Any) -> str:
+    kinds = {bool: "a boolean", int: "a number", float: "a number", str: "a string", list: "a list"}
+    return kinds.get(type(value), "an object")
+
+
+def _chain(error: BaseException) -> list[BaseException]:
+    chain = [error]
+    while (cause := chain[-1].__cause__ or chain[-1].__context__) is not None:
+        chain.append(cause)
+    return chain
+
+
+def _one_line(error: BaseException) -> str:
+    return re.sub(r"\s+", " ", str(error)).strip()[:300] or type(error).__name__
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the progress bars of `datasets`, and its log of errors that we tell ourselves."""
+    import datasets
+
+    level, bars = datasets.logging.get_verbosity(), datasets.is_progress_bar_enabled()
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)
+    datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        datasets.logging.set_verbosity(level)
+        if bars:
+            datasets.enable_progress_bars()

@@ -1,0 +1,142 @@
+"""A model and its tokenizer, by folder or Hub name, checked against each other before any weight is read."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sft.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """What `conf/model/*.yaml` says of a model; nothing is loaded until a method is called."""
+
+    path: str | None = None
+    revision: str | None = None
+    tokenizer: str | None = None  # folder or Hub name; None: `path`
+    chat_template: str | None = None  # a Jinja file; None: the tokenizer's own
+    init: str = "pretrained"  # pretrained | random (from `config` alone, the weights drawn from the seed)
+    config: dict[str, Any] = field(default_factory=dict)  # overrides of the model's own configuration
+    attention: str = "packed"
+    gradient_checkpointing: bool = False
+    trust_remote_code: bool = False
+
+    def __post_init__(self) -> None:
+        if self.init not in ("pretrained", "random"):
+            raise UserError(f"model.init={self.init} is unknown: set pretrained or random")
+        if self.init == "pretrained" and not self.path:
+            raise UserError("no model is named: set model.path to a folder or a Hub name, e.g. Qwen/Qwen3-0.6B")
+        if self.init == "random" and not self.tokenizer:
+            raise UserError("model.init=random needs model.tokenizer: a folder or a Hub name")
+
+    def load_tokenizer(self) -> "PreTrainedTokenizerFast":
+        from transformers import AutoTokenizer
+
+        source = self.tokenizer or self.path
+        assert source is not None
+        _check_folder(source, "model.tokenizer" if self.tokenizer else "model.path")
+        folder = Path(source).expanduser()
+        known = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt")
+        if folder.is_dir() and not any((folder / name).exists() for name in known):
+            raise UserError(
+                f"the folder {source} holds no tokenizer ({', '.join(known[:2])}): set model.tokenizer to the "
+                "folder or Hub name of the one that the model was trained with"
+            )
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(
+                source, revision=self.revision, trust_remote_code=self.trust_remote_code
+            )
+        except (OSError, ValueError, KeyError, ImportError) as error:
+            raise _not_loaded("tokenizer", source, error) from error
+        if self.chat_template:
+            try:
+                tokenizer.chat_template = Path(self.chat_template).expanduser().read_text()
+            except OSError as error:
+                raise UserError(f"model.chat_template={self.chat_template} can't be read: {error.strerror}") from error
+        return tokenizer
+
+    def load_config(self) -> "PretrainedConfig":
+        """The model's configuration with the overrides of `config`, which must be fields that it has."""
+        from transformers import AutoConfig
+
+        if self.init == "random":
+            fields = dict(self.config)
+            return AutoConfig.for_model(fields.pop("model_type", "llama"), **fields)
+        assert self.path is not None
+        _check_folder(self.path, "model.path")
+        try:
+            config = AutoConfig.from_pretrained(
+                self.path, revision=self.revision, trust_remote_code=self.trust_remote_code
+            )
+        except (OSError, ValueError, KeyError) as error:
+            raise _not_loaded("model", self.path, error) from error
+        for name, value in self.config.items():
+            if not hasattr(config, name):
+                raise UserError(f"model.config.{name} is no field of {type(config).__name__} ({self.path})")
+            setattr(config, name, value)
+        return config
+
+    def check(self, tokenizer: "PreTrainedTokenizerFast", max_length: int) -> "PretrainedConfig":
+        """The configuration, or a `UserError` where tokenizer or length don't fit the model."""
+        config = self.load_config()
+        text_config = config.get_text_config()
+        num_embeddings = text_config.vocab_size
+        largest = max(tokenizer.get_vocab().values())
+        if largest >= num_embeddings:
+            raise UserError(
+                f"the tokenizer {self.tokenizer or self.path} has token ids up to {largest}, the model "
+                f"{self.path or '(random)'} only {num_embeddings} embeddings: "
+                "set model.tokenizer to the one that the model was trained with"
+            )
+        longest = getattr(text_config, "max_position_embeddings", None)
+        if longest and max_length > longest:
+            raise UserError(
+                f"data.max_length={max_length} is more than the {longest} positions of "
+                f"{self.path or 'the model'}: set data.max_length={longest} or less"
+            )
+        return config
+
+    def load(self, dtype: "torch.dtype", weights: bool = True) -> "PreTrainedModel":
+        """The model in training mode; `weights=False` leaves them random, to be filled from a checkpoint."""
+        from transformers import AutoModelForCausalLM
+
+        from sft.model import attention  # noqa: F401  registers `packed`
+
+        config = self.load_config()
+        options = {"dtype": dtype, "attn_implementation": self.attention}
+        try:
+            if self.init == "random" or not weights:
+                model = AutoModelForCausalLM.from_config(
+                    config, trust_remote_code=self.trust_remote_code, **options
+                )
+            else:
+                assert self.path is not None
+                model = AutoModelForCausalLM.from_pretrained(
+                    self.path,
+                    config=config,
+                    revision=self.revision,
+                    trust_remote_code=self.trust_remote_code,
+                    **options,
+                )
+        except (OSError, ValueError, KeyError, ImportError) as error:
+            raise _not_loaded("model", self.path or "(random)", error) from error
+        if self.gradient_checkpointing:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        # from_pretrained leaves it in eval mode, where dropout and gradient checkpointing are off.
+        return model.train()
+
+
+def _check_folder(source: str, setting: str) -> None:
+    """A source that looks like a path must exist: never ask the Hub for a mistyped folder."""
+    if source.startswith((".", "/", "~")) or source.count("/") > 1:
+        if not Path(source).expanduser().is_dir():
+            raise UserError(f"{setting}={source}: there is no such folder")
+
+
+def _not_loaded(what: str, source: str, error: Exception) -> UserError:
+    message = " ".join(str(error).split())
+    return UserError(f"the {what} {source} can't be loaded: {message[:300]}")

@@ -1,0 +1,102 @@
+"""The LightningModule: wires model, objective and optimizer together, and decides nothing."""
+
+from collections.abc import Callable
+from typing import Any
+
+import lightning as L
+import numpy as np
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+
+from sft.data.batch import Batch
+from sft.model import optimizer as optimizers
+from sft.model.loading import ModelSource
+from sft.model.objective import Objective
+
+
+class SFTModule(L.LightningModule):
+    """A causal language model with the loss on its supervised tokens.
+
+    Args:
+        source: where the model comes from; it is loaded by `configure_model`, on the strategy's terms.
+        optimizer: makes the optimizer of a list of parameter groups.
+        schedule: learning-rate factor of (step, num_steps).
+        num_steps: optimizer steps of the whole run.
+        seed: what dropout is drawn from, with step, rank and micro-batch.
+        resumed: the weights come from a checkpoint, so don't read the pre-trained ones.
+    """
+
+    def __init__(
+        self,
+        source: ModelSource,
+        optimizer: Callable[..., Optimizer],
+        schedule: Callable[..., float],
+        num_steps: int,
+        seed: int,
+        resumed: bool = False,
+    ) -> None:
+        super().__init__()
+        self.source, self.optimizer, self.schedule = source, optimizer, schedule
+        self.num_steps, self.seed, self.resumed = num_steps, seed, resumed
+        self.objective = Objective()
+        self.model: Any = None
+        # Of the step under way or just made, read by the metrics: this rank's sum of −log p, the norm of the
+        # whole gradient before clipping, and the learning rate of the first group.
+        self.step_nll: Tensor | None = None
+        self.grad_norm: Tensor | None = None
+        self.learning_rate = float("nan")
+        self.val_loss = float("nan")
+
+    def configure_model(self) -> None:
+        if self.model is None:
+            dtype = torch.bfloat16 if self.trainer.precision == "bf16-true" else torch.float32
+            self.model = self.source.load(dtype, weights=not self.resumed)
+
+    def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
+        # Random numbers are a function of the place in the run, as the step plan is: a resumed step draws
+        # what the uninterrupted one would, and a checkpoint holds no generator's state.
+        micro_batch = batch_idx % self.trainer.accumulate_grad_batches
+        place = [self.seed, self.trainer.global_step, self.global_rank, micro_batch]
+        torch.manual_seed(int(np.random.SeedSequence(place).generate_state(1, np.uint64)[0] >> 1))
+        if micro_batch == 0:
+            self.step_nll = None
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        nll, _ = self.objective(self.model, batch)
+        self.step_nll = nll.detach() if self.step_nll is None else self.step_nll + nll.detach()
+        # Rule 2: the update is the gradient of (sum over the global batch) / (its supervised tokens).
+        # Lightning divides by the accumulation and the strategy averages over ranks; undo both.
+        copies = self.trainer.world_size * self.trainer.accumulate_grad_batches
+        return nll * (copies / batch["num_supervised"])
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        self.learning_rate = optimizer.param_groups[0]["lr"]
+        largest = gradient_clip_val or float("inf")  # inf: measured, not clipped
+        self.grad_norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), largest)
+
+    def configure_optimizers(self) -> Any:
+        optimizer = optimizers.build(self.model, self.optimizer)
+        scheduler = LambdaLR(optimizer, lambda step: self.schedule(step, self.num_steps))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def on_validation_epoch_start(self) -> None:
+        self._val_sums = torch.zeros(2, dtype=torch.float64)
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        nll, num_supervised = self.objective(self.model, batch)
+        self._val_sums += torch.tensor([float(nll), num_supervised], dtype=torch.float64)
+
+    def on_validation_epoch_end(self) -> None:
+        # Token-weighted over all ranks: one token is one token.
+        sums = self.trainer.strategy.reduce(self._val_sums.to(self.device), reduce_op="sum")
+        assert isinstance(sums, Tensor)
+        self.val_loss = float(sums[0] / sums[1])
+        # For callbacks that monitor it (early stopping); the metrics callback writes it to the loggers.
+        self.log("val/loss", self.val_loss, logger=False, rank_zero_only=True)

@@ -1,0 +1,181 @@
+"""Checkpoints on disk: neutral, atomic, and free of who wrote them.
+
+    checkpoints/step-00000100/
+      model.safetensors       every parameter and persistent buffer by its name in the model
+      optimizer.safetensors   `NAME|exp_avg`, `NAME|exp_avg_sq`, `NAME|step`: the state of parameter NAME
+      state.json              step, hyperparameters of each group, validation loss, what the run was
+      probes.json             log-probabilities of a few samples by the model that was saved
+
+Nothing in it depends on strategy, ranks, accumulation or Lightning's loops: the step names the place in the step
+plan, and random numbers are a function of that place. A folder is written beside its name, flushed to disk and
+renamed: a half-written one is never seen.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from sft.errors import UserError
+
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A complete checkpoint folder."""
+
+    path: Path
+
+    @property
+    def step(self) -> int:
+        return int(self.path.name.removeprefix("step-"))
+
+    @property
+    def state(self) -> dict[str, Any]:
+        return json.loads((self.path / "state.json").read_text())
+
+    def restore_model(self, model: nn.Module) -> None:
+        """Copies the weights into the model's own tensors; names and shapes must agree."""
+        saved = load_file(self.path / "model.safetensors")
+        own = dict(named_tensors(model))
+        if saved.keys() != own.keys():
+            differing = sorted(saved.keys() ^ own.keys())
+            raise UserError(f"{self.path} is a checkpoint of another model: {', '.join(differing[:3])} differ")
+        for name, tensor in own.items():
+            if tensor.shape != saved[name].shape:
+                raise UserError(
+                    f"{self.path} is a checkpoint of another model: {name} has shape {list(saved[name].shape)}, "
+                    f"the model's is {list(tensor.shape)}"
+                )
+            tensor.data.copy_(saved[name])
+
+    def restore_optimizer(self, optimizer: Optimizer) -> None:
+        """Puts each parameter's state and each group's hyperparameters back, by name."""
+        tensors = load_file(self.path / "optimizer.safetensors")
+        groups = self.state["groups"]
+        fresh = optimizer.state_dict()
+        for group, saved in zip(fresh["param_groups"], groups, strict=True):
+            assert group["param_names"] == saved["param_names"]
+            group.update({key: value for key, value in saved.items() if key != "param_names"})
+        index = {
+            name: number
+            for group in fresh["param_groups"]
+            for name, number in zip(group["param_names"], group["params"], strict=True)
+        }
+        state: dict[int, dict[str, Tensor]] = {}
+        for key, tensor in tensors.items():
+            name, _, field = key.rpartition("|")
+            state.setdefault(index[name], {})[field] = tensor
+        optimizer.load_state_dict({"state": state, "param_groups": fresh["param_groups"]})
+
+
+def named_tensors(model: nn.Module) -> Iterable[tuple[str, Tensor]]:
+    """Parameters and persistent buffers by name, tied ones once."""
+    own_state = model.state_dict(keep_vars=True).keys()
+    yield from model.named_parameters()
+    yield from ((name, buffer) for name, buffer in model.named_buffers() if name in own_state)
+
+
+def save(
+    folder: Path, step: int, model: nn.Module, optimizer: Optimizer, state: dict[str, Any], probes: Any
+) -> Checkpoint:
+    """Publishes `folder/step-{step}` whole, or leaves nothing of that name."""
+    folder.mkdir(parents=True, exist_ok=True)
+    discard_unfinished(folder)
+    final = folder / f"step-{step:08d}"
+    staging = folder / f".unfinished-{final.name}"
+    staging.mkdir()
+    optimizer_state = optimizer.state_dict()
+    names = {
+        number: name
+        for group in optimizer_state["param_groups"]
+        for number, name in zip(group["params"], group["param_names"], strict=True)
+    }
+    try:
+        # Contiguous copies only where needed; metadata as transformers expects it.
+        save_file(
+            {name: tensor.detach().contiguous() for name, tensor in named_tensors(model)},
+            staging / "model.safetensors",
+            metadata={"format": "pt"},
+        )
+        save_file(
+            {
+                f"{names[number]}|{field}": value.detach().contiguous()
+                for number, fields in optimizer_state["state"].items()
+                for field, value in fields.items()
+                if isinstance(value, Tensor)
+            },
+            staging / "optimizer.safetensors",
+        )
+        groups = [
+            {key: value for key, value in group.items() if key != "params"}
+            for group in optimizer_state["param_groups"]
+        ]
+        document = {"format": FORMAT, "step": step, **state, "groups": groups}
+        (staging / "state.json").write_text(json.dumps(document, indent=2))
+        (staging / "probes.json").write_text(json.dumps(probes))
+        flush(staging)
+        if final.exists():  # the same step again, after a resume from an earlier one
+            shutil.rmtree(final)
+        staging.rename(final)
+        flush(folder, contents=False)
+    except BaseException:
+        shutil.rmtree(staging, ignore_errors=True)
+        raise
+    return Checkpoint(final)
+
+
+def complete(folder: Path) -> list[Checkpoint]:
+    """The complete checkpoints of a folder, oldest first."""
+    return [Checkpoint(path) for path in sorted(folder.glob("step-*"))]
+
+
+def latest(folder: Path) -> Checkpoint | None:
+    """The newest complete checkpoint."""
+    return next(reversed(complete(folder)), None)
+
+
+def best(checkpoints: list[Checkpoint]) -> Checkpoint | None:
+    """The one with the lowest validation loss; the earliest where several are equal; None if none has one."""
+    losses = [(checkpoint.state.get("val_loss"), checkpoint) for checkpoint in checkpoints]
+    known = [(loss, checkpoint) for loss, checkpoint in losses if loss is not None]
+    return min(known, key=lambda pair: pair[0])[1] if known else None
+
+
+def prune(folder: Path, keep_last: int) -> None:
+    """Removes all but the last `keep_last` and the best. What stays always includes the best so far, so the
+    best of what is there is the best of the run."""
+    checkpoints = complete(folder)
+    kept = {checkpoint.path for checkpoint in checkpoints[-keep_last:]}
+    if (lowest := best(checkpoints)) is not None:
+        kept.add(lowest.path)
+    for checkpoint in checkpoints:
+        if checkpoint.path not in kept:
+            # Out of sight first: killed in between, nothing half-removed looks complete.
+            doomed = checkpoint.path.with_name(f".unfinished-{checkpoint.path.name}")
+            checkpoint.path.rename(doomed)
+            shutil.rmtree(doomed)
+
+
+def discard_unfinished(folder: Path) -> None:
+    """Removes what a killed save or removal left behind."""
+    for path in folder.glob(".unfinished-*"):
+        shutil.rmtree(path)
+
+
+def flush(folder: Path, contents: bool = True) -> None:
+    """Waits until the folder, and by default the files in it, are on the disk."""
+    for path in [*(sorted(folder.iterdir()) if contents else []), folder]:
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)

@@ -1,0 +1,190 @@
+"""What is measured of each optimizer step, and the file that holds each step exactly once."""
+
+import csv
+import io
+import math
+import os
+import statistics
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.loggers.logger import Logger, rank_zero_experiment
+from lightning.pytorch.utilities import rank_zero_only
+
+from sft.training.log import log
+
+# Metrics that depend on the machine and so differ between two runs of the same numbers.
+TIMINGS = ("train/tokens_per_second",)
+
+
+COLUMNS = (
+    "step",
+    "train/loss",
+    "train/lr",
+    "train/grad_norm",
+    "train/supervised_share",
+    "train/pack_fill",
+    *TIMINGS,
+    "val/loss",
+    "val/perplexity",
+)
+
+
+class MetricsFile(Logger):
+    """`metrics.csv`: a row a step, in order, none twice and none missing however often the run was killed.
+
+    A validation's columns go into the row of the step that it followed. Row 0 is before training. A resumed run
+    first drops the rows after its checkpoint, since it makes those steps again.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        super().__init__()
+        self.path = Path(path)
+        self.rows: list[dict[str, str]] = []
+        self.columns = list(COLUMNS)
+
+    name = "metrics"
+    version = 0
+
+    @property
+    @rank_zero_experiment
+    def experiment(self) -> "MetricsFile":
+        return self
+
+    @rank_zero_only
+    def resume(self, step: int) -> None:
+        """Keeps the rows up to `step`; with step 0 none, since a fresh start measures again."""
+        if self.path.exists():
+            with self.path.open(newline="") as file:
+                reader = csv.DictReader(file)
+                # A last row cut short by a kill has no value for some column: csv gives None.
+                whole = [row for row in reader if None not in row.values() and row["step"].isdigit()]
+                self.columns = list(reader.fieldnames or COLUMNS)
+            self.rows = [row for row in whole if step and int(row["step"]) <= step]
+        self._rewrite()
+
+    @rank_zero_only
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        step = int(step or 0)
+        values = {key: repr(float(value)) for key, value in metrics.items() if key != "epoch"}
+        new = [key for key in values if key not in self.columns]
+        self.columns += new
+        if self.rows and self.rows[-1]["step"] == str(step):
+            self.rows[-1] |= values
+            self._rewrite()
+        else:
+            self.rows.append({"step": str(step)} | values)
+            if new or len(self.rows) == 1:
+                self._rewrite()
+            else:
+                with self.path.open("a", newline="") as file:
+                    file.write(self._text(self.rows[-1:], header=False))
+
+    @rank_zero_only
+    def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:
+        """The configuration is in `config.yaml`."""
+
+    @rank_zero_only
+    def save(self) -> None:
+        """Waits until the rows are on the disk: a checkpoint must not outlive the rows up to its step."""
+        if self.path.exists():
+            with self.path.open("a") as file:
+                os.fsync(file.fileno())
+
+    def last(self, key: str) -> float:
+        """The newest value of a metric, NaN where there is none."""
+        return next((float(row[key]) for row in reversed(self.rows) if row.get(key)), math.nan)
+
+    def first(self, key: str) -> float:
+        """The oldest value of a metric, NaN where there is none."""
+        return next((float(row[key]) for row in self.rows if row.get(key)), math.nan)
+
+    def median(self, key: str) -> float:
+        """The median of a metric over the steps, NaN where there is none."""
+        return statistics.median([float(row[key]) for row in self.rows if row.get(key)] or [math.nan])
+
+    def _text(self, rows: list[dict[str, str]], header: bool) -> str:
+        text = io.StringIO()
+        writer = csv.DictWriter(text, self.columns, restval="", lineterminator="\n")
+        if header:
+            writer.writeheader()
+        writer.writerows(rows)
+        return text.getvalue()
+
+    def _rewrite(self) -> None:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = self.path.with_suffix(".tmp")
+        temporary.write_text(self._text(self.rows, header=True))
+        os.replace(temporary, self.path)
+
+
+class StepMetrics(Callback):
+    """Measures each optimizer step, gives it to the loggers, and prints a line now and then.
+
+    Args:
+        print_every: seconds between two printed lines (the first and the last step always print).
+    """
+
+    def __init__(self, print_every: float = 5.0) -> None:
+        self.print_every = print_every
+        self.last_print = -math.inf
+        self.step_start = 0.0
+        self.fit_start = 0.0
+        self.first_step = 0
+
+    def on_train_start(self, trainer: L.Trainer, module: Any) -> None:
+        self.fit_start = time.perf_counter()
+        self.first_step = trainer.global_step
+
+    def on_train_batch_start(self, trainer: L.Trainer, module: Any, batch: Any, batch_idx: int) -> None:
+        if batch_idx % trainer.accumulate_grad_batches == 0:
+            self.step_start = time.perf_counter()
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, module: Any, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if (batch_idx + 1) % trainer.accumulate_grad_batches:
+            return
+        step, data = trainer.global_step, trainer.datamodule  # type: ignore[attr-defined]
+        plan = data.step(step - 1)
+        nll = trainer.strategy.reduce(module.step_nll, reduce_op="sum")
+        metrics = {
+            "train/loss": float(nll) / plan.num_supervised,
+            "train/lr": module.learning_rate,
+            "train/grad_norm": float(module.grad_norm),
+            "train/supervised_share": plan.num_supervised / plan.num_tokens,
+            "train/pack_fill": plan.num_tokens / (len(plan.packs) * data.max_length),
+        }
+        # After the values were read, so that work still queued on a device counts.
+        seconds = time.perf_counter() - self.step_start
+        metrics["train/tokens_per_second"] = plan.num_tokens / seconds
+        self._log(trainer, metrics, step)
+        now = time.perf_counter()
+        if now - self.last_print > self.print_every or step in (1, module.num_steps):
+            self.last_print = now
+            left = (now - self.fit_start) / (step - self.first_step) * (module.num_steps - step)
+            log(
+                f"step {step:>{len(str(module.num_steps))}}/{module.num_steps}  loss {metrics['train/loss']:.4f}"
+                f"  lr {metrics['train/lr']:.2e}  |grad| {metrics['train/grad_norm']:.2f}"
+                f"  {metrics['train/tokens_per_second']:,.0f} tokens/s  {_clock(left)} left"
+            )
+
+    def on_validation_end(self, trainer: L.Trainer, module: Any) -> None:
+        loss = module.val_loss
+        perplexity = math.exp(loss) if loss < 700 else math.inf
+        self._log(trainer, {"val/loss": loss, "val/perplexity": perplexity}, trainer.global_step)
+        log(f"step {trainer.global_step}: validation loss {loss:.4f}, perplexity {perplexity:,.2f}")
+
+    def _log(self, trainer: L.Trainer, metrics: dict[str, float], step: int) -> None:
+        for logger in trainer.loggers:
+            logger.log_metrics(metrics, step=step)
+
+
+def _clock(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}h{minutes:02d}m" if hours else f"{minutes}m{seconds:02d}s"

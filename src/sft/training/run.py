@@ -1,0 +1,224 @@
+"""A run's name, its folder, and whether it is new, unfinished or finished. The name decides the folder, never
+the clock: the same experiment is the same run, wherever it is started again."""
+
+import hashlib
+import json
+import os
+import platform
+import socket
+import subprocess
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from sft.errors import UserError
+
+# What decides the numbers of a run. Not in it: where it runs, how it is shared out (rule 2) and what is logged.
+DECIDING = (
+    "seed",
+    "epochs",
+    "max_steps",
+    "global_batch_size",
+    "model",
+    "data",
+    "optimizer",
+    "schedule",
+    "trainer.precision",
+    "trainer.gradient_clip_val",
+)
+NOT_DECIDING = (
+    "model.attention",
+    "model.gradient_checkpointing",
+    "data.num_workers",
+    "data.cache_dir",
+    "data.max_lost",
+)
+
+
+def deciding(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of a resolved configuration that decide the numbers, by dotted name."""
+    flat = _flatten(config)
+    return {
+        name: value
+        for name, value in sorted(flat.items())
+        if _within(name, DECIDING) and not _within(name, NOT_DECIDING)
+    }
+
+
+def identity(config: Mapping[str, Any]) -> str:
+    """Eight hexadecimal digits of all that decides the numbers."""
+    return hashlib.sha256(json.dumps(deciding(config), sort_keys=True).encode()).hexdigest()[:8]
+
+
+def _flatten(value: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(value, Mapping) or not value:
+        return {prefix: value}
+    flat: dict[str, Any] = {}
+    for key, inner in value.items():
+        flat |= _flatten(inner, f"{prefix}.{key}" if prefix else str(key))
+    return flat
+
+
+def _within(name: str, groups: tuple[str, ...]) -> bool:
+    return any(name == group or name.startswith(group + ".") for group in groups)
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run's folder. `status.json` in it says `running`, `finished` or `failed`, and at which step."""
+
+    folder: Path
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.folder / "checkpoints"
+
+    @property
+    def export(self) -> Path:
+        return self.folder / "export"
+
+    def exported(self) -> Path:
+        """The exported model's folder; `UserError` where there is none yet."""
+        if not (self.export / "verified.json").exists():
+            raise UserError(f"{self.folder} has no exported model: let sft train finish, or sft export run={self.folder.name}")
+        return self.export
+
+    @property
+    def status(self) -> dict[str, Any]:
+        try:
+            return json.loads((self.folder / "status.json").read_text())
+        except FileNotFoundError:
+            return {}
+
+    @property
+    def config(self) -> dict[str, Any]:
+        return yaml.safe_load((self.folder / "config.yaml").read_text())
+
+    @classmethod
+    def of(cls, config: Mapping[str, Any]) -> "Run":
+        """The run that a resolved configuration names; a folder of other numbers is refused."""
+        name = config["run"] or f"{config['name']}-{identity(config)}"
+        run = cls(Path(config["runs_dir"]) / name)
+        if (run.folder / "config.yaml").exists():
+            before, now = deciding(run.config), deciding(json.loads(json.dumps(config)))
+            differing = [key for key in sorted(before.keys() | now.keys()) if before.get(key) != now.get(key)]
+            if differing:
+                key = differing[0]
+                raise UserError(
+                    f"{run.folder} is a run with {key}={before.get(key)}, not {now.get(key)}"
+                    + (f" ({len(differing) - 1} more differ)" if len(differing) > 1 else "")
+                    + ": give this one another name with run=NAME"
+                )
+        elif run.folder.exists() and any(run.folder.iterdir()):
+            raise UserError(f"{run.folder} exists and is no run: move it away, or give the run a name with run=NAME")
+        return run
+
+    @classmethod
+    def find(cls, name: str | None, runs_dir: str) -> "Run":
+        """An existing run by its folder or its name in `runs_dir`."""
+        if not name:
+            raise UserError(f"no run is named: set run=NAME, one of {_listed(runs_dir)}")
+        for folder in (Path(name).expanduser(), Path(runs_dir) / name):
+            if (folder / "config.yaml").exists():
+                return cls(folder)
+        raise UserError(f"there is no run {name}: in {runs_dir}/ there are {_listed(runs_dir)}")
+
+    def start(self, config: Mapping[str, Any], data_fingerprint: Mapping[str, str]) -> None:
+        """Makes the folder, or checks that it may go on: same data, no other process at it."""
+        status = self.status
+        process = _process(status["pid"]) if status.get("state") == "running" else None
+        if process and process == status["process"] and status["pid"] != os.getpid():
+            raise UserError(
+                f"{self.folder} is being trained by process {status['pid']} of this machine: wait for it or stop it"
+            )
+        provenance = self.folder / "provenance.json"
+        if provenance.exists():
+            before = json.loads(provenance.read_text())["data"]
+            if before != dict(data_fingerprint):
+                raise UserError(
+                    f"the data has changed since {self.folder} was begun, so it can't go on as the same run: "
+                    "put the data back, or start another with run=NAME"
+                )
+        self.folder.mkdir(parents=True, exist_ok=True)
+        write_atomically(self.folder / "config.yaml", yaml.safe_dump(dict(config), sort_keys=False))
+        if not provenance.exists():
+            write_json(provenance, _provenance() | {"data": dict(data_fingerprint)})
+
+    def mark(self, state: str, **details: Any) -> None:
+        """Writes `status.json`."""
+        write_json(
+            self.folder / "status.json",
+            {
+                "state": state,
+                "host": socket.gethostname(),
+                "pid": os.getpid(),
+                "process": _process(os.getpid()),
+                "time": _now(),
+                **details,
+            },
+        )
+
+
+def write_json(path: Path, value: Any) -> None:
+    write_atomically(path, json.dumps(value, indent=2) + "\n")
+
+
+def write_atomically(path: Path, text: str) -> None:
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_text(text)
+    os.replace(temporary, path)
+
+
+def _listed(runs_dir: str) -> str:
+    names = sorted(path.parent.name for path in Path(runs_dir).glob("*/config.yaml"))
+    return ", ".join(names[:8]) + (", ..." if len(names) > 8 else "") if names else "none yet"
+
+
+def _process(pid: int) -> str | None:
+    """What tells a live process from all that ever had its number; None where there is none (or no /proc)."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except OSError:
+        return None
+    # A killed process that its parent hasn't asked after yet is a zombie and still listed.
+    return None if fields[0] == "Z" else f"{boot} {pid} {fields[19]}"
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def _provenance() -> dict[str, Any]:
+    """What one needs to know to make the run again."""
+    packages = ("torch", "lightning", "transformers", "datasets", "tokenizers", "safetensors", "hydra-core")
+    versions = {}
+    for package in packages:
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            versions[package] = "not installed"
+    return {
+        "started": _now(),
+        "command": sys.argv,
+        "commit": _git("rev-parse", "HEAD"),
+        "uncommitted_diff": _git("diff", "HEAD"),
+        "python": platform.python_version(),
+        "versions": versions,
+    }
+
+
+def _git(*arguments: str) -> str | None:
+    """What git says of the folder that this code lies in; None outside a checkout."""
+    try:
+        return subprocess.run(
+            ["git", *arguments], cwd=Path(__file__).parent, capture_output=True, text=True, check=True
+        ).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None

@@ -1,0 +1,73 @@
+"""Experiment trackers: Lightning's own loggers, given the run's name and folder."""
+
+import netrc
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from urllib.parse import urlparse
+
+from sft.errors import UserError
+from sft.training.log import log
+
+if TYPE_CHECKING:
+    from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
+
+
+def wandb_logger(*, run: str, folder: Path, group: str, project: str, mode: str) -> "WandbLogger":
+    """Weights & Biases; `mode=auto` is online for who is logged in and offline for who is not.
+
+    `WANDB_MODE` in the environment goes before `mode`. Where the service can't be reached the run goes on offline.
+    """
+    from lightning.fabric.utilities.rank_zero import rank_zero_only
+    from lightning.pytorch.loggers import WandbLogger
+
+    if mode not in ("auto", "online", "offline"):
+        raise UserError(f"logger.mode={mode} is unknown: set auto, online or offline")
+    mode = os.environ.get("WANDB_MODE") or mode
+    if mode == "auto":
+        mode = "online" if _logged_in() else "offline"
+    elif mode == "online" and not _logged_in():
+        raise UserError("logger.mode=online needs a W&B key: run `wandb login`, or set logger.mode=offline")
+    if rank_zero_only.rank:  # type: ignore[attr-defined]
+        return WandbLogger(offline=True)  # a dummy: only the first rank logs
+
+    import wandb
+
+    def start(mode: str) -> Any:
+        return wandb.init(
+            project=project,
+            name=run,
+            group=group,
+            id=run,
+            resume="allow",
+            dir=str(folder),
+            mode=mode,  # type: ignore[arg-type]
+            settings=wandb.Settings(silent=True, console="off", init_timeout=30),
+        )
+
+    try:
+        experiment = start(mode)
+    except (wandb.errors.CommError, wandb.errors.UsageError) as error:
+        log(f"W&B can't be reached, so this run is logged offline: {' '.join(str(error).split())[:200]}")
+        experiment = start("offline")
+    experiment.define_metric("trainer/global_step")
+    experiment.define_metric("*", step_metric="trainer/global_step")
+    return WandbLogger(experiment=experiment)
+
+
+def _logged_in() -> bool:
+    """Whether wandb has a key, without asking anybody: in the environment, or in the netrc file for its host."""
+    if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
+        return True
+    host = urlparse(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname
+    try:
+        return netrc.netrc(os.environ.get("NETRC")).authenticators(host or "") is not None
+    except (OSError, netrc.NetrcParseError):
+        return False
+
+
+def tensorboard_logger(*, run: str, folder: Path, group: str) -> "TensorBoardLogger":
+    """TensorBoard, in `FOLDER/tensorboard`."""
+    from lightning.pytorch.loggers import TensorBoardLogger
+
+    return TensorBoardLogger(save_dir=folder, name="tensorboard", version="")

@@ -1,0 +1,201 @@
+"""The loss against computations that share nothing with it: plain logits, no mask, no packing, by hand."""
+
+from itertools import accumulate, pairwise
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import tiny_llama
+from torch import Tensor
+from transformers import Gemma2Config, Gemma2ForCausalLM, GraniteConfig, GraniteForCausalLM, PreTrainedModel
+
+from sft.data.tokenization import IGNORE
+from sft.model import attention, objective
+from sft.model.objective import Objective, linear_nll
+
+LENGTHS = [5, 9, 9, 3, 17]  # two equal neighbours, which share an attention call
+NUM_PROMPT = 2
+
+
+@pytest.fixture
+def model() -> PreTrainedModel:
+    torch.manual_seed(0)
+    return tiny_llama(attn_implementation=attention.NAME)
+
+
+def pack(lengths: list[int]) -> dict:
+    """Random samples of these lengths in one row, the first NUM_PROMPT tokens of each without loss."""
+    generator = torch.Generator().manual_seed(1)
+    bounds = [0, *accumulate(lengths)]
+    ids = torch.randint(0, 264, (1, bounds[-1]), generator=generator)
+    labels = ids.clone()
+    for start in bounds[:-1]:
+        labels[0, start : start + NUM_PROMPT] = IGNORE
+    return {
+        "input_ids": ids,
+        "labels": labels,
+        "position_ids": torch.cat([torch.arange(length) for length in lengths])[None],
+        "cu_seqlens": torch.tensor(bounds, dtype=torch.int32),
+        "max_seqlen": max(lengths),
+        "num_supervised": sum(length - NUM_PROMPT for length in lengths),
+        "num_tokens": bounds[-1],
+    }
+
+
+def samples(batch: dict) -> list[Tensor]:
+    return [batch["input_ids"][:, start:end] for start, end in pairwise(batch["cu_seqlens"].tolist())]
+
+
+def log_prob(model: PreTrainedModel, ids: Tensor) -> Tensor:
+    """log Pr(tokens after the first | the first), by the chain rule over plain logits in double precision."""
+    logits = model(ids, use_cache=False).logits.double()[0, :-1]
+    return logits.log_softmax(-1).gather(1, ids[0, 1:, None]).sum()
+
+
+def plain(model: PreTrainedModel) -> PreTrainedModel:
+    """The same weights under transformers' own attention."""
+    config = type(model.config)(**{**model.config.to_dict(), "attn_implementation": "eager"})
+    other = type(model)(config)
+    other.load_state_dict(model.state_dict())
+    return other
+
+
+def test_masked_sum_is_joint_minus_prompt(model: PreTrainedModel) -> None:
+    # log Pr(y | x) = log Pr([x, y]) - log Pr(x), the right side without any mask.
+    batch = pack(LENGTHS)
+    nll, count = Objective()(model, batch)
+    other = plain(model)
+    expected = sum(log_prob(other, ids) - log_prob(other, ids[:, :NUM_PROMPT]) for ids in samples(batch))
+    assert count == sum(LENGTHS) - NUM_PROMPT * len(LENGTHS)
+    assert nll.item() == pytest.approx(-expected.item(), rel=1e-6, abs=1e-5)
+
+
+def test_gradient_of_pack_is_sum_over_samples_alone(model: PreTrainedModel) -> None:
+    batch = pack(LENGTHS)
+    Objective()(model, batch)[0].backward()
+    other = plain(model)
+    for ids in samples(batch):
+        logits = other(ids, use_cache=False).logits[0, NUM_PROMPT - 1 : -1]
+        F.cross_entropy(logits, ids[0, NUM_PROMPT:], reduction="sum").backward()
+    expected = dict(other.named_parameters())
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(parameter.grad, expected[name].grad, rtol=1e-4, atol=2e-5, msg=name)
+
+
+def test_token_log_probs_sum_to_the_joint(model: PreTrainedModel) -> None:
+    batch = pack(LENGTHS)
+    log_probs = Objective().token_log_probs(model, batch)
+    other = plain(model)
+    for (start, end), ids in zip(pairwise(batch["cu_seqlens"].tolist()), samples(batch), strict=True):
+        assert log_probs[start] == 0
+        assert log_probs[start:end].sum().item() == pytest.approx(log_prob(other, ids).item(), abs=1e-4)
+
+
+@pytest.mark.parametrize("leak", [{"use_cache": True}, {"attention_mask": torch.ones(1, sum(LENGTHS))}])
+def test_what_would_let_samples_see_each_other(model: PreTrainedModel, leak: dict) -> None:
+    # Why `model_inputs` has no cache and no mask: with transformers' own attention either leaks without a word.
+    batch = pack(LENGTHS)
+    other = plain(model)
+    inputs = objective.model_inputs(batch)
+    isolated = other(**inputs).logits
+    leaking = other(**{**inputs, **leak}).logits
+    alone = torch.cat([other(ids, use_cache=False).logits for ids in samples(batch)], dim=1)
+    torch.testing.assert_close(isolated, alone, rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(leaking, alone, atol=1e-2)
+
+
+def test_gradient_by_hand() -> None:
+    # Two rows, hidden width 1, vocabulary 2: logits (h, -h). With p = sigmoid(2h) the probability of token 0,
+    #   d(-log p)/dh     = -(1 - p) w_0 + (1 - p) w_1 = -2 (1 - p)        for target 0, w = (1, -1)
+    #   d(-log p)/dw_v   = (softmax_v - [v = target]) h
+    hidden = torch.tensor([[0.5], [-1.0]], requires_grad=True)
+    weight = torch.tensor([[1.0], [-1.0]], requires_grad=True)
+    nll = linear_nll(hidden, weight, torch.tensor([0, 0]))
+    (3 * nll).backward()
+    p = torch.sigmoid(torch.tensor([1.0, -2.0]))
+    assert nll.item() == pytest.approx(-p.log().sum().item())
+    torch.testing.assert_close(hidden.grad[:, 0], 3 * -2 * (1 - p))
+    by_row = (1 - p) * torch.tensor([0.5, -1.0])
+    torch.testing.assert_close(weight.grad[:, 0], 3 * torch.stack([-by_row.sum(), by_row.sum()]))
+
+
+def test_chunks_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    hidden, weight, target = torch.randn(100, 8), torch.randn(50, 8), torch.randint(0, 50, (100,))
+    results = []
+    for elements in (1, 10**9):  # at least 16 rows: 7 chunks, the last of 4; then one
+        monkeypatch.setitem(objective.CHUNK_ELEMENTS, "cpu", elements)
+        h, w = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
+        nll = linear_nll(h, w, target)
+        nll.backward()
+        results.append((nll.detach(), h.grad, w.grad))
+    reference = F.cross_entropy(hidden @ weight.T, target, reduction="sum")
+    torch.testing.assert_close(results[0][0], reference)
+    for one, other in zip(*results, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
+
+
+def test_frozen_head_gets_no_gradient() -> None:
+    hidden, weight = torch.randn(3, 4, requires_grad=True), torch.randn(5, 4)
+    linear_nll(hidden, weight, torch.tensor([0, 1, 2])).backward()
+    assert hidden.grad is not None
+    assert weight.grad is None
+
+
+def test_no_supervised_token_gives_zero_and_a_graph(model: PreTrainedModel) -> None:
+    # A rank with nothing to learn must still run backward, or the others wait for its collectives.
+    batch = pack([4])
+    batch["labels"][:] = IGNORE
+    nll, count = Objective()(model, batch)
+    nll.backward()
+    assert (nll.item(), count) == (0.0, 0)
+    assert all(float(p.grad.abs().sum()) == 0 for p in model.parameters() if p.grad is not None)
+
+
+SIZES = {
+    "vocab_size": 64,
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 8,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        lambda: Gemma2ForCausalLM(Gemma2Config(**SIZES, sliding_window=4, attn_implementation=attention.NAME)),
+        lambda: GraniteForCausalLM(GraniteConfig(**SIZES, logits_scaling=8.0, attn_implementation=attention.NAME)),
+    ],
+    ids=["soft-capped", "scaled"],
+)
+def test_head_that_is_more_than_a_matrix_takes_the_models_own_forward(other: object) -> None:
+    torch.manual_seed(0)
+    model = other()  # type: ignore[operator]
+    batch = pack(LENGTHS)
+    batch["input_ids"] %= 64
+    batch["labels"] = torch.where(batch["labels"] == IGNORE, IGNORE, batch["input_ids"])
+    measure = Objective()
+    nll, _ = measure(model, batch)
+    reference = plain(model)
+    expected = sum(
+        log_prob(reference, ids) - log_prob(reference, ids[:, :NUM_PROMPT]) for ids in samples(batch)
+    )
+    assert measure.plain_head is False
+    assert nll.item() == pytest.approx(-expected.item(), abs=1e-4)
+
+
+def test_one_matrix_is_found_out_and_the_check_draws_no_random_number(model: PreTrainedModel) -> None:
+    model.config.attention_dropout = 0.5
+    measure = Objective()
+    state = torch.get_rng_state()
+    inputs = objective.model_inputs(pack(LENGTHS))
+    assert objective.head_is_one_matrix(model, inputs, torch.tensor([1, 2]))
+    assert torch.equal(torch.get_rng_state(), state)
+    assert model.training
+    assert measure.plain_head is None

@@ -1,0 +1,42 @@
+from functools import partial
+
+import pytest
+import torch
+from conftest import tiny_llama
+
+from sft.model.optimizer import build, constant, cosine, linear, warmup_stable_decay
+
+
+def test_matrices_decay_and_vectors_do_not() -> None:
+    model = tiny_llama()
+    optimizer = build(model, partial(torch.optim.AdamW, lr=1e-3, weight_decay=0.1))
+    decay, rest = optimizer.param_groups
+    assert (decay["weight_decay"], rest["weight_decay"]) == (0.1, 0.0)
+    assert all("norm" not in name for name in decay["param_names"])
+    assert all("norm" in name for name in rest["param_names"])
+    # Tied: the embedding once, and every parameter in one group.
+    assert len(decay["params"]) + len(rest["params"]) == len(list(model.parameters()))
+
+
+def test_frozen_parameters_are_left_out() -> None:
+    model = tiny_llama()
+    model.model.embed_tokens.weight.requires_grad_(False)
+    optimizer = build(model, partial(torch.optim.SGD, lr=1.0))
+    assert all("embed" not in name for group in optimizer.param_groups for name in group["param_names"])
+
+
+@pytest.mark.parametrize(
+    ("schedule", "expected"),
+    [
+        # 10 steps, 2 of warm-up (1/3, 2/3), then 8.
+        (partial(cosine, warmup=2), [1 / 3, 2 / 3, 1, 0.96194, 0.85355, 0.69134, 0.5, 0.30866, 0.14645, 0.03806]),
+        (partial(linear, warmup=2), [1 / 3, 2 / 3, 1, 7 / 8, 6 / 8, 5 / 8, 4 / 8, 3 / 8, 2 / 8, 1 / 8]),
+        (partial(linear, warmup=0, final=0.5), [1, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65, 0.6, 0.55]),
+        (partial(constant, warmup=0.2), [1 / 3, 2 / 3, 1, 1, 1, 1, 1, 1, 1, 1]),
+        (partial(warmup_stable_decay, warmup=2, decay=4), [1 / 3, 2 / 3, 1, 1, 1, 1, 1, 3 / 4, 2 / 4, 1 / 4]),
+    ],
+    ids=["cosine", "linear", "linear to half", "constant", "warm-up stable decay"],
+)
+def test_schedules(schedule: object, expected: list[float]) -> None:
+    factors = [schedule(step, 10) for step in range(10)]  # type: ignore[operator]
+    assert factors == pytest.approx(expected, abs=1e-5)
