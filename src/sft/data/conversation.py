@@ -148,14 +148,12 @@ def _tool_calls(calls: Any) -> list[dict[str, Any]]:
 
 
 def _tools(value: Any, column: str) -> list[dict[str, Any]] | None:
-    if isinstance(value, str):
-        value = _parsed(value, f"column {column!r}") if value.strip() else None
-    if value is None:
+    if not value:
         return None
+    value = _parsed(value, f"column {column!r}") if isinstance(value, str) else _without_nulls(value)
     if not isinstance(value, list) or not all(isinstance(tool, Mapping) for tool in value):
         raise UserError(f"column {column!r} holds {_short(value)}, not a list of tool schemas")
-    wrapped = [tool if "function" in tool else {"type": "function", "function": tool} for tool in value]
-    return _without_nulls(wrapped) or None
+    return [tool if "function" in tool else {"type": "function", "function": tool} for tool in value] or None
 
 
 def _parsed(value: Any, what: str) -> Any:

@@ -76,6 +76,13 @@ def encode(tokenizer: "PreTrainedTokenizerBase", text: str, add_special_tokens: 
     return encodings[0]
 
 
+def text_prefix(tokenizer: "PreTrainedTokenizerBase") -> list[int]:
+    """What the tokenizer puts before a text, mostly BOS. What it puts after has no place in a prompt."""
+    bare = encode(tokenizer, "x").ids
+    whole: list[int] = encode(tokenizer, "x", add_special_tokens=True).ids
+    return next(whole[:i] for i in range(len(whole)) if whole[i : i + len(bare)] == bare)
+
+
 def special_ids(tokenizer: "PreTrainedTokenizerBase") -> frozenset[int]:
     added = tokenizer.added_tokens_decoder.items()
     return frozenset(tokenizer.all_special_ids) | {token_id for token_id, token in added if token.special}

@@ -24,7 +24,16 @@ from functools import cached_property
 from typing import TYPE_CHECKING
 
 from sft.data.conversation import Conversation, Empty, Message
-from sft.data.template import NO_STOP, Tools, encode, generation_spans, render, special_ids, stop_token_id
+from sft.data.template import (
+    NO_STOP,
+    Tools,
+    encode,
+    generation_spans,
+    render,
+    special_ids,
+    stop_token_id,
+    text_prefix,
+)
 from sft.errors import UserError
 
 if TYPE_CHECKING:
@@ -118,8 +127,8 @@ class Tokenization:
         if not whole.startswith(prompt):
             raise UserError(
                 f"with this chat template the assistant's turn (message {i}) does not begin with the "
-                f"generation prompt (which ends in {prompt[-40:]!r}), so what is trained would not be what is "
-                "served: give a template in which it does in model.chat_template"
+                f"generation prompt (which ends in {prompt[-40:]!r}), so what is trained would not be what "
+                "is served: give a template in which it does in model.chat_template"
             )
         prompt_ids, rest, ends = self._split(prompt, whole)
         response = rest[: self._response_length(rest)]
@@ -128,15 +137,15 @@ class Tokenization:
             return prompt_ids, response, response
         marked = [any(begin < end <= stop for begin, stop in spans) for end in ends[: len(response)]]
         marked[-1] = any(marked)
-        labels = [token if is_marked else IGNORE for token, is_marked in zip(response, marked, strict=True)]
+        labels = [t if is_marked else IGNORE for t, is_marked in zip(response, marked, strict=True)]
         return prompt_ids, response, labels
 
     def _split(self, prompt: str, whole: str) -> tuple[list[int], list[int], list[int]]:
-        """Tokens of `prompt`, tokens of the rest of `whole`, and the characters each of the latter ends at."""
+        """Tokens of `prompt`, tokens of the rest of `whole`, and the characters these end at."""
         prompt_ids = encode(self.tokenizer, prompt).ids
         num_prompt = len(prompt_ids)
         joint = encode(self.tokenizer, whole)
-        # By ids, not offsets: a byte-level token's may hide the leading space that makes it straddle.
+        # By ids, not offsets, for those of a byte-level token may hide the leading space that straddles.
         if joint.ids[:num_prompt] == prompt_ids:
             return prompt_ids, joint.ids[num_prompt:], [end for _, end in joint.offsets[num_prompt:]]
         apart = encode(self.tokenizer, self._anchor + whole[len(prompt) :])
@@ -182,10 +191,7 @@ class Tokenization:
 
     @cached_property
     def _text_prefix(self) -> list[int]:
-        """What the tokenizer puts before a text, mostly BOS. What it puts after has no place in a prompt."""
-        bare = encode(self.tokenizer, "x").ids
-        whole: list[int] = encode(self.tokenizer, "x", add_special_tokens=True).ids
-        return next(whole[:i] for i in range(len(whole)) if whole[i : i + len(bare)] == bare)
+        return text_prefix(self.tokenizer)
 
     @cached_property
     def _anchor(self) -> str:

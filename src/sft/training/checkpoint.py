@@ -160,9 +160,12 @@ def prune(folder: Path, keep_last: int) -> None:
     for checkpoint in checkpoints:
         if checkpoint.path not in kept:
             # Out of sight first: killed in between, nothing half-removed looks complete.
-            doomed = checkpoint.path.with_name(f".unfinished-{checkpoint.path.name}")
-            checkpoint.path.rename(doomed)
-            shutil.rmtree(doomed)
+            remove(checkpoint.path.rename(checkpoint.path.with_name(f".unfinished-{checkpoint.path.name}")))
+
+
+def remove(folder: Path) -> None:
+    """Removes a folder that nobody looks at any more."""
+    shutil.rmtree(folder)
 
 
 def discard_unfinished(folder: Path) -> None:

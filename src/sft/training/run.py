@@ -170,7 +170,7 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def write_atomically(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary = path.with_name(f".{path.name}.unfinished")
     temporary.write_text(text)
     os.replace(temporary, path)
 

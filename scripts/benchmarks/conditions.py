@@ -1,0 +1,87 @@
+"""Under which conditions something was measured, and how results are shown."""
+
+import os
+import platform
+import resource
+import subprocess
+import sys
+from collections.abc import Iterable, Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+PACKAGES = ("torch", "lightning", "transformers", "datasets", "tokenizers", "numpy", "trl", "accelerate")
+
+
+def gather() -> dict[str, Any]:
+    return {
+        "cpu": _cpu(),
+        "cores": len(os.sched_getaffinity(0)),
+        "memory_gb": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9, 1),
+        "load_average": [round(load, 2) for load in os.getloadavg()],
+        "python": platform.python_version(),
+        "versions": {name: installed for name in PACKAGES if (installed := _version(name))},
+        "commit": _git("rev-parse", "--short", "HEAD") + (" + changes" if _git("status", "--porcelain") else ""),
+    }
+
+
+def show(conditions: dict[str, Any]) -> None:
+    versions = ", ".join(f"{name} {number}" for name, number in conditions["versions"].items())
+    one, five, fifteen = conditions["load_average"]
+    print(
+        f"cpu     {conditions['cpu']}, {conditions['cores']} cores, {conditions['memory_gb']} GB\n"
+        f"load    {one} {five} {fifteen} (1, 5, 15 minutes)\n"
+        f"python  {conditions['python']}, {versions}\n"
+        f"commit  {conditions['commit'] or 'not a checkout'}",
+        flush=True,
+    )
+
+
+def peak_rss() -> int:
+    """Bytes of this process's largest resident set.
+
+    Linux hands a parent's own peak on to its children: start what is measured from a small process.
+    """
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def rss() -> int:
+    """Bytes of this process's resident set now (Linux)."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def table(title: str, header: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+    """Prints columns, the first one aligned left and the others right."""
+    lines = [list(header), *map(list, rows)]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    print(f"\n{title}")
+    for line in lines:
+        first, *others = (cell.rjust(width) for cell, width in zip(line, widths, strict=True))
+        print("  " + "   ".join([first.strip().ljust(widths[0]), *others]))
+    sys.stdout.flush()
+
+
+def _cpu() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _git(*arguments: str) -> str:
+    """What git says of the folder that this file lies in; nothing outside a checkout."""
+    try:
+        return subprocess.run(
+            ["git", *arguments], cwd=Path(__file__).parent, capture_output=True, text=True, check=True
+        ).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return ""

@@ -1,0 +1,81 @@
+"""One run of TRL's SFTTrainer on the same: `python -m benchmarks.fit_trl FOLDER VARIANT OUT`.
+
+It is given every advantage that its settings offer without another result: no gradient checkpointing (its default),
+fp32 like the project, and rows that are tokenized and packed already.
+"""
+
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import load_from_disk
+from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+from trl import SFTConfig, SFTTrainer
+
+from benchmarks.conditions import peak_rss, rss
+
+
+class Clock(TrainerCallback):
+    """When each optimizer step ended, and its loss."""
+
+    def __init__(self) -> None:
+        self.ends: list[float] = []
+        self.losses: list[float] = []
+
+    def on_step_end(self, *_: Any, **__: Any) -> None:
+        self.ends.append(time.perf_counter())
+
+    def on_log(self, *_: Any, logs: dict[str, float], **__: Any) -> None:
+        if "loss" in logs:
+            self.losses.append(logs["loss"])
+
+
+def main(folder: Path, variant: str, out: Path) -> None:
+    options = json.loads((folder / "options.json").read_text())
+    plan = json.loads((folder / "plan.json").read_text())[variant]
+    setting = plan["data"]
+    torch.set_num_threads(options["threads"])
+    before = rss()
+    clock = Clock()
+    trainer = SFTTrainer(
+        AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.float32, attn_implementation="sdpa"),
+        args=SFTConfig(
+            output_dir=str(out.with_suffix("")),
+            per_device_train_batch_size=setting["micro_batch_size"],
+            gradient_accumulation_steps=setting["global_batch_size"] // setting["micro_batch_size"],
+            max_steps=setting["max_steps"],
+            max_length=setting["max_length"],
+            packing=setting["packing"],  # with "bfd", the default, rows are laid end to end without padding
+            dataset_kwargs={"skip_prepare_dataset": True},
+            train_sampling_strategy="sequential",
+            optim=options["trl_optim"],
+            learning_rate=options["lr"],
+            lr_scheduler_type="constant",
+            adam_beta1=options["betas"][0],
+            adam_beta2=options["betas"][1],
+            weight_decay=0.0,
+            max_grad_norm=options["clip"],
+            bf16=False,
+            use_cpu=True,
+            gradient_checkpointing=options["checkpointing"],
+            logging_steps=1,
+            save_strategy="no",
+            report_to="none",
+            disable_tqdm=True,
+            dataloader_pin_memory=False,
+            seed=setting["seed"],
+        ),
+        train_dataset=load_from_disk(plan["rows"]),
+        processing_class=AutoTokenizer.from_pretrained(folder / "model"),
+        callbacks=[clock],
+    )
+    trainer.train()
+    result = {"ends": clock.ends, "losses": clock.losses, "rss_before": before, "rss_peak": peak_rss()}
+    out.write_text(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), sys.argv[2], Path(sys.argv[3]))

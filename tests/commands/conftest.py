@@ -1,0 +1,85 @@
+"""Runs of `sft` in a folder of their own, on a model that trains in a second."""
+
+import multiprocessing
+import os
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from sft import cli
+
+
+# Each child is forked from a server that has imported what takes seconds and done nothing with it.
+PROCESSES = multiprocessing.get_context("forkserver")
+PROCESSES.set_forkserver_preload(["lightning", "datasets", "transformers.models.llama.modeling_llama", "sft.model.module"])
+
+
+@dataclass
+class Ended:
+    code: int  # negative: the signal that killed it
+    output: str
+
+
+def _main(folder: str, output: str, before: str, arguments: list[str]) -> None:
+    os.chdir(folder)
+    file = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(file, 1)
+    os.dup2(file, 2)
+    exec(before, {})
+    sys.argv = arguments
+    cli.main()
+
+
+class Sft:
+    """Calls the command line in `folder`, in this process (fast) or in one of its own (to be killed)."""
+
+    def __init__(self, folder: Path, model: Path, data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.folder, self.monkeypatch = folder, monkeypatch
+        monkeypatch.chdir(folder)
+        monkeypatch.delenv("SFT_CACHE", raising=False)
+        # 60 rows, 3 of them held out, 11 packs: 3 steps an epoch, the last of 3 packs instead of 4.
+        self.settings = [
+            f"model.path={model}",
+            f"data.path={data}",
+            "data.max_length=256",
+            "data.num_workers=1",
+            "global_batch_size=4",
+            "micro_batch_size=2",
+            "optimizer.lr=1e-2",
+            "trainer=cpu",
+            "logger=csv",
+        ]
+
+    def __call__(self, command: str, *arguments: str) -> int:
+        """Exit code of `sft COMMAND ARGUMENTS`, run here."""
+        with self.monkeypatch.context() as patch:
+            patch.setattr(sys, "argv", ["sft", command, *arguments])
+            try:
+                cli.main()
+            except SystemExit as end:
+                return int(end.code or 0)
+        return 0
+
+    def train(self, *arguments: str) -> int:
+        return self("train", *self.settings, *arguments)
+
+    def process(self, *arguments: str, before: str = "") -> "Ended":
+        """The same in a process of its own, after the Python statements `before`."""
+        output = self.folder / "output.txt"
+        child = PROCESSES.Process(target=_main, args=(str(self.folder), str(output), before, ["sft", *arguments]))
+        child.start()
+        child.join()
+        assert child.exitcode is not None
+        return Ended(child.exitcode, output.read_text())
+
+    def run_folder(self, name: str = "run") -> Path:
+        return self.folder / "runs" / name
+
+
+@pytest.fixture
+def sft(
+    tmp_path: Path, model_folder: Path, data_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> Sft:
+    return Sft(tmp_path, model_folder, data_file, monkeypatch)

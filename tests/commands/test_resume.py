@@ -1,0 +1,123 @@
+"""A run that is killed at any moment and started again ends as if nothing had happened, bit for bit."""
+
+import csv
+import json
+import signal
+from pathlib import Path
+
+import pytest
+from commands.conftest import Sft
+
+from sft.training.checkpoint import best, complete
+from sft.training.metrics import TIMINGS
+
+SETTINGS = ("epochs=3", "val_every=2", "checkpoint.save_every=2", "run=run", "+model.config.attention_dropout=0.1")
+
+# Python statements that make the process kill itself at a call of some function, as the kernel would: no `finally` runs.
+KILL = """
+import importlib, os, signal
+def kill_at(module, name, call, after=False):
+    owner = importlib.import_module(module)
+    *path, last = name.split(".")
+    for part in path:
+        owner = getattr(owner, part)
+    original, count = getattr(owner, last), [0]
+    def killed(*args, **kwargs):
+        count[0] += 1
+        result = original(*args, **kwargs) if after else None
+        if count[0] == call:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return result if after else original(*args, **kwargs)
+    setattr(owner, last, killed)
+"""
+MOMENTS = {
+    # Between backward and the optimizer's step of the 4th step.
+    "in a step": 'kill_at("sft.model.module", "SFTModule.configure_gradient_clipping", 4)',
+    # The 2nd checkpoint: weights are written, the optimizer's state is not.
+    "in a save": 'kill_at("sft.training.checkpoint", "save_file", 3, after=True)',
+    # All is written, the name is not there yet.
+    "before a rename": 'kill_at("sft.training.checkpoint", "flush", 3, after=True)',
+    "in a removal": 'kill_at("sft.training.checkpoint", "remove", 1)',
+    "in the metrics": 'kill_at("sft.training.metrics", "os.replace", 6)',
+    "in the store": 'kill_at("sft.data.build", "_sync", 2)',
+    "in the export": 'kill_at("sft.model.export", "publish", 1)',
+    "before the first step": 'kill_at("sft.training.resume", "Checkpoints.on_train_batch_start", 1)',
+}
+
+
+def rows(folder: Path) -> list[dict[str, str]]:
+    with (folder / "metrics.csv").open(newline="") as file:
+        return [{k: v for k, v in row.items() if k not in TIMINGS} for row in csv.DictReader(file)]
+
+
+def final_files(folder: Path) -> dict[str, bytes]:
+    last = complete(folder / "checkpoints")[-1]
+    return {
+        "step": last.path.name.encode(),
+        **{path.name: path.read_bytes() for path in last.path.glob("*.safetensors")},
+        "exported": (folder / "export" / "model.safetensors").read_bytes(),
+        "probes": (last.path / "probes.json").read_bytes(),
+    }
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(
+    tmp_path_factory: pytest.TempPathFactory, model_folder: Path, data_file: Path
+) -> tuple[dict[str, bytes], list[dict[str, str]]]:
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        sft = Sft(tmp_path_factory.mktemp("whole"), model_folder, data_file, monkeypatch)
+        result = sft.process("train", *sft.settings, *SETTINGS)
+    assert result.code == 0, result.output
+    return final_files(sft.run_folder()), rows(sft.run_folder())
+
+
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_killed_and_started_again(
+    sft: Sft, moment: str, uninterrupted: tuple[dict[str, bytes], list[dict[str, str]]]
+) -> None:
+    killed = sft.process("train", *sft.settings, *SETTINGS, before=KILL + MOMENTS[moment])
+    assert killed.code == -signal.SIGKILL, killed.output
+    again = sft.process("train", *sft.settings, *SETTINGS)
+    assert again.code == 0, again.output
+
+    folder = sft.run_folder()
+    files, metrics = uninterrupted
+    assert final_files(folder) == files
+    assert [row["step"] for row in rows(folder)] == [str(step) for step in range(10)]
+    assert rows(folder) == metrics
+    assert json.loads((folder / "status.json").read_text())["state"] == "finished"
+    # Nothing half-made is left of what was killed.
+    assert not list(folder.glob("**/.unfinished*"))
+    assert not list((sft.folder / "cache").glob("**/.building*"))
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "checkpoints", "config.yaml", "data.json", "export", "metrics.csv", "preview.html", "provenance.json",
+        "status.json",
+    ]  # fmt: skip
+
+
+def test_the_uninterrupted_run_itself(uninterrupted: tuple[dict[str, bytes], list[dict[str, str]]]) -> None:
+    # Guards the comparison above: something was learned, validated when due, and the last step is there.
+    _, metrics = uninterrupted
+    assert float(metrics[9]["train/loss"]) < float(metrics[1]["train/loss"]) - 1
+    assert [row["step"] for row in metrics if row["val/loss"]] == ["0", "2", "4", "6", "8", "9"]
+
+
+def test_last_and_best_are_kept(sft: Sft) -> None:
+    # Without a learning rate to speak of every loss is the same but for the last bits; keep_last=1 shows the best.
+    assert sft.train("run=run", "epochs=3", "val_every=1", "checkpoint.keep_last=1", "export=false") == 0
+    kept = complete(sft.run_folder() / "checkpoints")
+    lowest = min(rows(sft.run_folder())[1:], key=lambda row: float(row["val/loss"]))
+    assert kept[-1].step == 9
+    found = best(kept)
+    assert found is not None
+    assert found.step == int(lowest["step"])
+    assert len(kept) == len({9, found.step})
+
+
+def test_finished_run_says_so_and_stops(sft: Sft, capsys: pytest.CaptureFixture[str]) -> None:
+    assert sft.train("run=run", "max_steps=1", "export=false") == 0
+    before = (sft.run_folder() / "status.json").read_bytes()
+    capsys.readouterr()
+    assert sft.train("run=run", "max_steps=1", "export=false") == 0
+    assert "is finished: nothing to do" in capsys.readouterr().out
+    assert (sft.run_folder() / "status.json").read_bytes() == before
