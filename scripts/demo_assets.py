@@ -26,14 +26,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-NUM_PRETRAIN_DOCUMENTS = 3_000
+NUM_PRETRAIN_DOCUMENTS = 9_000
 NUM_PRETRAIN_VAL_DOCUMENTS = 100
 NUM_TRAIN_ROWS = 10_500
 NUM_TEST_ROWS = 420
-NUM_WORDS_PER_DOCUMENT = 3
-MAX_DOCUMENT_LENGTH = 480  # characters, which are tokens here
+MIN_STATEMENTS, MAX_STATEMENTS = 3, 5  # in a document
 
-MIN_WORD_LENGTH, MAX_WORD_LENGTH = 4, 8  # letters
+MIN_WORD_LENGTH, MAX_WORD_LENGTH = 3, 7  # letters
 CONSONANTS, VOWELS = "bcdfghjklmnpqrstvwxz", "aeiouy"
 HELD_OUT_SHARE = 8  # one word in 8 is kept for the test
 
@@ -52,40 +51,44 @@ class Task(NamedTuple):
     prompts: tuple[str, ...]  # how a user asks for it
 
 
+# Words stand before a space, a comma, a full stop or a question mark here, as they will in prompts: where
+# pre-training knows one of them only, SFT must still learn to find a word's end, and needs far more rows.
+INTRODUCTIONS = ("Take the word {word}.", "Look at {word}, a word.", "Here {word} is a word.", "And what of {word}?")
+
 TASKS = {
     "capitals": Task(
         str.upper,
-        ("In capitals, {word} is {answer}.", "The word {word} in capitals reads {answer}."),
+        ("In capitals, {word} is {answer}.", "Capitals turn {word} into {answer}."),
         ("Write {word} in capitals.", "What is {word} in capitals?"),
     ),
     "backwards": Task(
         lambda word: word[::-1],
-        ("Read backwards, {word} is {answer}.", "The word {word} backwards reads {answer}."),
+        ("Read backwards, {word} is {answer}.", "A mirror turns {word} into {answer}."),
         ("Write {word} backwards.", "What is {word} backwards?"),
     ),
     "spell": Task(
         "-".join,
-        ("Letter by letter, {word} is {answer}.", "The word {word} is spelled {answer}."),
+        ("Letter by letter, {word} is {answer}.", "People spell {word} as {answer}."),
         ("Spell {word}.", "How is {word} spelled?"),
     ),
     "double": Task(
         lambda word: "".join(letter * 2 for letter in word),
-        ("With each letter twice, {word} is {answer}.", "The word {word} doubled reads {answer}."),
+        ("With each letter twice, {word} is {answer}.", "Doubling turns {word} into {answer}."),
         ("Double each letter of {word}.", "Write each letter of {word} twice."),
     ),
     "count": Task(
         lambda word: str(len(word)),
-        ("The word {word} has {answer} letters.", "The length of {word} is {answer}."),
+        ("In all, {word} has {answer} letters.", "The length of {word} is {answer}."),
         ("How many letters does {word} have?", "Count the letters of {word}."),
     ),
     "first": Task(
         lambda word: word[0],
-        ("The word {word} begins with {answer}.", "The first letter of {word} is {answer}."),
+        ("At its start, {word} has {answer}.", "The first letter of {word} is {answer}."),
         ("What is the first letter of {word}?", "Which letter does {word} begin with?"),
     ),
     "last": Task(
         lambda word: word[-1],
-        ("The word {word} ends with {answer}.", "The last letter of {word} is {answer}."),
+        ("At its end, {word} has {answer}.", "The last letter of {word} is {answer}."),
         ("What is the last letter of {word}?", "Which letter does {word} end with?"),
     ),
 }
@@ -110,19 +113,15 @@ def make_word(rng: random.Random, held_out: bool) -> str:
 
 
 def documents(seed: int, split: str, num_documents: int) -> Iterator[dict[str, str]]:
-    """Pre-training text: each document makes true statements, in any order, about a few words."""
+    """Pre-training text: a document introduces one word and makes a few true statements about it."""
     rng = random.Random(f"{seed}/{split}")  # a string seeds through SHA-512: the same everywhere
     for _ in range(num_documents):
-        words = [make_word(rng, held_out=False) for _ in range(NUM_WORDS_PER_DOCUMENT)]
-        subjects = [(word, task) for word in words for task in TASKS.values()]
-        rng.shuffle(subjects)
-        text = ""
-        for word, task in subjects:
-            statement = rng.choice(task.statements).format(word=word, answer=task.answer(word))
-            if len(text) + 1 + len(statement) > MAX_DOCUMENT_LENGTH:
-                break
-            text = f"{text} {statement}".lstrip()
-        yield {"text": text}
+        word = make_word(rng, held_out=False)
+        sentences = [rng.choice(INTRODUCTIONS).format(word=word)]
+        for task in rng.sample(list(TASKS.values()), rng.randint(MIN_STATEMENTS, MAX_STATEMENTS)):
+            subject = rng.choice((word, "it"))
+            sentences.append(rng.choice(task.statements).format(word=subject, answer=task.answer(word)))
+        yield {"text": " ".join(sentences)}
 
 
 def examples(seed: int, split: str, num_rows: int) -> Iterator[dict[str, str]]:

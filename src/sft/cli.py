@@ -76,12 +76,15 @@ def _report(error: Exception, command: str) -> NoReturn:
 
 
 def _hydra_arguments(command: str, arguments: list[str]) -> list[str]:
-    """`--prompt TEXT` as an override quoted for Hydra, whose grammar would read commas, braces and `=` in it."""
+    """What Hydra's grammar can't say: `--prompt TEXT` with commas, braces or `=` in it, and `data=FILE` where `data`
+    is the name of a configuration group too."""
+    if command == "score":
+        return [f"path={each.removeprefix('data=')}" if each.startswith("data=") else each for each in arguments]
     if command != "generate" or "--prompt" not in arguments:
         return arguments
     at = arguments.index("--prompt")
     if at + 1 == len(arguments):
-        raise UserError('--prompt needs a text: sft generate run=NAME --prompt "..."')
+        _fail('--prompt needs a text: sft generate run=NAME --prompt "..."')
     text = arguments[at + 1].replace("\\", "\\\\").replace('"', '\\"').replace("${", "\\${")
     return [*arguments[:at], f'prompt="{text}"', *arguments[at + 2 :]]
 

@@ -1,8 +1,5 @@
 """Tokenizers whose ids can be read off a list, and templates that do what those in the wild do."""
 
-from collections.abc import Callable
-
-import pytest
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
@@ -19,8 +16,6 @@ CHAT = (
     "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
-
-MakeTokenizer = Callable[..., PreTrainedTokenizerFast]
 
 
 def word_tokenizer(
@@ -61,20 +56,16 @@ def byte_tokenizer(merges: list[tuple[str, str]], template: str | None = None) -
     return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|end|>", chat_template=template)
 
 
-def metaspace_tokenizer(pieces: list[str], template: str | None = None) -> PreTrainedTokenizerFast:
-    """SentencePiece, as Llama 2's: a space is part of the piece after it, and a text begins with one of its
-    own."""
+def metaspace_tokenizer(
+    pieces: list[str], template: str | None = None, *, prepend_scheme: str = "first"
+) -> PreTrainedTokenizerFast:
+    """SentencePiece, as Llama 2's: a space is part of the piece after it, and a text begins with a space of
+    the tokenizer's own; under the scheme "always", what follows a special token does so too."""
     special = ["<unk>", "<s>", "</s>"]
-    vocabulary = {token: i for i, token in enumerate([*special, *pieces])}
-    backend = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
-    backend.decoder = decoders.Metaspace(prepend_scheme="first")
+    backend = Tokenizer(models.Unigram([(piece, -1.0) for piece in [*special, *pieces]], unk_id=0))
+    backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=prepend_scheme)
+    backend.decoder = decoders.Metaspace(prepend_scheme=prepend_scheme)
     backend.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in special])
     return PreTrainedTokenizerFast(
         tokenizer_object=backend, unk_token="<unk>", bos_token="<s>", eos_token="</s>", chat_template=template
     )
-
-
-@pytest.fixture
-def words() -> PreTrainedTokenizerFast:
-    return word_tokenizer()

@@ -65,7 +65,7 @@ def test_a_folder_of_splits(tmp_path: Path, cache: Path) -> None:
     assert load(tmp_path / "f", cache, "test") == ROWS
     assert load(tmp_path / "f", cache, "test[:1]") == ROWS[:1]
     with pytest.raises(
-        UserError, match="no file for split 'val' .*; there is test-00000-of-00002.jsonl, test-"
+        UserError, match=r"no file for split 'val' .*; there is test-00000-of-00002\.jsonl, test-"
     ):
         load(tmp_path / "f", cache, "val")
     write(tmp_path / "f/train.csv", "q\na\n")
@@ -76,7 +76,7 @@ def test_a_folder_of_splits(tmp_path: Path, cache: Path) -> None:
 def test_a_saved_data_set(tmp_path: Path, cache: Path) -> None:
     datasets.Dataset.from_list(ROWS).save_to_disk(tmp_path / "s")
     assert load(tmp_path / "s", cache) == ROWS
-    with pytest.raises(UserError, match="has no split 'test', but train$"):
+    with pytest.raises(UserError, match=r"has no split 'test', but train$"):
         load(tmp_path / "s", cache, "test")
 
 
@@ -84,7 +84,14 @@ def test_saved_splits(tmp_path: Path, cache: Path) -> None:
     rows = datasets.Dataset.from_list(ROWS)
     datasets.DatasetDict({"fit": rows, "check": rows.select([0])}).save_to_disk(tmp_path / "s")
     assert load(tmp_path / "s", cache, "check") == ROWS[:1]
-    with pytest.raises(UserError, match="has no split 'train', but fit, check$"):
+    with pytest.raises(UserError, match=r"has no split 'train', but fit, check$"):
+        load(tmp_path / "s", cache)
+
+
+def test_a_saved_data_set_that_is_broken(tmp_path: Path, cache: Path) -> None:
+    datasets.Dataset.from_list(ROWS).save_to_disk(tmp_path / "s")
+    write(next((tmp_path / "s").glob("*.arrow")), "no Arrow")
+    with pytest.raises(UserError, match=r"s \(train\): .*"):
         load(tmp_path / "s", cache)
 
 
@@ -93,7 +100,7 @@ def test_tool_arguments_of_other_rows_do_not_leak_in(tmp_path: Path, cache: Path
     assert load(write(tmp_path / "d.jsonl", jsonl(rows)), cache) == rows
 
 
-BIG = 200_000  # lines; `datasets` reads 10 MB at a time and learns the columns' types from the first
+NUM_BIG = 12  # MB; `datasets` reads 10 at a time and takes the columns' types from the first
 
 
 @pytest.mark.parametrize(
@@ -101,12 +108,12 @@ BIG = 200_000  # lines; `datasets` reads 10 MB at a time and learns the columns'
     [
         ("d.jsonl", "", "d.jsonl: the file is empty"),
         ("d.jsonl", " \n\n", "d.jsonl: "),
-        ("d.csv", "q,n\n", "d.csv: there are no rows in it"),
+        ("d.csv", "q,n\n", 'd.csv: Instruction "train" corresponds to no data!'),
         ("d.jsonl", jsonl(ROWS) + '{"q": "c\n', "d.jsonl, line 3: broken JSON (Invalid control character at"),
         ("d.jsonl", jsonl(ROWS) + "{'q': 1}\n", "d.jsonl, line 3: broken JSON (Expecting property name"),
         ("d.jsonl", '{"q": 1}\n5\n', "d.jsonl, line 2: a row is a JSON object, not a number"),
         ("d.json", '[{"q": 1},\n {"q" 2}]', "d.json, line 2: broken JSON (Expecting ':' delimiter"),
-        ("d.json", "[1, 2]", "d.json, row 0: a row is a JSON object, not a number"),
+        ("d.json", '[{"q": "a"}, 2]', "d.json, row 1: a row is a JSON object, not a number"),
         (
             "d.jsonl",
             b'{"q": "a"}\n{"q": "\xe9"}\n',
@@ -121,8 +128,8 @@ BIG = 200_000  # lines; `datasets` reads 10 MB at a time and learns the columns'
         ("d.parquet", b"PAR1 and no more", "d.parquet: Parquet magic bytes not found"),
         (
             "d.jsonl",
-            '{"q": "' + "x" * 50 + '"}\n' + ('{"q": "' + "x" * 50 + '"}\n') * BIG + '{"q": [1]}\n',
-            f"d.jsonl, line {BIG + 2}: column 'q' holds a list, but a string in line 1: give it one type",
+            jsonl([{"q": 1, "rest": "x" * 1_000_000}] * NUM_BIG + [{"q": "a"}]),
+            f"d.jsonl, line {NUM_BIG + 1}: column 'q' holds a string, but a number in line 1: give it",
         ),
         ("d.txt", "hello", "d.txt: not one of the known kinds of file (.jsonl, .json, .csv, .parquet)"),
     ],
@@ -149,7 +156,7 @@ def test_hub_failures_are_one_line(cache: Path, monkeypatch: pytest.MonkeyPatch)
 
     monkeypatch.setattr(datasets, "load_dataset", fail)
     with pytest.raises(
-        UserError, match="^Hub data set 'a/b', nor is there such a folder: Couldn't reach 'a/b' on"
+        UserError, match=r"^a/b \(not a local path, so a Hub data set\): Couldn't reach 'a/b' on the Hub$"
     ):
         load_rows(Source("a/b"), cache)
 
@@ -164,6 +171,12 @@ def test_hub_rows(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     assert load_rows(Source("a/b", "test", "main"), cache).to_list() == ROWS
     assert asked == [(("a/b", "main"), {"split": "test"})]
+
+
+def test_a_source_without_rows(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: datasets.Dataset.from_dict({"q": []}))
+    with pytest.raises(UserError, match=r"a/b \(train\): there are no rows in it"):
+        load_rows(Source("a/b"), cache)
 
 
 def test_a_full_disk_is_not_blamed_on_the_file(

@@ -195,8 +195,9 @@ def test_generation_marks_that_begin_with_a_space() -> None:
 
 TOOLS = (
     "{% for m in messages %}<|{{ m.role }}|>{% if m.tool_calls %}{% for c in m.tool_calls %}"
-    "{{ c.function.name }} {{ c.function.arguments.to }}{% endfor %}<|call|>{% else %}{{ m.content }}<|end|>{% endif %}{{ '\n' }}"
-    "{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
+    "{{ c.function.name }} {{ c.function.arguments.to }}{% endfor %}<|call|>"
+    "{% else %}{{ m.content }}<|end|>{% endif %}{{ '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
 
 
@@ -273,6 +274,13 @@ def test_a_continuation_does_not_get_the_space_that_a_text_begins_with() -> None
     assert sample.labels == [_, _, _, _, _, 9, 2]
 
 
+def test_a_response_is_tokenized_with_what_precedes_it() -> None:
+    """Here even behind a special token it would begin with a space."""
+    tokenizer = metaspace_tokenizer(["▁Q:", "▁", "yes", "▁yes"], prepend_scheme="always")
+    [sample] = tokenized(plain("Q:", "yes"), tokenizer)
+    assert tokenizer.convert_ids_to_tokens(sample.input_ids) == ["▁Q:", "yes", "</s>"]
+
+
 def test_supervise_all_puts_loss_on_every_token_but_the_first() -> None:
     [sample] = tokenized(chat("user hi", "assistant yes"), word_tokenizer(), supervise="all")
     assert sample == Sample([4, 11, 6, 9, 5, 12, 6], [_, 11, 6, 9, 5, 12, 6])
@@ -333,7 +341,7 @@ def test_stop_token() -> None:
     [
         (
             None,
-            "the tokenizer has no chat template: set model.chat_template=FILE, or data.conversation.chat=false",
+            "the tokenizer has no chat template: set model.chat_template=FILE, or data.conversation",
         ),
         (
             "{% for m in messages %}{{ m.content }}\n{% endfor %}",

@@ -15,6 +15,7 @@ What is trained: sft preview with the same settings. The run lies in runs/NAME/:
 of each row), preview.html, metrics.csv, checkpoints/ and export/, the fine-tuned model.
 """
 
+import math
 from typing import Any
 
 from omegaconf import OmegaConf
@@ -28,7 +29,10 @@ def main(config: Any) -> None:
     settings: Any = OmegaConf.to_container(config, resolve=True)
     check_numbers(config)
     # Before anything is loaded: what can't be divided, and what there is nothing to do about.
-    accumulation = check_division(config.global_batch_size, world_size(config), config.micro_batch_size)
+    num_ranks = world_size(config)
+    accumulation = check_division(config.global_batch_size, num_ranks, config.micro_batch_size)
+    if num_ranks > 1 and not config.strategy:
+        raise UserError(f"strategy=single is for one device, and the trainer has {num_ranks}: set strategy=ddp")
     run = Run.of(settings)
     if run.status.get("state") == "finished":
         print(f"{run.folder} is finished: nothing to do (another run: run=NAME; anew: remove the folder)")
@@ -52,65 +56,51 @@ def main(config: Any) -> None:
     val_every = config.val_every or data.steps_per_epoch
     save_every = config.checkpoint.save_every or val_every
 
-    if is_main():
-        run.start(settings, prepared.splits.fingerprint)
-        run.mark("running", step=data.start_step, num_steps=data.num_steps)
-        write_json(run.folder / "data.json", prepared.splits.ledger)
-        write_html(run.folder / "preview.html", prepared)
-    log(f"run {run.folder}: {data.num_steps} steps" + (f", resumed after step {resume.step}" if resume else ""))
-
-    metrics = MetricsFile(run.folder / "metrics.csv")
-    metrics.resume(data.start_step)
-    loggers = trackers(config, run, metrics)
-    module = SFTModule(
-        prepared.source,
-        instantiate(config.optimizer),
-        instantiate(config.schedule),
-        data.num_steps,
-        config.seed,
-        resumed=resume is not None,
-    )
-    trainer = instantiate(
-        config.trainer,
-        strategy=instantiate(config.strategy) or "auto",
-        logger=loggers,
-        callbacks=[
-            *(instantiate(config.callbacks) or {}).values(),
-            StepMetrics(),
-            Checkpoints(
-                run.checkpoints,
-                save_every,
-                val_every,
-                config.checkpoint.keep_last,
-                resume,
-                {"seed": config.seed, "stop_token_ids": prepared.stop_token_ids},
-            ),
-        ],
-        accumulate_grad_batches=accumulation,
-        max_epochs=1,  # the loader goes through all epochs
-        val_check_interval=val_every * accumulation,
-        check_val_every_n_epoch=None,
-        limit_val_batches=None if data.val else 0,
-        num_sanity_val_steps=-1 if data.start_step == 0 else 0,  # the validation before training
-        use_distributed_sampler=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        log_every_n_steps=1,
-    )
-    try:
-        if data.start_step < data.num_steps:
-            trainer.fit(module, data)
-    except BaseException as error:
+    with run.attempt(settings, prepared.splits.fingerprint, data.num_steps, is_main()):
         if is_main():
-            run.mark("failed", error=f"{type(error).__name__}: {error}"[:2000])
-        raise
-    if not is_main():
-        return
-    if config.export:
-        export(run, checkpoints.latest(run.checkpoints))
-    run.mark("finished", step=data.num_steps, num_steps=data.num_steps)
-    summarise(run, metrics)
+            write_json(run.folder / "data.json", prepared.splits.ledger)
+            write_html(run.folder / "preview.html", prepared)
+        log(f"run {run.folder}: {data.num_steps} steps" + (f", resumed after step {resume.step}" if resume else ""))
+        metrics = MetricsFile(run.folder / "metrics.csv")
+        metrics.resume(data.start_step)
+        facts = {"seed": config.seed, "stop_token_ids": prepared.stop_token_ids}
+        trainer = instantiate(
+            config.trainer,
+            strategy=instantiate(config.strategy) or "auto",
+            logger=[metrics, *trackers(config, run)],
+            callbacks=[
+                *(instantiate(config.callbacks) or {}).values(),
+                StepMetrics(),
+                Checkpoints(run.checkpoints, save_every, val_every, config.checkpoint.keep_last, resume, facts),
+            ],
+            accumulate_grad_batches=accumulation,
+            max_epochs=1,  # the loader goes through all epochs
+            val_check_interval=val_every * accumulation,
+            check_val_every_n_epoch=None,
+            limit_val_batches=None if data.val else 0,
+            num_sanity_val_steps=0 if resume else -1,  # the validation before training
+            use_distributed_sampler=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            log_every_n_steps=1,
+        )
+        if not (resume and resume.last):  # killed after its last step, all that is left is the export
+            module = SFTModule(
+                prepared.source,
+                instantiate(config.optimizer),
+                instantiate(config.schedule),
+                data.num_steps,
+                config.seed,
+                resumed=resume is not None,
+            )
+            trainer.fit(module, data)
+        final = checkpoints.latest(run.checkpoints)
+        assert final is not None and final.last
+        if is_main() and config.export:
+            export(run, final)
+    if is_main():
+        summarise(run, metrics)
 
 
 def check_numbers(config: Any) -> None:
@@ -134,23 +124,23 @@ def world_size(config: Any) -> int:
     return int(devices) * int(config.trainer.num_nodes)
 
 
-def trackers(config: Any, run: Run, metrics: Any) -> list[Any]:
-    """metrics.csv and what `logger=` names; with `logger=none` only the file that resume needs."""
+def trackers(config: Any, run: Run) -> list[Any]:
+    """What `logger=` names, besides the metrics.csv that every run has."""
     from hydra.utils import instantiate
 
     if not config.logger:
-        return [metrics]
-    return [metrics, instantiate(config.logger)(run=run.folder.name, folder=run.folder, group=config.name)]
+        return []
+    return [instantiate(config.logger)(run=run.folder.name, folder=run.folder, group=config.name)]
 
 
 def summarise(run: Run, metrics: Any) -> None:
     """The run's figures and where everything lies."""
-    first, last = metrics.first("val/loss"), metrics.last("val/loss")
-    print(
-        f"finished {run.folder}\n"
-        f"  validation loss  {first:.4f} before, {last:.4f} after\n"
-        f"  speed            {metrics.median('train/tokens_per_second'):,.0f} tokens/s (median step)\n"
-        f"  model            {run.export}\n"
-        f"  metrics          {metrics.path}\n"
-        f"  what was trained {run.folder / 'preview.html'}, {run.folder / 'data.json'}"
-    )
+    speed = metrics.median("train/tokens_per_second")
+    print(f"finished {run.folder} after {run.status['step']} steps")
+    if not math.isnan(metrics.last("val/loss")):
+        print(f"  validation loss   {metrics.first('val/loss'):.4f} before, {metrics.last('val/loss'):.4f} after")
+    print(f"  speed             {speed:,.0f} tokens/s (median step)")
+    if run.export.exists():
+        print(f"  model             {run.export}")
+    print(f"  metrics           {metrics.path}")
+    print(f"  what was trained  {run.folder / 'preview.html'}, {run.folder / 'data.json'}", flush=True)

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 LOADERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
+TEXT = (".jsonl", ".json", ".csv")
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,8 @@ def load_rows(source: Source, cache_dir: Path) -> "Dataset":
     for file in files or ():
         if file.stat().st_size == 0:
             raise UserError(f"{file}: the file is empty")
+        if file.suffix in TEXT:  # `datasets` lets bad bytes pass and fails on reading the row
+            _check_encoding(file)
     try:
         with _quiet():
             rows = _load_hub(source) if files is None else _load_local(source, files, cache_dir)
@@ -52,7 +55,7 @@ def load_rows(source: Source, cache_dir: Path) -> "Dataset":
         fault = next(_faults(files or []), None)
         # `datasets` wraps the error that tells something in one that doesn't.
         told = chain[1] if len(chain) > 1 and type(error).__name__ == "DatasetGenerationError" else error
-        where = f"Hub data set {source.path!r}, nor is there such a folder" if files is None else str(source)
+        where = f"{source.path} (not a local path, so a Hub data set)" if files is None else str(source)
         raise UserError(fault or f"{where}: {_one_line(told)}") from error
     if len(rows) == 0:
         raise UserError(f"{source}: there are no rows in it")
@@ -134,20 +137,20 @@ def _split_files(folder: Path, split: str) -> list[Path]:
 def _faults(files: list[Path]) -> Iterator[str]:
     """What is wrong in the files, line by line, as far as we can tell."""
     for file in files:
-        if file.suffix in (".jsonl", ".json", ".csv"):
-            yield from _encoding_faults(file)
-        if file.suffix in (".jsonl", ".json"):
+        if LOADERS.get(file.suffix) == "json" and file.name not in ("state.json", "dataset_info.json"):
             yield from _json_faults(file)
 
 
-def _encoding_faults(file: Path) -> Iterator[str]:
+def _check_encoding(file: Path) -> None:
     with file.open("rb") as lines:
         for number, line in enumerate(lines, 1):
             try:
                 line.decode()
             except UnicodeDecodeError as error:
                 byte = line[error.start]
-                yield f"{file}, line {number}: not UTF-8 (byte 0x{byte:02x}): save the file as UTF-8"
+                raise UserError(
+                    f"{file}, line {number}: not UTF-8 (byte 0x{byte:02x}): save the file as UTF-8"
+                ) from error
 
 
 def _json_faults(file: Path) -> Iterator[str]:

@@ -1,7 +1,6 @@
 """Samples on disk: made once, memory-mapped ever after.
 
-    cache/stores/<key>/       key: sha256 of the data, the tokenizer, the row function, the settings and the
-    code
+    cache/stores/<key>/       key: sha256 of data, tokenizer, row function, settings and code
         input_ids.bin         int32 [num_tokens]       all samples end to end
         supervised.bin        uint8 [num_tokens]       1 where the token carries loss
         offsets.bin           int64 [num_samples + 1]  sample i is tokens offsets[i] to offsets[i + 1]
@@ -16,6 +15,7 @@ several processes that build the same one the first wins. No file locks: some cl
 them.
 """
 
+import errno
 import hashlib
 import json
 import time
@@ -33,6 +33,10 @@ from sft.data.tokenization import IGNORE, Tokenization
 from sft.errors import UserError
 
 FORMAT = 1  # of the files above; part of the key
+UNWRITABLE = {
+    *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG),  # full
+    *(errno.EACCES, errno.EPERM, errno.EROFS, errno.EEXIST, errno.ENOTDIR),  # not ours, or in the way
+}
 
 
 class Store:
@@ -109,6 +113,8 @@ def build_or_open(
             try:
                 build(folder, about, sources, row_function, tokenization, num_workers, log)
             except OSError as error:
+                if error.errno not in UNWRITABLE:
+                    raise
                 raise UserError(
                     f"{cache_dir}: the token store cannot be written ({error.strerror or error}): make room "
                     "or set data.cache_dir to another folder"

@@ -32,7 +32,9 @@ def write_folder(
     generation = _generation_config(source, GenerationConfig)
     known = generation.eos_token_id
     known = known if isinstance(known, list) else [] if known is None else [known]
-    generation.eos_token_id = [*stop_ids, *(token for token in known if token not in stop_ids)]
+    # A configuration's default may name a token that means something else to this tokenizer.
+    known = [token for token in known if token in tokenizer.all_special_ids and token not in stop_ids]
+    generation.eos_token_id = [*stop_ids, *known]
     if generation.pad_token_id is None:
         generation.pad_token_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else stop_ids[0]
     model.generation_config = generation

@@ -125,7 +125,9 @@ class ModelSource:
         except (OSError, ValueError, KeyError, ImportError) as error:
             raise _not_loaded("model", self.path or "(random)", error) from error
         if self.gradient_checkpointing:
-            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            # The first of the two names is new in transformers 5.2x and warns of the second.
+            enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+            enable({"use_reentrant": False})
         # from_pretrained leaves it in eval mode, where dropout and gradient checkpointing are off.
         return model.train()
 

@@ -52,6 +52,7 @@ class SFTModule(L.LightningModule):
     def configure_model(self) -> None:
         if self.model is None:
             dtype = torch.bfloat16 if self.trainer.precision == "bf16-true" else torch.float32
+            torch.manual_seed(self.seed)  # what weights that no checkpoint has are drawn from, on all ranks alike
             self.model = self.source.load(dtype, weights=not self.resumed)
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:

@@ -3,6 +3,7 @@
     checkpoints/step-00000100/
       model.safetensors       every parameter and persistent buffer by its name in the model
       optimizer.safetensors   `NAME|exp_avg`, `NAME|exp_avg_sq`, `NAME|step`: the state of parameter NAME
+      callbacks.pt            state of the callbacks that have any
       state.json              step, hyperparameters of each group, validation loss, what the run was
       probes.json             log-probabilities of a few samples by the model that was saved
 
@@ -19,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -41,6 +43,16 @@ class Checkpoint:
     @property
     def state(self) -> dict[str, Any]:
         return json.loads((self.path / "state.json").read_text())
+
+    @property
+    def last(self) -> bool:
+        """Whether the run ends here: at its last step, or where a callback stopped it."""
+        state = self.state
+        return bool(state["stopped"] or self.step >= state["num_steps"])
+
+    def callbacks(self) -> dict[str, Any]:
+        """State of the callbacks by their key."""
+        return torch.load(self.path / "callbacks.pt", map_location="cpu", weights_only=True)
 
     def restore_model(self, model: nn.Module) -> None:
         """Copies the weights into the model's own tensors; names and shapes must agree."""
@@ -85,7 +97,13 @@ def named_tensors(model: nn.Module) -> Iterable[tuple[str, Tensor]]:
 
 
 def save(
-    folder: Path, step: int, model: nn.Module, optimizer: Optimizer, state: dict[str, Any], probes: Any
+    folder: Path,
+    step: int,
+    model: nn.Module,
+    optimizer: Optimizer,
+    callbacks: dict[str, Any],
+    state: dict[str, Any],
+    probes: Any,
 ) -> Checkpoint:
     """Publishes `folder/step-{step}` whole, or leaves nothing of that name."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -115,6 +133,7 @@ def save(
             },
             staging / "optimizer.safetensors",
         )
+        torch.save(callbacks, staging / "callbacks.pt")
         groups = [
             {key: value for key, value in group.items() if key != "params"}
             for group in optimizer_state["param_groups"]

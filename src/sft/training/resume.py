@@ -45,9 +45,12 @@ class Checkpoints(Callback):
         step = self.resume.step
         self.resume.restore_model(module.model)
         self.resume.restore_optimizer(trainer.optimizers[0])
-        scheduler = module.lr_schedulers()
-        scheduler.last_epoch = step - 1
-        scheduler.step()
+        states = self.resume.callbacks()
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+            if callback.state_key in states:
+                callback.load_state_dict(states[callback.state_key])
+        # The rate itself came back with the optimizer's groups.
+        module.lr_schedulers().last_epoch = step
         # Lightning counts from where the loader starts: tell it how much came before. Its own resume would
         # take these from the checkpoint, where they'd depend on the accumulation of the run that saved.
         loop = trainer.fit_loop.epoch_loop
@@ -82,16 +85,28 @@ class Checkpoints(Callback):
 
     def _save_if_due(self, trainer: L.Trainer, module: Any, val_loss: float | None) -> None:
         step = trainer.global_step
-        if step % self.save_every and step != module.num_steps:
+        if step % self.save_every and step != module.num_steps and not trainer.should_stop:
             return
         for logger in trainer.loggers:
             logger.save()
         log_probs = probes.measure(module, trainer.datamodule)  # type: ignore[attr-defined]
         if trainer.is_global_zero:
             finite = val_loss if val_loss is not None and math.isfinite(val_loss) else None
-            state = {"num_steps": module.num_steps, "val_loss": finite, **self.facts}
+            state = {
+                "num_steps": module.num_steps,
+                "stopped": trainer.should_stop,  # by a callback, before the last step
+                "val_loss": finite,
+                **self.facts,
+            }
+            callbacks = {each.state_key: each.state_dict() for each in trainer.callbacks}  # type: ignore[attr-defined]
             saved = checkpoints.save(
-                self.folder, step, module.model, trainer.optimizers[0], state, log_probs
+                self.folder,
+                step,
+                module.model,
+                trainer.optimizers[0],
+                {key: value for key, value in callbacks.items() if value},
+                state,
+                log_probs,
             )
             checkpoints.prune(self.folder, self.keep_last)
             log(f"step {step}: saved {saved.path}")

@@ -5,10 +5,12 @@ import hashlib
 import json
 import os
 import platform
+import shutil
 import socket
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -18,6 +20,7 @@ from typing import Any
 import yaml
 
 from sft.errors import UserError
+from sft.training.checkpoint import latest
 
 # What decides the numbers of a run. Not in it: where it runs, how it is shared out (rule 2) and what is logged.
 DECIDING = (
@@ -115,8 +118,11 @@ class Run:
                     + (f" ({len(differing) - 1} more differ)" if len(differing) > 1 else "")
                     + ": give this one another name with run=NAME"
                 )
-        elif run.folder.exists() and any(run.folder.iterdir()):
+        elif run.folder.is_dir() and any(run.folder.iterdir()):
             raise UserError(f"{run.folder} exists and is no run: move it away, or give the run a name with run=NAME")
+        existing = next(path for path in (run.folder, *run.folder.absolute().parents) if path.exists())
+        if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
+            raise UserError(f"{run.folder} can't be written, since {existing} can't: set runs_dir to another folder")
         return run
 
     @classmethod
@@ -129,8 +135,18 @@ class Run:
                 return cls(folder)
         raise UserError(f"there is no run {name}: in {runs_dir}/ there are {_listed(runs_dir)}")
 
-    def start(self, config: Mapping[str, Any], data_fingerprint: Mapping[str, str]) -> None:
-        """Makes the folder, or checks that it may go on: same data, no other process at it."""
+    @contextmanager
+    def attempt(
+        self, config: Mapping[str, Any], data_fingerprint: Mapping[str, str], num_steps: int, main: bool
+    ) -> Iterator[None]:
+        """Works on the run: `status.json` says so, and afterwards how it went. Only the first rank (`main`) writes.
+
+        `UserError` where another process works on it or its data has changed. A folder that this attempt made is
+        removed again where a user's mistake ends it before there is a checkpoint.
+        """
+        if not main:
+            yield
+            return
         status = self.status
         process = _process(status["pid"]) if status.get("state") == "running" else None
         if process and process == status["process"] and status["pid"] != os.getpid():
@@ -138,19 +154,35 @@ class Run:
                 f"{self.folder} is being trained by process {status['pid']} of this machine: wait for it or stop it"
             )
         provenance = self.folder / "provenance.json"
-        if provenance.exists():
-            before = json.loads(provenance.read_text())["data"]
-            if before != dict(data_fingerprint):
-                raise UserError(
-                    f"the data has changed since {self.folder} was begun, so it can't go on as the same run: "
-                    "put the data back, or start another with run=NAME"
-                )
+        if provenance.exists() and json.loads(provenance.read_text())["data"] != dict(data_fingerprint):
+            raise UserError(
+                f"the data has changed since {self.folder} was begun, so it can't go on as the same run: "
+                "put the data back, or start another with run=NAME"
+            )
+        new = not self.folder.exists()
         self.folder.mkdir(parents=True, exist_ok=True)
         write_atomically(self.folder / "config.yaml", yaml.safe_dump(dict(config), sort_keys=False))
         if not provenance.exists():
             write_json(provenance, _provenance() | {"data": dict(data_fingerprint)})
+        self._mark("running", num_steps=num_steps, step=self._step())
+        try:
+            yield
+        except BaseException as error:
+            if new and isinstance(error, UserError) and not self.checkpoints.exists():
+                shutil.rmtree(self.folder)
+            else:
+                reason = f"{type(error).__name__}: {error}"[:2000]
+                with suppress(OSError):  # a full disk must not hide what filled it
+                    self._mark("failed", num_steps=num_steps, step=self._step(), error=reason)
+            raise
+        self._mark("finished", num_steps=num_steps, step=self._step())
 
-    def mark(self, state: str, **details: Any) -> None:
+    def _step(self) -> int:
+        """Of the newest checkpoint."""
+        checkpoint = latest(self.checkpoints)
+        return checkpoint.step if checkpoint else 0
+
+    def _mark(self, state: str, **details: Any) -> None:
         """Writes `status.json`."""
         write_json(
             self.folder / "status.json",

@@ -1,0 +1,230 @@
+"""The update is the same however the work is shared out, and a run's folder holds what it should."""
+
+import json
+import socket
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+import yaml
+from commands.conftest import Sft
+from commands.test_resume import rows
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from sft.training.checkpoint import complete
+
+SGD = ("optimizer=sgd", "optimizer.lr=0.5", "trainer.gradient_clip_val=null", "schedule=constant")
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(complete(folder / "checkpoints")[-1].path / "model.safetensors")
+
+
+def reference(sft: Sft, steps: list[list[dict[str, list[int]]]], lr: float) -> dict[str, torch.Tensor]:
+    """A loop that shares no code with training: whole logits, one sample at a time, the mean by hand."""
+    path = sft.settings[0].removeprefix("model.path=")
+    model = AutoModelForCausalLM.from_pretrained(path, attn_implementation="eager").train()
+    for step in steps:
+        count = sum(sum(label != -100 for label in sample["labels"]) for sample in step)
+        total = torch.zeros(())
+        for sample in step:
+            logits = model(torch.tensor([sample["input_ids"]]), use_cache=False).logits[0, :-1]
+            labels = torch.tensor(sample["labels"])[1:]
+            total = total + F.cross_entropy(logits, labels, reduction="sum", ignore_index=-100)
+        model.zero_grad()
+        (total / count).backward()
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter -= lr * parameter.grad
+    return {name: parameter.detach() for name, parameter in model.named_parameters()}
+
+
+def planned(sft: Sft, num_steps: int, packing: bool = True) -> list[list[dict[str, list[int]]]]:
+    """The samples of each step, from the step plan over what `sft preview` dumps."""
+    from sft.data.dataset import Split
+    from sft.data.schedule import epoch_plan
+
+    assert sft("preview", *sft.settings, "preview.dump=samples.jsonl", "preview.packs=1", "data.val_size=0") == 0
+    samples = [json.loads(line) for line in (sft.folder / "samples.jsonl").read_text().splitlines()]
+    lengths = torch.tensor([len(sample["input_ids"]) for sample in samples]).numpy()
+    plan = epoch_plan(
+        lengths, lengths, seed=0, epoch=0, global_batch_size=4, max_length=256, packing=packing
+    )
+    assert plan.num_steps >= num_steps
+    assert Split is not None
+    return [
+        [samples[int(index)] for pack in plan.step(step).packs for index in pack] for step in range(num_steps)
+    ]
+
+
+@pytest.mark.parametrize("micro_batch_size", [1, 2, 4], ids=lambda size: f"accumulation {4 // size}")
+@pytest.mark.parametrize("packing", [True, False], ids=["packed", "unpacked"])
+def test_update_is_that_of_a_plain_loop(sft: Sft, micro_batch_size: int, packing: bool) -> None:
+    # The 3rd packed step is the epoch's last and smaller: 4 + 4 + the rest.
+    settings = (*SGD, f"micro_batch_size={micro_batch_size}", f"data.packing={packing}", "data.val_size=0")
+    assert sft.train("run=run", "epochs=1", "max_steps=3", "export=false", *settings) == 0
+    expected = reference(sft, planned(sft, 3, packing), lr=0.5)
+    made = weights(sft.run_folder())
+    assert made.keys() == expected.keys()
+    for name, tensor in made.items():
+        torch.testing.assert_close(tensor, expected[name], rtol=0, atol=2e-6, msg=name)
+
+
+def test_two_ranks_equal_one(sft: Sft) -> None:
+    common = (*sft.settings, *SGD, "epochs=2", "export=false", "micro_batch_size=1", "val_every=2")
+    one = sft.process("train", *common, "run=one")
+    assert one.code == 0, one.output
+    # Through the command line's own script, since Lightning starts the second rank with the same command.
+    import subprocess
+    import sys
+
+    script = str(Path(sys.executable).with_name("sft"))
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    two = subprocess.run(
+        [script, "train", *common, "run=two", "strategy=ddp", "trainer.devices=2"],
+        cwd=sft.folder,
+        capture_output=True,
+        text=True,
+        env={**__import__("os").environ, "MASTER_PORT": str(port)},
+    )
+    assert two.returncode == 0, two.stdout + two.stderr
+    first, second = weights(sft.run_folder("one")), weights(sft.run_folder("two"))
+    for name, tensor in first.items():
+        torch.testing.assert_close(second[name], tensor, rtol=0, atol=1e-6, msg=name)
+    for before, after in zip(rows(sft.run_folder("one")), rows(sft.run_folder("two")), strict=True):
+        assert before.keys() == after.keys()
+        for key, value in before.items():
+            if value:
+                assert float(after[key]) == pytest.approx(float(value), rel=1e-5), (before["step"], key)
+
+
+def test_resume_with_another_accumulation(sft: Sft) -> None:
+    # Rule 4: the plan is a function, so a run goes on with its work shared out otherwise.
+    settings = (*SGD, "epochs=2", "checkpoint.save_every=2", "val_every=2", "export=false")
+    assert sft.train("run=whole", "micro_batch_size=4", *settings) == 0
+    stop = (
+        "import os, signal\nfrom sft.training.resume import Checkpoints\noriginal = Checkpoints.on_train_batch_start\n"
+        "def stop(self, trainer, *rest):\n    if trainer.global_step == 3: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "    return original(self, trainer, *rest)\nCheckpoints.on_train_batch_start = stop"
+    )
+    begun = ("train", *sft.settings, "run=run", "micro_batch_size=4", *settings)
+    assert sft.process(*begun, before=stop).code < 0
+    assert complete(sft.run_folder() / "checkpoints")[-1].step == 2
+    assert sft.train("run=run", "micro_batch_size=1", *settings) == 0
+    whole = weights(sft.run_folder("whole"))
+    for name, tensor in weights(sft.run_folder()).items():
+        torch.testing.assert_close(tensor, whole[name], rtol=0, atol=2e-6, msg=name)
+    assert [row["step"] for row in rows(sft.run_folder())] == [str(step) for step in range(7)]
+
+
+def test_clipping_and_the_logged_norm(sft: Sft) -> None:
+    # SGD with rate 1 moves the weights by the clipped gradient: its norm is the limit, where the limit is lower.
+    settings = ("optimizer=sgd", "optimizer.lr=1.0", "schedule=constant", "schedule.warmup=0", "max_steps=1")
+    assert sft.train("run=run", "trainer.gradient_clip_val=0.01", "export=false", *settings) == 0
+    start = load_file(Path(sft.settings[0].removeprefix("model.path=")) / "model.safetensors")
+    moved = torch.cat([(t - start[name]).flatten() for name, t in weights(sft.run_folder()).items()])
+    assert float(rows(sft.run_folder())[1]["train/grad_norm"]) > 0.5
+    assert float(moved.norm()) == pytest.approx(0.01, rel=1e-3)
+
+
+@pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true"])
+def test_bf16_learns_and_exports(sft: Sft, precision: str) -> None:
+    assert sft.train("run=run", "epochs=2", f"trainer.precision={precision}") == 0
+    metrics = rows(sft.run_folder())
+    assert float(metrics[-1]["val/loss"]) < float(metrics[0]["val/loss"]) - 1
+    verdict = json.loads((sft.run_folder() / "export" / "verified.json").read_text())
+    assert verdict["equal"]
+    assert verdict["precision"] == precision
+    kept = {tensor.dtype for tensor in weights(sft.run_folder()).values()}
+    assert kept == {torch.float32 if precision == "bf16-mixed" else torch.bfloat16}
+
+
+def test_gradient_checkpointing_changes_no_number(sft: Sft) -> None:
+    settings = ("max_steps=3", "export=false", "+model.config.attention_dropout=0.1")
+    assert sft.train("run=run", *settings) == 0
+    assert sft.train("run=less-memory", "model.gradient_checkpointing=true", *settings) == 0
+    expected = weights(sft.run_folder())
+    for name, tensor in weights(sft.run_folder("less-memory")).items():
+        torch.testing.assert_close(tensor, expected[name], rtol=0, atol=1e-6, msg=name)
+
+
+def test_name_follows_the_numbers_and_nothing_else(sft: Sft) -> None:
+    quick = ("max_steps=1", "export=false")
+    assert sft.train(*quick) == 0
+    (first,) = (sft.folder / "runs").iterdir()
+    assert first.name.startswith("sft-")
+    assert sft.train(*quick, "micro_batch_size=4", "data.num_workers=2", "model.attention=sdpa") == 0
+    assert list((sft.folder / "runs").iterdir()) == [first]
+    assert sft.train(*quick, "seed=1") == 0
+    assert len(list((sft.folder / "runs").iterdir())) == 2
+
+
+def test_same_name_for_other_numbers_is_refused(sft: Sft, capsys: pytest.CaptureFixture[str]) -> None:
+    assert sft.train("run=run", "max_steps=1", "export=false") == 0
+    assert sft.train("run=run", "max_steps=1", "export=false", "optimizer.lr=0.5") == 2
+    assert "is a run with optimizer.lr=0.01, not 0.5: give this one another name" in capsys.readouterr().err
+
+
+def test_changed_data_is_not_the_same_run(
+    sft: Sft, data_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    own = sft.folder / "rows.jsonl"
+    own.write_bytes(data_file.read_bytes())
+    settings = ("run=run", "max_steps=2", "export=false", "data.path=rows.jsonl")
+    assert sft.train(*settings) == 0
+    (sft.run_folder() / "status.json").unlink()
+    own.write_text(own.read_text().replace("Reverse", "Turn"))
+    assert sft.train(*settings) == 2
+    assert "the data has changed since" in capsys.readouterr().err
+
+
+def test_folder_tells_the_whole_story(sft: Sft) -> None:
+    assert sft.train("run=run", "max_steps=2") == 0
+    folder = sft.run_folder()
+    provenance = json.loads((folder / "provenance.json").read_text())
+    assert provenance["command"][1] == "train"
+    assert provenance["versions"]["torch"] == torch.__version__
+    assert yaml.safe_load((folder / "config.yaml").read_text())["global_batch_size"] == 4
+    (source,) = json.loads((folder / "data.json").read_text())["train"]["sources"]
+    assert (source["rows"], source["samples"], source["lost"]) == (60, 60, {})
+    assert "Reverse" in (folder / "preview.html").read_text()
+    assert [row["step"] for row in rows(folder)] == ["0", "1", "2"]
+
+
+@pytest.mark.parametrize(("logger", "expected"), [("wandb", "wandb"), ("tensorboard", "tensorboard")])
+def test_trackers(sft: Sft, logger: str, expected: str) -> None:
+    ended = sft.process("train", *sft.settings, f"logger={logger}", "run=run", "max_steps=1", "export=false")
+    assert ended.code == 0, ended.output
+    assert any((sft.run_folder() / expected).rglob("*.wandb" if logger == "wandb" else "events.*"))
+    assert (sft.run_folder() / "metrics.csv").exists()
+
+
+def test_second_process_at_the_same_run_is_refused(sft: Sft, capsys: pytest.CaptureFixture[str]) -> None:
+    assert sft.train("run=run", "max_steps=1", "export=false") == 0
+    status = json.loads((sft.run_folder() / "status.json").read_text())
+    from sft.training.run import _process
+
+    parent = __import__("os").getppid()
+    status |= {"state": "running", "pid": parent, "process": _process(parent)}
+    (sft.run_folder() / "status.json").write_text(json.dumps(status))
+    assert sft.train("run=run", "max_steps=1", "export=false") == 2
+    assert f"is being trained by process {parent}" in capsys.readouterr().err
+
+
+def test_early_stopping_ends_with_a_checkpoint_and_an_export(sft: Sft) -> None:
+    stop = ("callbacks=early_stopping", "callbacks.early_stopping.patience=1", "optimizer.lr=0.0", "val_every=1")
+    assert sft.train("run=run", "epochs=3", *stop) == 0
+    status = json.loads((sft.run_folder() / "status.json").read_text())
+    assert status["state"] == "finished"
+    assert status["step"] < 9
+    assert complete(sft.run_folder() / "checkpoints")[-1].step == status["step"]
+    assert (sft.run_folder() / "export" / "verified.json").exists()
+
+
+def test_multirun(sft: Sft) -> None:
+    assert sft("train", "-m", *sft.settings, "max_steps=1", "export=false", "seed=1,2") == 0
+    assert len(list((sft.folder / "runs").glob("sft-*"))) == 2

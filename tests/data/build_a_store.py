@@ -1,0 +1,33 @@
+"""A program for test_store.py: FILE CACHE NUM_WORKERS SECONDS_PER_ROW. Says "ready", waits for a line, builds
+the store of FILE and says its key."""
+
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from conftest import word_tokenizer
+from sft.data.conversation import Conversation, Empty, prompt_response
+from sft.data.rows import Source
+from sft.data.store import build_or_open
+from sft.data.tokenization import Tokenization
+
+
+def slow(row: Any) -> Conversation | Empty:
+    time.sleep(float(sys.argv[4]))
+    return prompt_response(row, chat=False)
+
+
+if __name__ == "__main__":
+    print("ready", flush=True)
+    sys.stdin.readline()
+    store = build_or_open(
+        [Source(sys.argv[1])],
+        slow,
+        Tokenization(word_tokenizer(), max_length=100),
+        Path(sys.argv[2]),
+        num_workers=int(sys.argv[3]),
+        max_lost=1.0,
+        log=lambda line: None,
+    )
+    print(store.fingerprint)

@@ -1,0 +1,386 @@
+"""The token store: built once, whole or not at all, the same whoever builds it; and the ledger of what was
+lost."""
+
+import errno
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from sft.data import build as build_module
+from sft.data import store as store_module
+from sft.data.conversation import messages, prompt_response
+from sft.data.rows import Source
+from sft.data.store import Store, build_or_open
+from sft.data.tokenization import IGNORE, Tokenization
+from sft.errors import UserError
+
+from .conftest import word_tokenizer
+
+PLAIN = partial(prompt_response, chat=False)
+_ = IGNORE
+
+
+def rows_file(path: Path, rows: list[Any]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    os.utime(path, (time.time() - 100, time.time() - 100))
+    return path
+
+
+def many_rows(num_rows: int) -> list[dict[str, str]]:
+    """Of different lengths; each 50th without a response."""
+    return [
+        {"prompt": "hi " * (i % 7) + "why", "response": "" if i % 50 == 49 else "yes " * (i % 5) + "so"}
+        for i in range(num_rows)
+    ]
+
+
+def open_store(*paths: Path, cache: Path, **changes: Any) -> Store:
+    settings: dict[str, Any] = {"num_workers": 1, "max_lost": 1.0, "log": lambda line: None, **changes}
+    function = settings.pop("row_function", PLAIN)
+    tokenization = settings.pop("tokenization", None) or Tokenization(word_tokenizer(), max_length=100)
+    return build_or_open([Source(str(path)) for path in paths], function, tokenization, cache, **settings)
+
+
+def folders(cache: Path) -> list[str]:
+    return sorted(path.name for path in (cache / "stores").iterdir())
+
+
+def test_samples_come_back_as_they_were_made(tmp_path: Path) -> None:
+    first = rows_file(
+        tmp_path / "a.jsonl", [{"prompt": "hi", "response": "yes"}, {"prompt": "hi", "response": None}]
+    )
+    second = rows_file(
+        tmp_path / "b.jsonl", [{"prompt": "", "response": "x"}, {"prompt": "why so", "response": "good"}]
+    )
+    store = open_store(first, second, cache=tmp_path / "cache")
+    assert len(store) == 2
+    input_ids, labels = store[0]
+    assert (input_ids.tolist(), labels.tolist()) == ([11, 12, 2], [_, 12, 2])
+    input_ids, labels = store[1]
+    assert (input_ids.tolist(), labels.tolist()) == ([13, 10, 14, 16, 2], [_, _, _, 16, 2])
+    assert input_ids.dtype == labels.dtype == store.lengths.dtype == store.num_supervised.dtype == np.int32
+    assert store.lengths.tolist() == [3, 5]
+    assert store.num_supervised.tolist() == [2, 2]
+    assert [(store.source(i), store.row(i)) for i in range(2)] == [("a.jsonl", 0), ("b.jsonl", 1)]
+    assert store.content.dtype == np.uint64
+    assert store.content[0] != store.content[1]
+    with pytest.raises(IndexError):
+        store[2]
+
+
+def test_equal_rows_have_equal_content(tmp_path: Path) -> None:
+    rows = [{"prompt": "hi", "response": "yes"}, {"prompt": "hi", "response": "so"}] * 2
+    store = open_store(rows_file(tmp_path / "a.jsonl", rows), cache=tmp_path / "cache")
+    assert store.content[0] == store.content[2] != store.content[1] == store.content[3]
+
+
+def test_the_ledger_counts_every_row_by_reason(tmp_path: Path) -> None:
+    def said(*turns: tuple[str, str | None]) -> dict[str, Any]:
+        return {"messages": [{"role": role, "content": content} for role, content in turns]}
+
+    rows = [
+        said(("user", "hi"), ("assistant", "yes")),
+        said(("user", "hi")),
+        said(("user", "hi"), ("assistant", None)),
+        said(("assistant", "hi")),
+        said(("user", "hi hi hi hi hi"), ("assistant", "yes")),
+        said(("user", "hi"), ("assistant", "yes yes yes yes yes yes yes yes")),
+        *[said(("user", "hi"))] * 6,
+    ]
+    file = rows_file(tmp_path / "a.jsonl", rows)
+    tokenization = Tokenization(word_tokenizer(), max_length=12, overlong="truncate_prompt")
+    store = open_store(file, cache=tmp_path / "cache", row_function=messages, tokenization=tokenization)
+    assert store.ledger == {
+        "sources": [
+            {
+                "source": "a.jsonl",
+                "rows": 12,
+                "samples": 2,
+                "tokens": 7 + 12,
+                "supervised_tokens": 2 + 2,
+                "rows_lost": 10,
+                "lost": {"no_assistant_turn": 7, "empty_response": 1, "empty_prompt": 1, "overlong": 1},
+                "truncated_prompt": 1,
+                "examples": {
+                    "no_assistant_turn": [1, 6, 7, 8, 9],
+                    "empty_response": [2],
+                    "empty_prompt": [3],
+                    "truncated_prompt": [4],
+                    "overlong": [5],
+                },
+            }
+        ]
+    }
+
+
+def test_too_many_lost_rows_are_refused_at_build_and_at_open(tmp_path: Path) -> None:
+    rows = [{"prompt": "hi", "response": "yes"}] * 8 + [{"prompt": "hi", "response": "yes " * 200}] * 2
+    file = rows_file(tmp_path / "a.jsonl", rows)
+    message = (
+        r"^2 of 10 rows lost, more than data\.max_lost=0\.1 of them; 2 are overlong \(row 8, 9 of a\.jsonl\)"
+        r": raise data\.max_length or set data\.overlong=truncate_prompt, or raise data\.max_lost$"
+    )
+    for _attempt in ("build", "open"):
+        with pytest.raises(UserError, match=message):
+            open_store(file, cache=tmp_path / "cache", max_lost=0.1)
+    assert len(open_store(file, cache=tmp_path / "cache", max_lost=0.2)) == 8
+
+
+def test_cut_prompts_are_not_lost(tmp_path: Path) -> None:
+    file = rows_file(tmp_path / "a.jsonl", [{"prompt": "hi " * 50, "response": "yes"}])
+    tokenization = Tokenization(word_tokenizer(), max_length=10, overlong="truncate_prompt")
+    assert len(open_store(file, cache=tmp_path / "cache", tokenization=tokenization, max_lost=0.0)) == 1
+
+
+def test_nothing_to_train_on(tmp_path: Path) -> None:
+    file = rows_file(tmp_path / "a.jsonl", [{"prompt": "hi", "response": " "}] * 3)
+    with pytest.raises(
+        UserError, match=r"^3 of 3 rows lost, which leaves nothing to train on; 3 are empty_response"
+    ):
+        open_store(file, cache=tmp_path / "cache")
+    assert folders(tmp_path / "cache") == []
+
+
+def test_a_bad_row_is_named_and_nothing_stays_behind(tmp_path: Path) -> None:
+    rows = [*many_rows(2500), {"prompt": "hi", "response": "yes"}]
+    for number, num_workers in ((17, 1), (2300, 2)):
+        bad = [{**row, "response": {"a": 1}} if i == number else row for i, row in enumerate(rows)]
+        file = rows_file(tmp_path / f"{number}.jsonl", bad)
+        with pytest.raises(
+            UserError, match=rf"^row {number} of {number}\.jsonl: column 'response' holds .* string$"
+        ):
+            open_store(file, cache=tmp_path / "cache", num_workers=num_workers)
+    assert folders(tmp_path / "cache") == []
+
+
+def broken_function(row: Any) -> Any:
+    return row["nothing"]
+
+
+def test_a_bug_in_a_row_function_keeps_its_traceback_and_names_the_row(tmp_path: Path) -> None:
+    file = rows_file(tmp_path / "a.jsonl", many_rows(3))
+    with pytest.raises(KeyError) as caught:
+        open_store(file, cache=tmp_path / "cache", row_function=broken_function)
+    assert caught.value.__notes__ == ["row 0 of a.jsonl"]
+
+
+def test_the_number_of_workers_changes_not_one_byte(tmp_path: Path) -> None:
+    file = rows_file(tmp_path / "a.jsonl", many_rows(3500))
+    stores = [
+        open_store(file, cache=tmp_path / f"cache{n}", num_workers=n, max_lost=0.05).fingerprint
+        for n in (1, 3)
+    ]
+    assert stores[0] == stores[1]
+    one, two = (tmp_path / f"cache{n}" / "stores" / stores[0] for n in (1, 2))
+    assert sorted(path.name for path in one.iterdir()) == sorted(path.name for path in two.iterdir())
+    for path in one.iterdir():
+        assert path.read_bytes() == (two / path.name).read_bytes(), path.name
+
+
+def test_a_store_is_built_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = rows_file(tmp_path / "a.jsonl", many_rows(10))
+    first = open_store(file, cache=tmp_path / "cache")
+    monkeypatch.setattr(store_module, "build", None)  # would raise
+    again = open_store(file, cache=tmp_path / "cache")
+    assert again.fingerprint == first.fingerprint
+    assert again.data_fingerprint == first.data_fingerprint
+    moved = rows_file(tmp_path / "cache" / "a.jsonl", many_rows(10))
+    assert open_store(moved, cache=tmp_path / "cache").fingerprint == first.fingerprint
+
+
+def test_opening_reads_no_tokens(tmp_path: Path) -> None:
+    """A store of 4 GB of tokens (holes in a file) opens at once and takes no memory."""
+    folder = tmp_path / "store"
+    folder.mkdir()
+    num_samples, length = 1_000_000, 1000
+    for name, dtype in build_module.DTYPES.items():
+        num_values = num_samples * (length if name in ("input_ids", "supervised") else 1) + (
+            name == "offsets"
+        )
+        with (folder / f"{name}.bin").open("wb") as file:
+            file.truncate(num_values * np.dtype(dtype).itemsize)
+    counts = {"samples": num_samples}
+    (folder / "meta.json").write_text(json.dumps({"data_fingerprint": "", "sources": [counts]}))
+    started = time.perf_counter()
+    store = Store(folder, [Source("a.jsonl")])
+    assert time.perf_counter() - started < 1
+    assert len(store) == num_samples
+    assert isinstance(store.lengths.base, np.memmap)
+
+
+def builder(file: Path, cache: Path, num_workers: int, seconds_per_row: float) -> subprocess.Popen[str]:
+    """A process that says "ready", waits for a line, builds the store and says its key."""
+    program = Path(__file__).with_name("build_a_store.py")
+    return subprocess.Popen(
+        [sys.executable, str(program), str(file), str(cache), str(num_workers), str(seconds_per_row)],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+
+
+def start(process: subprocess.Popen[str]) -> None:
+    assert process.stdin is not None
+    process.stdin.write("go\n")
+    process.stdin.flush()
+
+
+def wait_for_ready(process: subprocess.Popen[str]) -> None:
+    assert process.stdout is not None
+    assert process.stdout.readline() == "ready\n"
+
+
+def wait_until(condition: Any, seconds: float = 60.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "waited too long"
+        time.sleep(0.02)
+
+
+def test_of_processes_that_build_the_same_store_one_wins_and_all_open_it(tmp_path: Path) -> None:
+    file = rows_file(tmp_path / "a.jsonl", many_rows(20))
+    processes = [builder(file, tmp_path / "cache", 1, 0.02) for _process in range(4)]
+    for process in processes:
+        wait_for_ready(process)
+    for process in processes:
+        start(process)
+    said = [process.communicate(timeout=60)[0] for process in processes]
+    assert [process.returncode for process in processes] == [0] * 4
+    assert folders(tmp_path / "cache") == [said[0].strip()]
+    assert len(set(said)) == 1
+
+
+def children_of(pid: int) -> list[int]:
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def is_running(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds the worker processes in /proc")
+def test_after_a_kill_the_store_is_not_there_its_workers_end_and_the_next_build_cleans_up(
+    tmp_path: Path,
+) -> None:
+    file = rows_file(tmp_path / "a.jsonl", many_rows(2000))
+    cache = tmp_path / "cache"
+    with builder(file, cache, 2, 1.0) as process:
+        wait_for_ready(process)
+        start(process)
+        wait_until(lambda: list((cache / "stores").glob(".building-*/store/*.bin")))
+        wait_until(lambda: len(children_of(process.pid)) >= 2)
+        workers = children_of(process.pid)
+        process.send_signal(signal.SIGKILL)
+    assert [name.startswith(".building-") for name in folders(cache)] == [True]
+    wait_until(lambda: not any(map(is_running, workers)))
+
+    with builder(file, cache, 1, 0.0) as process:
+        wait_for_ready(process)
+        start(process)
+        key = process.communicate(timeout=60)[0].strip()
+    assert folders(cache) == [key]
+    assert len(Store(cache / "stores" / key, [Source(str(file))])) == 1960
+
+
+def test_what_may_belong_to_another_is_left_alone(tmp_path: Path) -> None:
+    """The staging folders of a process that lives, of another machine, and of another store."""
+    file = rows_file(tmp_path / "a.jsonl", many_rows(3))
+    key = open_store(file, cache=tmp_path / "elsewhere").fingerprint
+    host = socket.gethostname()
+    dead = subprocess.Popen(["true"])
+    dead.wait()
+    theirs = [
+        f".building-{key}-{host}-{os.getppid()}-0123abcd",
+        f".building-{key}-not{host}-{dead.pid}-0123abcd",
+        f".building-{key}-{host}-other-{dead.pid}-0123abcd",
+        f".building-{key[::-1]}-{host}-{dead.pid}-0123abcd",
+    ]
+    for name in (*theirs, f".building-{key}-{host}-{dead.pid}-0123abcd"):
+        (tmp_path / "cache" / "stores" / name).mkdir(parents=True)
+    open_store(file, cache=tmp_path / "cache")
+    assert folders(tmp_path / "cache") == sorted([*theirs, key])
+
+
+def killed(row: Any) -> Any:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_worker_that_is_killed(tmp_path: Path) -> None:
+    file = rows_file(tmp_path / "a.jsonl", many_rows(2000))
+    with pytest.raises(
+        UserError, match=r"was killed, most likely for want of memory: lower data\.num_workers$"
+    ):
+        open_store(file, cache=tmp_path / "cache", num_workers=2, row_function=killed)
+    assert folders(tmp_path / "cache") == []
+
+
+def test_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(path: Path) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(build_module, "_sync", full)
+    file = rows_file(tmp_path / "a.jsonl", many_rows(3))
+    with pytest.raises(
+        UserError, match=r"cache: the token store cannot be written \(No space left on device\): make"
+    ):
+        open_store(file, cache=tmp_path / "cache")
+    assert folders(tmp_path / "cache") == []
+
+
+def test_a_cache_that_cannot_be_written(tmp_path: Path) -> None:
+    file = rows_file(tmp_path / "a.jsonl", many_rows(3))
+    (tmp_path / "cache").write_text("a file")
+    with pytest.raises(
+        UserError, match=r"cache: the token store cannot be written .* set data\.cache_dir to another"
+    ):
+        open_store(file, cache=tmp_path / "cache")
+
+
+class Clock:
+    """Time that passes by `step` seconds with every look at it."""
+
+    def __init__(self, step: float) -> None:
+        self.now, self.step = 0.0, step
+
+    def monotonic(self) -> float:
+        self.now += self.step
+        return self.now
+
+    def sleep(self, seconds: float) -> None:
+        self.now += seconds
+
+
+def test_a_long_build_tells_of_its_progress(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(build_module, "time", Clock(1.5))
+    lines: list[str] = []
+    open_store(rows_file(tmp_path / "a.jsonl", many_rows(400)), cache=tmp_path / "cache", log=lines.append)
+    assert lines == ["token store: 400 of 400 rows, 133 rows/s"]
+
+
+def test_other_ranks_wait_for_the_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = rows_file(tmp_path / "a.jsonl", many_rows(3))
+    cache = tmp_path / "cache"
+    lines: list[str] = []
+
+    class BuildsMeanwhile(Clock):
+        def sleep(self, seconds: float) -> None:
+            if len(lines) == 2:
+                open_store(file, cache=cache)
+
+    monkeypatch.setattr(store_module, "time", BuildsMeanwhile(10.0))
+    assert len(open_store(file, cache=cache, wait=True, log=lines.append)) == 3
+    assert lines == [f"waiting {seconds} s for the token store that rank 0 builds" for seconds in (40, 70)]
