@@ -26,13 +26,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-NUM_PRETRAIN_DOCUMENTS = 9_000
+NUM_PRETRAIN_DOCUMENTS = 10_000
 NUM_PRETRAIN_VAL_DOCUMENTS = 100
-NUM_TRAIN_ROWS = 10_500
+NUM_TRAIN_ROWS = 16_800
 NUM_TEST_ROWS = 420
 MIN_STATEMENTS, MAX_STATEMENTS = 3, 5  # in a document
 
-MIN_WORD_LENGTH, MAX_WORD_LENGTH = 3, 7  # letters
+MIN_WORD_LENGTH, MAX_WORD_LENGTH = 3, 6  # letters
 CONSONANTS, VOWELS = "bcdfghjklmnpqrstvwxz", "aeiouy"
 HELD_OUT_SHARE = 8  # one word in 8 is kept for the test
 
@@ -53,7 +53,12 @@ class Task(NamedTuple):
 
 # Words stand before a space, a comma, a full stop or a question mark here, as they will in prompts: where
 # pre-training knows one of them only, SFT must still learn to find a word's end, and needs far more rows.
-INTRODUCTIONS = ("Take the word {word}.", "Look at {word}, a word.", "Here {word} is a word.", "And what of {word}?")
+INTRODUCTIONS = (
+    "Take the word {word}.",
+    "Look at {word}, a word.",
+    "Here {word} is a word.",
+    "And what of {word}?",
+)
 
 TASKS = {
     "capitals": Task(

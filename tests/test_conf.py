@@ -11,16 +11,28 @@ from omegaconf import OmegaConf
 from sft.cli import CONF
 
 GROUPS = sorted(path.name for path in CONF.iterdir() if path.is_dir())
-FILES = sorted(
-    (group, path.stem) for group in GROUPS for path in (CONF / group).glob("*.yaml") if path.stem != "base"
-)
+FILES = sorted((group, path.stem) for group in GROUPS for path in (CONF / group).glob("*.yaml") if path.stem != "base")
 # What a file leaves to the user, so that it can be instantiated.
 NEEDED = {"model": ["+model.path=x", "model.tokenizer=x"], "trainer": ["trainer.accelerator=cpu"]}
 
 
 def test_groups_are_those_of_the_design() -> None:
-    assert GROUPS == sorted(
-        "model data strategy trainer optimizer schedule logger callbacks experiment debug".split()
+    assert (
+        sorted(
+            [
+                "model",
+                "data",
+                "strategy",
+                "trainer",
+                "optimizer",
+                "schedule",
+                "logger",
+                "callbacks",
+                "experiment",
+                "debug",
+            ]
+        )
+        == GROUPS
     )
 
 

@@ -58,7 +58,12 @@ def write_model(folder: Path, options: dict[str, Any]) -> None:
 
 
 def write_variant(
-    folder: Path, split: Split, options: dict[str, Any], packing: bool, global_batch_size: int, micro_batch_size: int
+    folder: Path,
+    split: Split,
+    options: dict[str, Any],
+    packing: bool,
+    global_batch_size: int,
+    micro_batch_size: int,
 ) -> dict[str, Any]:
     """TRL's data set: the packs of this project's step plan in the order of its steps, one a row."""
     setting = {

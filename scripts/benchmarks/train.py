@@ -69,7 +69,9 @@ def run(module: str, *arguments: str, threads: int) -> None:
         "HF_HUB_OFFLINE": "1",
         "CUDA_VISIBLE_DEVICES": "",
     }
-    process = subprocess.run([sys.executable, "-m", module, *arguments], env=environment, capture_output=True, text=True)
+    process = subprocess.run(
+        [sys.executable, "-m", module, *arguments], env=environment, capture_output=True, text=True
+    )
     if process.returncode:
         sys.exit(f"{module} failed:\n{process.stdout[-2000:]}{process.stderr[-4000:]}")
 
@@ -91,7 +93,9 @@ def figures(result: dict[str, Any], num_tokens: list[int], warmup: int) -> dict[
 def summary(variant: str, runs: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
     """Medians over the repeats; ratios pair by pair, then their median."""
     medians = {
-        name: {key: statistics.median(run[key] for run in each) for key in ("tokens_per_second", "peak_mb", "before_mb")}
+        name: {
+            key: statistics.median(run[key] for run in each) for key in ("tokens_per_second", "peak_mb", "before_mb")
+        }
         for name, each in runs.items()
     }
     rows = [
@@ -111,9 +115,17 @@ def summary(variant: str, runs: dict[str, list[dict[str, Any]]]) -> dict[str, An
         difference = max(
             abs(a - b) for ours, theirs in pairs for a, b in zip(ours["losses"], theirs["losses"], strict=True)
         )
-        result |= {"ratios": ratios, "speed_ratio": speed, "memory_ratio": memory, "loss_difference": difference}
+        result |= {
+            "ratios": ratios,
+            "speed_ratio": speed,
+            "memory_ratio": memory,
+            "loss_difference": difference,
+        }
     table(f"{variant}, medians", ["", "tokens/s", "peak MB", "of it libraries"], rows)
     losses = runs["project"][0]["losses"]
     print(f"  loss {losses[0]:.4f} at the first step, {losses[-1]:.4f} at the last", end="")
-    print(f"; the two curves differ by at most {result['loss_difference']:.1e}" if "trl" in runs else "", flush=True)
+    print(
+        f"; the two curves differ by at most {result['loss_difference']:.1e}" if "trl" in runs else "",
+        flush=True,
+    )
     return result

@@ -109,7 +109,9 @@ def explain(error: BaseException, command: str) -> str | None:
             name = getattr(link, "filename", None)
             return "the disk is full" + (f" ({name})" if name else "") + ": make room, then give the command again"
         if isinstance(link, PermissionError) or (isinstance(link, OSError) and link.errno == errno.EROFS):
-            return f"{link.filename or 'a file'} can't be written: choose another place with runs_dir= or data.cache_dir="
+            return (
+                f"{link.filename or 'a file'} can't be written: choose another place with runs_dir= or data.cache_dir="
+            )
     for link in chain:
         if isinstance(link, HydraException | OmegaConfBaseException):
             return _explain_override(link, command)
@@ -122,7 +124,9 @@ def _explain_override(error: BaseException, command: str) -> str:
     if unknown := re.search(r"Could not override '([^']+)'", message):
         name = unknown[1]
         nearest = _nearest(name, command)
-        return f"there is no setting {name}: " + (f"did you mean {nearest}?" if nearest else f"see sft {command} --cfg job")
+        return f"there is no setting {name}: " + (
+            f"did you mean {nearest}?" if nearest else f"see sft {command} --cfg job"
+        )
     if missing := re.search(r"Could not find '([^']+)/([^'/]+)'", message):
         group, option = missing.groups()
         options = sorted(path.stem for path in (CONF / group).glob("*.yaml") if path.stem != "base")

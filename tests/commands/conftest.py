@@ -10,10 +10,11 @@ import pytest
 
 from sft import cli
 
-
 # Each child is forked from a server that has imported what takes seconds and done nothing with it.
 PROCESSES = multiprocessing.get_context("forkserver")
-PROCESSES.set_forkserver_preload(["lightning", "datasets", "transformers.models.llama.modeling_llama", "sft.model.module"])
+PROCESSES.set_forkserver_preload(
+    ["lightning", "datasets", "transformers.models.llama.modeling_llama", "sft.model.module"]
+)
 
 
 @dataclass
@@ -79,7 +80,5 @@ class Sft:
 
 
 @pytest.fixture
-def sft(
-    tmp_path: Path, model_folder: Path, data_file: Path, monkeypatch: pytest.MonkeyPatch
-) -> Sft:
+def sft(tmp_path: Path, model_folder: Path, data_file: Path, monkeypatch: pytest.MonkeyPatch) -> Sft:
     return Sft(tmp_path, model_folder, data_file, monkeypatch)

@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from commands.conftest import Sft
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from commands.conftest import Sft
 from sft.cli import COMMANDS
 
 

@@ -7,12 +7,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from commands.conftest import Sft
-from commands.test_resume import final_files
-from conftest import tiny_llama
 from safetensors import SafetensorError
 from transformers import AutoTokenizer
 
+from commands.conftest import Sft
+from commands.test_resume import final_files
+from conftest import tiny_llama
 from sft.training import checkpoint
 
 Prepare = Callable[[Path], None]
@@ -145,9 +145,7 @@ def test_one_line(
     ],
     ids=" ".join,
 )
-def test_other_commands(
-    sft: Sft, command: list[str], message: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_other_commands(sft: Sft, command: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert sft(*command) == 2
     assert message in capsys.readouterr().err
 
@@ -179,7 +177,10 @@ def test_tampered_export_is_an_error(
 
 @pytest.mark.parametrize(
     "error",
-    [OSError(errno.ENOSPC, "No space left on device"), SafetensorError("No space left on device (os error 28)")],
+    [
+        OSError(errno.ENOSPC, "No space left on device"),
+        SafetensorError("No space left on device (os error 28)"),
+    ],
     ids=["system", "safetensors"],
 )
 def test_full_disk_in_a_save(
@@ -207,9 +208,7 @@ def test_full_disk_in_a_save(
     assert final_files(sft.run_folder()) == final_files(sft.run_folder("whole"))
 
 
-def test_full_disk_in_the_store(
-    sft: Sft, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_full_disk_in_the_store(sft: Sft, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     from sft.data import build
 
     def full(path: Path) -> None:

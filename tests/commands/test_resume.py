@@ -6,14 +6,20 @@ import signal
 from pathlib import Path
 
 import pytest
-from commands.conftest import Sft
 
+from commands.conftest import Sft
 from sft.training.checkpoint import best, complete
 from sft.training.metrics import TIMINGS
 
-SETTINGS = ("epochs=3", "val_every=2", "checkpoint.save_every=2", "run=run", "+model.config.attention_dropout=0.1")
+SETTINGS = (
+    "epochs=3",
+    "val_every=2",
+    "checkpoint.save_every=2",
+    "run=run",
+    "+model.config.attention_dropout=0.1",
+)
 
-# Python statements that make the process kill itself at a call of some function, as the kernel would: no `finally` runs.
+# Python statements by which the process kills itself at a call of some function, as the kernel would: no `finally`.
 KILL = """
 import importlib, os, signal
 def kill_at(module, name, call, after=False):

@@ -8,11 +8,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 import yaml
-from commands.conftest import Sft
-from commands.test_resume import rows
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from commands.conftest import Sft
+from commands.test_resume import rows
 from sft.training.checkpoint import complete
 
 SGD = ("optimizer=sgd", "optimizer.lr=0.5", "trainer.gradient_clip_val=null", "schedule=constant")
@@ -49,14 +49,10 @@ def planned(sft: Sft, num_steps: int, packing: bool = True) -> list[list[dict[st
     assert sft("preview", *sft.settings, "preview.dump=samples.jsonl", "preview.packs=1", "data.val_size=0") == 0
     samples = [json.loads(line) for line in (sft.folder / "samples.jsonl").read_text().splitlines()]
     lengths = torch.tensor([len(sample["input_ids"]) for sample in samples]).numpy()
-    plan = epoch_plan(
-        lengths, lengths, seed=0, epoch=0, global_batch_size=4, max_length=256, packing=packing
-    )
+    plan = epoch_plan(lengths, lengths, seed=0, epoch=0, global_batch_size=4, max_length=256, packing=packing)
     assert plan.num_steps >= num_steps
     assert Split is not None
-    return [
-        [samples[int(index)] for pack in plan.step(step).packs for index in pack] for step in range(num_steps)
-    ]
+    return [[samples[int(index)] for pack in plan.step(step).packs for index in pack] for step in range(num_steps)]
 
 
 @pytest.mark.parametrize("micro_batch_size", [1, 2, 4], ids=lambda size: f"accumulation {4 // size}")
@@ -169,9 +165,7 @@ def test_same_name_for_other_numbers_is_refused(sft: Sft, capsys: pytest.Capture
     assert "is a run with optimizer.lr=0.01, not 0.5: give this one another name" in capsys.readouterr().err
 
 
-def test_changed_data_is_not_the_same_run(
-    sft: Sft, data_file: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_changed_data_is_not_the_same_run(sft: Sft, data_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
     own = sft.folder / "rows.jsonl"
     own.write_bytes(data_file.read_bytes())
     settings = ("run=run", "max_steps=2", "export=false", "data.path=rows.jsonl")
@@ -216,7 +210,12 @@ def test_second_process_at_the_same_run_is_refused(sft: Sft, capsys: pytest.Capt
 
 
 def test_early_stopping_ends_with_a_checkpoint_and_an_export(sft: Sft) -> None:
-    stop = ("callbacks=early_stopping", "callbacks.early_stopping.patience=1", "optimizer.lr=0.0", "val_every=1")
+    stop = (
+        "callbacks=early_stopping",
+        "callbacks.early_stopping.patience=1",
+        "optimizer.lr=0.0",
+        "val_every=1",
+    )
     assert sft.train("run=run", "epochs=3", *stop) == 0
     status = json.loads((sft.run_folder() / "status.json").read_text())
     assert status["state"] == "finished"

@@ -50,9 +50,7 @@ def byte_tokenizer(merges: list[tuple[str, str]], template: str | None = None) -
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.post_processor = processors.ByteLevel(trim_offsets=True)
     backend.decoder = decoders.ByteLevel()
-    backend.add_special_tokens(
-        [AddedToken("<|end|>", special=True), AddedToken("<|assistant|>", special=True)]
-    )
+    backend.add_special_tokens([AddedToken("<|end|>", special=True), AddedToken("<|assistant|>", special=True)])
     return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|end|>", chat_template=template)
 
 

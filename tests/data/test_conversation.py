@@ -53,9 +53,7 @@ def test_messages_keep_what_templates_read() -> None:
 
 def test_role_names_of_the_wild() -> None:
     said = [("system", "Be good."), ("human", "Why?"), ("gpt", "So.")]
-    made = messages(
-        {"turns": [{"from": r, "value": v} for r, v in said]}, column="turns", role="from", content="value"
-    )
+    made = messages({"turns": [{"from": r, "value": v} for r, v in said]}, column="turns", role="from", content="value")
     assert isinstance(made, Conversation)
     assert made.messages is not None
     assert [m["role"] for m in made.messages] == ["system", "user", "assistant"]
@@ -64,9 +62,7 @@ def test_role_names_of_the_wild() -> None:
 def test_role_names_of_the_users_own() -> None:
     row = {"messages": [{"role": "Q", "content": "Why?"}, {"role": "gpt", "content": "So."}]}
     made = messages(row, roles={"Q": "user"})
-    assert made == Conversation(
-        messages=[{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "So."}]
-    )
+    assert made == Conversation(messages=[{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "So."}])
 
 
 def test_function_calls_of_sharegpt() -> None:

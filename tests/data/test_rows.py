@@ -64,9 +64,7 @@ def test_a_folder_of_splits(tmp_path: Path, cache: Path) -> None:
     assert load(tmp_path / "f", cache) == ROWS
     assert load(tmp_path / "f", cache, "test") == ROWS
     assert load(tmp_path / "f", cache, "test[:1]") == ROWS[:1]
-    with pytest.raises(
-        UserError, match=r"no file for split 'val' .*; there is test-00000-of-00002\.jsonl, test-"
-    ):
+    with pytest.raises(UserError, match=r"no file for split 'val' .*; there is test-00000-of-00002\.jsonl, test-"):
         load(tmp_path / "f", cache, "val")
     write(tmp_path / "f/train.csv", "q\na\n")
     with pytest.raises(UserError, match=r"'train' is there in several formats \(train.csv, train.jsonl\)"):
@@ -179,9 +177,7 @@ def test_a_source_without_rows(cache: Path, monkeypatch: pytest.MonkeyPatch) -> 
         load_rows(Source("a/b"), cache)
 
 
-def test_a_full_disk_is_not_blamed_on_the_file(
-    tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_full_disk_is_not_blamed_on_the_file(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: object, **__: object) -> None:
         try:
             raise OSError(errno.ENOSPC, "No space left on device")

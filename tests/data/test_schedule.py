@@ -26,9 +26,7 @@ def lengths() -> np.ndarray:
     return np.random.default_rng(0).integers(2, 40, 203).astype(np.int32)
 
 
-def plan_of(
-    lengths: np.ndarray, *, seed: int = 0, epoch: int = 0, packing: bool = True, size: int = 8
-) -> EpochPlan:
+def plan_of(lengths: np.ndarray, *, seed: int = 0, epoch: int = 0, packing: bool = True, size: int = 8) -> EpochPlan:
     return epoch_plan(
         lengths,
         lengths // 2,
@@ -85,9 +83,7 @@ def test_a_step_that_is_not_there() -> None:
 @pytest.mark.parametrize("packing", [True, False])
 def test_ranks_and_accumulation_only_share_the_step_out(lengths: np.ndarray, packing: bool) -> None:
     plan = plan_of(lengths, packing=packing, size=12)
-    for k, (world_size, micro_batch_size) in product(
-        (0, plan.num_steps - 1), [(1, 1), (2, 3), (4, 1), (6, 2)]
-    ):
+    for k, (world_size, micro_batch_size) in product((0, plan.num_steps - 1), [(1, 1), (2, 3), (4, 1), (6, 2)]):
         step = plan.step(k)
         accumulation = check_division(12, world_size, micro_batch_size)
         ranks = [
@@ -119,15 +115,10 @@ def test_attention_cost_is_shared_evenly() -> None:
     step = plan.step(0)
 
     def spread(ranks: list[list[np.ndarray]]) -> float:
-        cost = [
-            sum(int((lengths[samples].astype(np.int64) ** 2).sum()) for samples in mine) for mine in ranks
-        ]
+        cost = [sum(int((lengths[samples].astype(np.int64) ** 2).sum()) for samples in mine) for mine in ranks]
         return float(max(cost) / np.mean(cost))
 
-    shared = [
-        share(step, lengths, world_size=8, micro_batch_size=1, accumulation=16, rank=rank)
-        for rank in range(8)
-    ]
+    shared = [share(step, lengths, world_size=8, micro_batch_size=1, accumulation=16, rank=rank) for rank in range(8)]
     assert spread(shared) < 1.05 < 1.2 < spread([step.packs[rank::8] for rank in range(8)])
 
 
@@ -146,8 +137,7 @@ def test_snake_order() -> None:
 def test_the_last_step_gives_every_rank_as_many_micro_batches() -> None:
     step = Step([np.array([0])], num_supervised=1, num_tokens=2)
     shares = [
-        share(step, np.array([2]), world_size=2, micro_batch_size=1, accumulation=2, rank=rank)
-        for rank in range(2)
+        share(step, np.array([2]), world_size=2, micro_batch_size=1, accumulation=2, rank=rank) for rank in range(2)
     ]
     assert [[samples.tolist() for samples in mine] for mine in shares] == [[[0], []], [[], []]]
 
@@ -196,9 +186,7 @@ def test_check_division() -> None:
 def test_a_division_that_leaves_a_rest(sizes: tuple[int, int, int], advice: str) -> None:
     with pytest.raises(UserError, match=advice) as caught:
         check_division(*sizes)
-    assert str(caught.value).startswith(
-        f"a global batch of {sizes[0]} packs does not divide among 8 ranks in"
-    )
+    assert str(caught.value).startswith(f"a global batch of {sizes[0]} packs does not divide among 8 ranks in")
 
 
 def test_held_out_samples() -> None:
@@ -226,9 +214,7 @@ def test_who_is_held_out_hardly_changes_with_more_rows() -> None:
 
 @pytest.mark.parametrize("size", [0, 0.0001, 100, 200, -1])
 def test_sizes_that_cannot_be_held_out(size: float) -> None:
-    with pytest.raises(
-        UserError, match=r"of 100 samples cannot be held out for validation: set data\.val_size"
-    ):
+    with pytest.raises(UserError, match=r"of 100 samples cannot be held out for validation: set data\.val_size"):
         split_held_out(np.arange(100, dtype=np.uint64), size, seed=0)
 
 

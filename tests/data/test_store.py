@@ -56,9 +56,7 @@ def folders(cache: Path) -> list[str]:
 
 
 def test_samples_come_back_as_they_were_made(tmp_path: Path) -> None:
-    first = rows_file(
-        tmp_path / "a.jsonl", [{"prompt": "hi", "response": "yes"}, {"prompt": "hi", "response": None}]
-    )
+    first = rows_file(tmp_path / "a.jsonl", [{"prompt": "hi", "response": "yes"}, {"prompt": "hi", "response": None}])
     second = rows_file(
         tmp_path / "b.jsonl", [{"prompt": "", "response": "x"}, {"prompt": "why so", "response": "good"}]
     )
@@ -144,9 +142,7 @@ def test_cut_prompts_are_not_lost(tmp_path: Path) -> None:
 
 def test_nothing_to_train_on(tmp_path: Path) -> None:
     file = rows_file(tmp_path / "a.jsonl", [{"prompt": "hi", "response": " "}] * 3)
-    with pytest.raises(
-        UserError, match=r"^3 of 3 rows lost, which leaves nothing to train on; 3 are empty_response"
-    ):
+    with pytest.raises(UserError, match=r"^3 of 3 rows lost, which leaves nothing to train on; 3 are empty_response"):
         open_store(file, cache=tmp_path / "cache")
     assert folders(tmp_path / "cache") == []
 
@@ -156,9 +152,7 @@ def test_a_bad_row_is_named_and_nothing_stays_behind(tmp_path: Path) -> None:
     for number, num_workers in ((17, 1), (2300, 2)):
         bad = [{**row, "response": {"a": 1}} if i == number else row for i, row in enumerate(rows)]
         file = rows_file(tmp_path / f"{number}.jsonl", bad)
-        with pytest.raises(
-            UserError, match=rf"^row {number} of {number}\.jsonl: column 'response' holds .* string$"
-        ):
+        with pytest.raises(UserError, match=rf"^row {number} of {number}\.jsonl: column 'response' holds .* string$"):
             open_store(file, cache=tmp_path / "cache", num_workers=num_workers)
     assert folders(tmp_path / "cache") == []
 
@@ -176,10 +170,7 @@ def test_a_bug_in_a_row_function_keeps_its_traceback_and_names_the_row(tmp_path:
 
 def test_the_number_of_workers_changes_not_one_byte(tmp_path: Path) -> None:
     file = rows_file(tmp_path / "a.jsonl", many_rows(3500))
-    stores = [
-        open_store(file, cache=tmp_path / f"cache{n}", num_workers=n, max_lost=0.05).fingerprint
-        for n in (1, 3)
-    ]
+    stores = [open_store(file, cache=tmp_path / f"cache{n}", num_workers=n, max_lost=0.05).fingerprint for n in (1, 3)]
     assert stores[0] == stores[1]
     one, two = (tmp_path / f"cache{n}" / "stores" / stores[0] for n in (1, 2))
     assert sorted(path.name for path in one.iterdir()) == sorted(path.name for path in two.iterdir())
@@ -204,9 +195,7 @@ def test_opening_reads_no_tokens(tmp_path: Path) -> None:
     folder.mkdir()
     num_samples, length = 1_000_000, 1000
     for name, dtype in build_module.DTYPES.items():
-        num_values = num_samples * (length if name in ("input_ids", "supervised") else 1) + (
-            name == "offsets"
-        )
+        num_values = num_samples * (length if name in ("input_ids", "supervised") else 1) + (name == "offsets")
         with (folder / f"{name}.bin").open("wb") as file:
             file.truncate(num_values * np.dtype(dtype).itemsize)
     counts = {"samples": num_samples}
@@ -321,9 +310,7 @@ def killed(row: Any) -> Any:
 
 def test_a_worker_that_is_killed(tmp_path: Path) -> None:
     file = rows_file(tmp_path / "a.jsonl", many_rows(2000))
-    with pytest.raises(
-        UserError, match=r"was killed, most likely for want of memory: lower data\.num_workers$"
-    ):
+    with pytest.raises(UserError, match=r"was killed, most likely for want of memory: lower data\.num_workers$"):
         open_store(file, cache=tmp_path / "cache", num_workers=2, row_function=killed)
     assert folders(tmp_path / "cache") == []
 
@@ -334,9 +321,7 @@ def test_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(build_module, "_sync", full)
     file = rows_file(tmp_path / "a.jsonl", many_rows(3))
-    with pytest.raises(
-        UserError, match=r"cache: the token store cannot be written \(No space left on device\): make"
-    ):
+    with pytest.raises(UserError, match=r"cache: the token store cannot be written \(No space left on device\): make"):
         open_store(file, cache=tmp_path / "cache")
     assert folders(tmp_path / "cache") == []
 
@@ -344,9 +329,7 @@ def test_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_cache_that_cannot_be_written(tmp_path: Path) -> None:
     file = rows_file(tmp_path / "a.jsonl", many_rows(3))
     (tmp_path / "cache").write_text("a file")
-    with pytest.raises(
-        UserError, match=r"cache: the token store cannot be written .* set data\.cache_dir to another"
-    ):
+    with pytest.raises(UserError, match=r"cache: the token store cannot be written .* set data\.cache_dir to another"):
         open_store(file, cache=tmp_path / "cache")
 
 

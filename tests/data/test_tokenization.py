@@ -297,9 +297,7 @@ class TestOverlong:
         assert lost(self.conversation, word_tokenizer(), max_length=10) == {"overlong"}
 
     def test_error(self) -> None:
-        with pytest.raises(
-            UserError, match=r"a sample of 11 tokens does not fit data.max_length=10: raise it, or"
-        ):
+        with pytest.raises(UserError, match=r"a sample of 11 tokens does not fit data.max_length=10: raise it, or"):
             tokenized(self.conversation, word_tokenizer(), max_length=10, overlong="error")
 
     def test_truncate_prompt_takes_the_oldest_tokens(self) -> None:
@@ -315,9 +313,7 @@ class TestOverlong:
     def test_truncate_prompt_never_takes_from_a_response(self) -> None:
         made = Tokenization(word_tokenizer(), max_length=5, overlong="truncate_prompt")(self.conversation)
         assert made.samples == [Sample([5, 12, 10, 14, 6], [_, 12, 10, 14, 6])]
-        assert lost(self.conversation, word_tokenizer(), max_length=4, overlong="truncate_prompt") == {
-            "overlong"
-        }
+        assert lost(self.conversation, word_tokenizer(), max_length=4, overlong="truncate_prompt") == {"overlong"}
 
     def test_a_row_may_lose_one_sample_and_keep_another(self) -> None:
         conversation = chat("user hi", "assistant yes", "user why", "assistant so")
@@ -365,9 +361,7 @@ def test_a_template_that_cannot_be_used(template: str | None, message: str) -> N
 
 
 def test_a_tokenizer_that_cannot_be_used() -> None:
-    with pytest.raises(
-        UserError, match=r"SimpleNamespace is not a fast tokenizer: use a model with a tokenizer\.json"
-    ):
+    with pytest.raises(UserError, match=r"SimpleNamespace is not a fast tokenizer: use a model with a tokenizer\.json"):
         Tokenization(SimpleNamespace(is_fast=False), max_length=100)  # type: ignore[arg-type]
     with pytest.raises(UserError, match="the tokenizer has no EOS token"):
         tokenized(plain("hi", "yes"), word_tokenizer(eos_token=None))
@@ -377,11 +371,7 @@ def test_special_tokens_that_swallow_the_space_after_them() -> None:
     """As Phi-3's (`rstrip`)."""
     tokenizer = word_tokenizer()
     tokenizer.add_special_tokens(
-        {
-            "additional_special_tokens": [
-                AddedToken(t, special=True, rstrip=True) for t in ("<|end|>", "<|user|>")
-            ]
-        }
+        {"additional_special_tokens": [AddedToken(t, special=True, rstrip=True) for t in ("<|end|>", "<|user|>")]}
     )
     [sample] = tokenized(chat("user hi", "assistant yes", "user why", "assistant so"), tokenizer)
     assert sample == Sample(
@@ -413,6 +403,4 @@ def test_real_conversations_teach_the_assistants_words_and_nothing_else() -> Non
         first = next(i for i, m in enumerate(conversation.messages) if m["role"] == "assistant")
         served = encode(tokenizer, render(tokenizer, conversation.messages[:first], None, True)).ids
         assert sample.input_ids[: len(served)] == served
-        assert all(
-            label in (IGNORE, token) for token, label in zip(sample.input_ids, sample.labels, strict=True)
-        )
+        assert all(label in (IGNORE, token) for token, label in zip(sample.input_ids, sample.labels, strict=True))

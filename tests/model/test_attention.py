@@ -64,8 +64,6 @@ def test_sinks_are_refused() -> None:
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.parametrize("options", [{}, {"scaling": 0.1}, {"sliding_window": 2}], ids=str)
 def test_varlen_kernel(options: dict) -> None:
-    here = packed_attention(
-        torch.nn.Module(), *qkv("cuda", torch.bfloat16), None, **boundaries("cuda"), **options
-    )[0]
+    here = packed_attention(torch.nn.Module(), *qkv("cuda", torch.bfloat16), None, **boundaries("cuda"), **options)[0]
     named = {"window" if name == "sliding_window" else name: value for name, value in options.items()}
     torch.testing.assert_close(here.float().cpu(), by_hand(**named), rtol=2e-2, atol=2e-2)

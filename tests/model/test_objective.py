@@ -5,10 +5,10 @@ from itertools import accumulate, pairwise
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import tiny_llama
 from torch import Tensor
 from transformers import Gemma2Config, Gemma2ForCausalLM, GraniteConfig, GraniteForCausalLM, PreTrainedModel
 
+from conftest import tiny_llama
 from sft.data.tokenization import IGNORE
 from sft.model import attention, objective
 from sft.model.objective import Objective, linear_nll
@@ -183,9 +183,7 @@ def test_head_that_is_more_than_a_matrix_takes_the_models_own_forward(other: obj
     measure = Objective()
     nll, _ = measure(model, batch)
     reference = plain(model)
-    expected = sum(
-        log_prob(reference, ids) - log_prob(reference, ids[:, :NUM_PROMPT]) for ids in samples(batch)
-    )
+    expected = sum(log_prob(reference, ids) - log_prob(reference, ids[:, :NUM_PROMPT]) for ids in samples(batch))
     assert measure.plain_head is False
     assert nll.item() == pytest.approx(-expected.item(), abs=1e-4)
 

@@ -2,8 +2,8 @@ from functools import partial
 
 import pytest
 import torch
-from conftest import tiny_llama
 
+from conftest import tiny_llama
 from sft.model.optimizer import build, constant, cosine, linear, warmup_stable_decay
 
 
@@ -29,7 +29,10 @@ def test_frozen_parameters_are_left_out() -> None:
     ("schedule", "expected"),
     [
         # 10 steps, 2 of warm-up (1/3, 2/3), then 8.
-        (partial(cosine, warmup=2), [1 / 3, 2 / 3, 1, 0.96194, 0.85355, 0.69134, 0.5, 0.30866, 0.14645, 0.03806]),
+        (
+            partial(cosine, warmup=2),
+            [1 / 3, 2 / 3, 1, 0.96194, 0.85355, 0.69134, 0.5, 0.30866, 0.14645, 0.03806],
+        ),
         (partial(linear, warmup=2), [1 / 3, 2 / 3, 1, 7 / 8, 6 / 8, 5 / 8, 4 / 8, 3 / 8, 2 / 8, 1 / 8]),
         (partial(linear, warmup=0, final=0.5), [1, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65, 0.6, 0.55]),
         (partial(constant, warmup=0.2), [1 / 3, 2 / 3, 1, 1, 1, 1, 1, 1, 1, 1]),

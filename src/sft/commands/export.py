@@ -85,11 +85,10 @@ def model_card(run: Run, checkpoint: Checkpoint) -> str:
         "commit": provenance["commit"],
     }
     rows = [f"| {name} | {value} |" for name, value in recipe.items()]
-    return "\n".join(
-        [*header, "---", f"# {run.folder.name}", "", "Supervised fine-tuning by `sft`.", ""]
-        + ["| | |", "|---|---|", *rows, "", "The whole configuration:", "", "```yaml"]
-        + [(run.folder / "config.yaml").read_text().rstrip(), "```", ""]
-    )
+    title = [*header, "---", f"# {run.folder.name}", "", "Supervised fine-tuning by `sft`.", ""]
+    table = ["| | |", "|---|---|", *rows, ""]
+    whole = ["The whole configuration:", "", "```yaml", (run.folder / "config.yaml").read_text().rstrip(), "```", ""]
+    return "\n".join([*title, *table, *whole])
 
 
 def _chosen(run: Run, which: str) -> Checkpoint:

@@ -42,7 +42,10 @@ def main(config: Any) -> None:
         ),
         strict=True,
     ):
-        print(response if alone else json.dumps({"prompt": prompt, "response": response}, ensure_ascii=False), flush=True)
+        print(
+            response if alone else json.dumps({"prompt": prompt, "response": response}, ensure_ascii=False),
+            flush=True,
+        )
 
 
 def answers(
@@ -68,7 +71,8 @@ def answers(
 
     tokenizer = AutoTokenizer.from_pretrained(folder)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto").to(device).eval()
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
+    model.to(device).eval()
     make = instantiate(data["conversation"], _convert_="all")
     asked = [served_ids(tokenizer, make, prompt) for prompt in prompts]
     sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p} if temperature else {"do_sample": False}
@@ -81,11 +85,14 @@ def answers(
         ids = torch.tensor([[pad] * (longest - len(each)) + each for each in batch])
         mask = torch.tensor([[0] * (longest - len(each)) + [1] * len(each) for each in batch])
         made = model.generate(
-            input_ids=ids.to(device), attention_mask=mask.to(device), max_new_tokens=max_new_tokens, **sampling
+            input_ids=ids.to(device),
+            attention_mask=mask.to(device),
+            max_new_tokens=max_new_tokens,
+            **sampling,
         )
         for row in made[:, longest:].tolist():
             stops = [at for at, token in enumerate(row) if token in _stops(model)]
-            yield tokenizer.decode(row[: stops[0]] if stops else row, skip_special_tokens=True)
+            yield str(tokenizer.decode(row[: stops[0]] if stops else row, skip_special_tokens=True))
 
 
 def _stops(model: Any) -> list[int]:

@@ -57,24 +57,27 @@ def show(console: Any, prepared: Prepared, num_packs: int, colour: bool) -> None
     for number, pack in enumerate(plan.packs[:num_packs]):
         tokens = int(train.lengths[pack].sum())
         console.print(
-            Text(f"pack {number}: {len(pack)} samples, {tokens} tokens, {tokens / data.max_length:.1%} full", "bold")
+            Text(
+                f"pack {number}: {len(pack)} samples, {tokens} tokens, {tokens / data.max_length:.1%} full",
+                "bold",
+            )
         )
         for index in pack.tolist():
             where = f"{train.source(index)} row {train.row(index)}"
             length, supervised = train.lengths[index], train.num_supervised[index]
             console.print(Text(f"  {where}: {length} tokens, {supervised} supervised", "dim"))
-            console.print(marked(prepared.tokenizer, *train[index], colour=colour))
+            console.print(marked(prepared.tokenizer, train[index], colour))
     legend = "green and bold" if colour else "between [[ and ]]"
     console.print(Text(f"supervised tokens are {legend}; all others are read and carry no loss", "dim"))
 
 
-def marked(tokenizer: Any, input_ids: Any, labels: Any, colour: bool) -> Any:
+def marked(tokenizer: Any, sample: tuple[Any, Any], colour: bool) -> Any:
     """A sample's text with its supervised stretches marked."""
     from rich.text import Text
 
     from sft.data.tokenization import IGNORE
 
-    text = Text()
+    text, (input_ids, labels) = Text(), sample
     start, supervised = 0, labels != IGNORE
     for end in range(1, len(input_ids) + 1):
         if end < len(input_ids) and supervised[end] == supervised[start]:
@@ -97,7 +100,12 @@ def ledger_table(ledger: Any) -> Any:
         for counts in part.get("sources", []):
             lost = ", ".join(f"{count} {reason}" for reason, count in counts["lost"].items()) or "0"
             table.add_row(
-                split, counts["source"], f"{counts['rows']:,}", f"{counts['samples']:,}", lost, str(counts["truncated_prompt"])
+                split,
+                counts["source"],
+                f"{counts['rows']:,}",
+                f"{counts['samples']:,}",
+                lost,
+                str(counts["truncated_prompt"]),
             )
     return table
 

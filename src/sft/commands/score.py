@@ -29,8 +29,9 @@ def main(config: Any) -> None:
 
     from sft.data.batch import make_batch
     from sft.data.schedule import eval_plan
+    from sft.data.tokenization import IGNORE
     from sft.model import attention
-    from sft.model.objective import IGNORE, Objective
+    from sft.model.objective import Objective
     from sft.training.setup import quiet
 
     quiet()
@@ -46,7 +47,7 @@ def main(config: Any) -> None:
         raise UserError(f"{run.folder} has no validation data: name what to score with data=")
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", attn_implementation=attention.NAME)
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", attn_implementation=attention.NAME)
     model.to(device).eval()
     objective = Objective()
     plan = eval_plan(

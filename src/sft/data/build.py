@@ -110,9 +110,7 @@ def _write(folder: Path, job: _Job, num_workers: int, log: Callable[[str], None]
     started = time.monotonic()
     next_line = 2.0
     with ExitStack() as stack:
-        files: dict[str, BinaryIO] = {
-            name: stack.enter_context((folder / f"{name}.bin").open("wb")) for name in DTYPES
-        }
+        files: dict[str, BinaryIO] = {name: stack.enter_context((folder / f"{name}.bin").open("wb")) for name in DTYPES}
         files["offsets"].write(np.zeros(1, DTYPES["offsets"]).tobytes())
         for chunk in _chunks(job, num_workers):
             offsets = num_tokens + np.cumsum(chunk.arrays["lengths"], dtype=np.int64)
@@ -150,8 +148,7 @@ def _chunks(job: _Job, num_workers: int) -> Iterator[_Chunk]:
             yield pending.popleft().result()
     except BrokenProcessPool as error:
         raise UserError(
-            "a process that builds the token store was killed, most likely for want of memory: lower "
-            "data.num_workers"
+            "a process that builds the token store was killed, most likely for want of memory: lower data.num_workers"
         ) from error
     finally:
         workers.shutdown(cancel_futures=True)

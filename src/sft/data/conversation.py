@@ -111,8 +111,7 @@ def _message(turn: Any, role_key: str, content_key: str, roles: Mapping[str, str
     role, content = turn[role_key], turn.get(content_key)
     if role not in roles:
         raise UserError(
-            f"unknown role {role!r}: the roles known are {', '.join(roles)}; name others in "
-            "data.conversation.roles"
+            f"unknown role {role!r}: the roles known are {', '.join(roles)}; name others in data.conversation.roles"
         )
     if content is not None and not isinstance(content, str | list):
         raise UserError(f"the content of a message is {_type(content)}, not a string")
@@ -122,9 +121,7 @@ def _message(turn: Any, role_key: str, content_key: str, roles: Mapping[str, str
             "content": "",
             "tool_calls": _tool_calls(_parsed(content, "a function_call")),
         }
-    rest = {
-        k: _without_nulls(v) for k, v in turn.items() if v is not None and k not in (role_key, content_key)
-    }
+    rest = {k: _without_nulls(v) for k, v in turn.items() if v is not None and k not in (role_key, content_key)}
     if "tool_calls" in rest:
         rest["tool_calls"] = _tool_calls(rest["tool_calls"])
     return {"role": roles[role], "content": "" if content is None else _without_nulls(content), **rest}
@@ -141,9 +138,7 @@ def _tool_calls(calls: Any) -> list[dict[str, Any]]:
         if isinstance(arguments, str):
             arguments = _parsed(arguments, "a tool call's arguments")
         rest = {key: value for key, value in call.items() if key == "id"}
-        normal.append(
-            {**rest, "type": "function", "function": {"name": function["name"], "arguments": arguments}}
-        )
+        normal.append({**rest, "type": "function", "function": {"name": function["name"], "arguments": arguments}})
     return normal
 
 

@@ -100,9 +100,7 @@ class DataConfig:
                 return Splits(Split(train), None, {"train": train.ledger}, {"train": train.data_fingerprint})
             kept, held_out = split_held_out(train.content, self.val_size, seed)
             ledger = {"train": train.ledger, "held_out": {"samples": len(held_out), "of": "train"}}
-            return Splits(
-                Split(train, kept), Split(train, held_out), ledger, {"train": train.data_fingerprint}
-            )
+            return Splits(Split(train, kept), Split(train, held_out), ledger, {"train": train.data_fingerprint})
         val_path = self.path if self.val_path is None else self.val_path
         val_sources = _sources(val_path, self.name, self.val_split or self.split)
         train = self.store(train_sources, tokenizer, wait=wait, log=log)

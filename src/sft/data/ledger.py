@@ -75,11 +75,7 @@ def check(sources: Sequence[Mapping[str, Any]], max_lost: float) -> None:
     advice = ADVICE.get(reason, "mend the rows")
     raise UserError(
         f"{num_lost} of {num_rows} rows lost, "
-        + (
-            "which leaves nothing to train on"
-            if nothing_left
-            else f"more than data.max_lost={max_lost:g} of them"
-        )
+        + ("which leaves nothing to train on" if nothing_left else f"more than data.max_lost={max_lost:g} of them")
         + f"; {count} are {reason} (row {rows} of {where['source']}): {advice}"
         + ("" if nothing_left else ", or raise data.max_lost")
     )

@@ -125,9 +125,7 @@ def _split_files(folder: Path, split: str) -> list[Path]:
     files = [file for file in there if file.stem == split or file.stem.startswith(f"{split}-")]
     if not files:
         names = ", ".join(file.name for file in there[:10]) or "no data file"
-        raise UserError(
-            f"{folder}: no file for split {split!r} ({split}.jsonl or the like); there is {names}"
-        )
+        raise UserError(f"{folder}: no file for split {split!r} ({split}.jsonl or the like); there is {names}")
     if len({LOADERS[file.suffix] for file in files}) > 1:
         names = ", ".join(file.name for file in files)
         raise UserError(f"{folder}: split {split!r} is there in several formats ({names}): give one's path")

@@ -64,9 +64,7 @@ def epoch_plan(
     rng = np.random.default_rng([seed, epoch])
     # Permuted before packing too, so that samples of equal length meet other company every epoch.
     packs = _packs(lengths, rng.permutation(len(lengths)), max_length, packing)
-    return EpochPlan(
-        [packs[i] for i in rng.permutation(len(packs))], lengths, num_supervised, global_batch_size
-    )
+    return EpochPlan([packs[i] for i in rng.permutation(len(packs))], lengths, num_supervised, global_batch_size)
 
 
 def _packs(lengths: np.ndarray, samples: np.ndarray, max_length: int, packing: bool) -> list[np.ndarray]:
@@ -86,9 +84,7 @@ def share(
     from the costliest down, no rank waits for another. In an epoch's smaller last step micro-batches may be
     empty, yet each rank has as many of them as ever.
     """
-    assert len(step.packs) <= world_size * micro_batch_size * accumulation, (
-        "a step larger than the global batch"
-    )
+    assert len(step.packs) <= world_size * micro_batch_size * accumulation, "a step larger than the global batch"
     cost = [int((lengths[samples].astype(np.int64) ** 2).sum()) for samples in step.packs]
     by_cost = sorted(range(len(cost)), key=lambda i: -cost[i])
     mine = [i for at, i in enumerate(by_cost) if _snake(at, world_size) == rank]

@@ -49,14 +49,12 @@ class Store:
         # By order alone: the same content may lie elsewhere next time.
         self.ledger: dict[str, Any] = {
             "sources": [
-                {"source": str(source), **counts}
-                for source, counts in zip(sources, meta["sources"], strict=True)
+                {"source": str(source), **counts} for source, counts in zip(sources, meta["sources"], strict=True)
             ]
         }
         self._ends = np.cumsum([counts["samples"] for counts in meta["sources"]])
         arrays = {
-            name: np.asarray(np.memmap(folder / f"{name}.bin", dtype, mode="r"))
-            for name, dtype in DTYPES.items()
+            name: np.asarray(np.memmap(folder / f"{name}.bin", dtype, mode="r")) for name, dtype in DTYPES.items()
         }
         self.lengths = arrays["lengths"]  # int32 [num_samples], tokens
         self.num_supervised = arrays["num_supervised"]  # int32 [num_samples], tokens

@@ -84,15 +84,13 @@ def packed_attention(
     )
     outs = []
     for (length, num_samples), query, key, value in rows:
-        samples = (
-            part[0].unflatten(1, (num_samples, length)).transpose(0, 1)  # [H, n*l, D] -> [n, H, l, D]
-            for part in (
-                query,
-                key.repeat_interleave(heads_per_group, dim=1) if heads_per_group > 1 else key,
-                value.repeat_interleave(heads_per_group, dim=1) if heads_per_group > 1 else value,
-            )
+        if heads_per_group > 1:
+            key, value = (part.repeat_interleave(heads_per_group, dim=1) for part in (key, value))
+        # [1, H, n*l, D] -> [n, H, l, D]
+        query, key, value = (
+            part[0].unflatten(1, (num_samples, length)).transpose(0, 1) for part in (query, key, value)
         )
-        out_nHlD = _attend(*samples, scaling, dropout, window, softcap)
+        out_nHlD = _attend(query, key, value, scaling, dropout, window, softcap)
         outs.append(out_nHlD.transpose(1, 2).flatten(0, 1))
     return torch.cat(outs)[None], None
 
@@ -108,17 +106,13 @@ def _attend(
 ) -> Tensor:
     """Causal attention over [n, H, l, D], with an optional sliding window and soft-capped scores."""
     if not window and not softcap:
-        return F.scaled_dot_product_attention(
-            query, key, value, dropout_p=dropout, is_causal=True, scale=scaling
-        )
+        return F.scaled_dot_product_attention(query, key, value, dropout_p=dropout, is_causal=True, scale=scaling)
     length = query.shape[2]
     position = torch.arange(length, device=query.device)
     distance = position[:, None] - position
     allowed = (distance >= 0) & (distance < (window or length))
     if not softcap:
-        return F.scaled_dot_product_attention(
-            query, key, value, attn_mask=allowed, dropout_p=dropout, scale=scaling
-        )
+        return F.scaled_dot_product_attention(query, key, value, attn_mask=allowed, dropout_p=dropout, scale=scaling)
     scores = query @ key.transpose(2, 3) * (scaling if scaling is not None else query.shape[-1] ** -0.5)
     scores = (softcap * torch.tanh(scores / softcap)).masked_fill(~allowed, float("-inf"))
     weights = F.dropout(scores.softmax(-1, dtype=torch.float32).to(query.dtype), dropout)
@@ -159,7 +153,8 @@ def _varlen(
         options["is_causal"] = True
     if scaling is not None and "scale" not in options:
         query = query * (scaling * query.shape[-1] ** 0.5)
-    return varlen_attn(query, key, value, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, **options)
+    out: Any = varlen_attn(query, key, value, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, **options)
+    return out
 
 
 # No mask function is registered under this name, so transformers builds no mask at all.

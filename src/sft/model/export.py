@@ -15,7 +15,13 @@ from sft.model.loading import ModelSource
 
 
 def write_folder(
-    folder: Path, source: ModelSource, weights: Path, tokenizer: Any, stop_ids: list[int], card: str, dtype: torch.dtype | None
+    folder: Path,
+    source: ModelSource,
+    weights: Path,
+    tokenizer: Any,
+    stop_ids: list[int],
+    card: str,
+    dtype: torch.dtype | None,
 ) -> None:
     """Writes the folder; `weights` is a checkpoint's model.safetensors, `dtype` None keeps its own."""
     from transformers import AutoModelForCausalLM, GenerationConfig
@@ -53,7 +59,9 @@ def _generation_config(source: ModelSource, kind: Any) -> Any:
     return kind()
 
 
-def verify(folder: Path, probes: list[dict[str, Any]], precision: str, tolerance: float | None = None) -> dict[str, Any]:
+def verify(
+    folder: Path, probes: list[dict[str, Any]], precision: str, tolerance: float | None = None
+) -> dict[str, Any]:
     """Reloads the folder in a fresh process and compares log-probabilities with the training model's.
 
     Writes `verified.json` into the folder and returns it; `UserError` where they differ.

@@ -33,7 +33,8 @@ class ModelSource:
         if self.init == "random" and not self.tokenizer:
             raise UserError("model.init=random needs model.tokenizer: a folder or a Hub name")
 
-    def load_tokenizer(self) -> "PreTrainedTokenizerFast":
+    def load_tokenizer(self) -> Any:
+        """The tokenizer, with the chat template of `chat_template` where one is given."""
         from transformers import AutoTokenizer
 
         source = self.tokenizer or self.path
@@ -110,9 +111,7 @@ class ModelSource:
         options = {"dtype": dtype, "attn_implementation": self.attention}
         try:
             if self.init == "random" or not weights:
-                model = AutoModelForCausalLM.from_config(
-                    config, trust_remote_code=self.trust_remote_code, **options
-                )
+                model = AutoModelForCausalLM.from_config(config, trust_remote_code=self.trust_remote_code, **options)
             else:
                 assert self.path is not None
                 model = AutoModelForCausalLM.from_pretrained(
@@ -134,9 +133,9 @@ class ModelSource:
 
 def _check_folder(source: str, setting: str) -> None:
     """A source that looks like a path must exist: never ask the Hub for a mistyped folder."""
-    if source.startswith((".", "/", "~")) or source.count("/") > 1:
-        if not Path(source).expanduser().is_dir():
-            raise UserError(f"{setting}={source}: there is no such folder")
+    looks_local = source.startswith((".", "/", "~")) or source.count("/") > 1
+    if looks_local and not Path(source).expanduser().is_dir():
+        raise UserError(f"{setting}={source}: there is no such folder")
 
 
 def _not_loaded(what: str, source: str, error: Exception) -> UserError:

@@ -90,9 +90,7 @@ class Objective:
             rows = _chunk_rows(logits_NV, logits_NV.shape[1])
             chunks = iter(logits_NV.split(rows))
         for position, logits in zip(position_N.split(rows), chunks, strict=True):
-            log_prob_T[position + 1] = -F.cross_entropy(
-                logits.float(), token_T[position + 1], reduction="none"
-            )
+            log_prob_T[position + 1] = -F.cross_entropy(logits.float(), token_T[position + 1], reduction="none")
         return log_prob_T
 
 
@@ -132,7 +130,7 @@ class _LinearNLL(torch.autograd.Function):
     """Loss and gradients of one chunk of rows at a time; d(−log p)/d(logits) = softmax − one-hot."""
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any, hidden_NC: Tensor, weight_VC: Tensor, target_N: Tensor, dtype: torch.dtype, with_grad: bool
     ) -> Tensor:
         need_hidden = with_grad and ctx.needs_input_grad[0]
@@ -165,7 +163,7 @@ class _LinearNLL(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         # In place: a second copy of the head's gradient would be the largest tensor of the step.
         grad_hidden, grad_weight = ctx.grads
         del ctx.grads

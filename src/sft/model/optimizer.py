@@ -16,7 +16,10 @@ def build(model: nn.Module, factory: Callable[..., Optimizer]) -> Optimizer:
     named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
     groups: list[dict[str, Any]] = [
         {"params": [(name, parameter) for name, parameter in named if parameter.ndim >= 2]},
-        {"params": [(name, parameter) for name, parameter in named if parameter.ndim < 2], "weight_decay": 0.0},
+        {
+            "params": [(name, parameter) for name, parameter in named if parameter.ndim < 2],
+            "weight_decay": 0.0,
+        },
     ]
     return factory([group for group in groups if group["params"]])
 

@@ -135,8 +135,7 @@ def save(
         )
         torch.save(callbacks, staging / "callbacks.pt")
         groups = [
-            {key: value for key, value in group.items() if key != "params"}
-            for group in optimizer_state["param_groups"]
+            {key: value for key, value in group.items() if key != "params"} for group in optimizer_state["param_groups"]
         ]
         document = {"format": FORMAT, "step": step, **state, "groups": groups}
         (staging / "state.json").write_text(json.dumps(document, indent=2))

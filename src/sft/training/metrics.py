@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+from lightning.fabric.loggers.logger import rank_zero_experiment
 from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.loggers.logger import Logger, rank_zero_experiment
+from lightning.pytorch.loggers.logger import Logger
 from lightning.pytorch.utilities import rank_zero_only
 
 from sft.training.log import log
@@ -55,16 +56,20 @@ class MetricsFile(Logger):
     def experiment(self) -> "MetricsFile":
         return self
 
-    @rank_zero_only
-    def resume(self, step: int) -> None:
-        """Keeps the rows up to `step`; with step 0 none, since a fresh start measures again."""
+    def read(self) -> None:
+        """Takes in the rows that are on disk."""
         if self.path.exists():
             with self.path.open(newline="") as file:
                 reader = csv.DictReader(file)
                 # A last row cut short by a kill has no value for some column: csv gives None.
-                whole = [row for row in reader if None not in row.values() and row["step"].isdigit()]
+                self.rows = [row for row in reader if None not in row.values()]
                 self.columns = list(reader.fieldnames or COLUMNS)
-            self.rows = [row for row in whole if step and int(row["step"]) <= step]
+
+    @rank_zero_only
+    def resume(self, step: int) -> None:
+        """Keeps the rows up to `step`; with step 0 none, since a fresh start measures again."""
+        self.read()
+        self.rows = [row for row in self.rows if 0 < step >= int(row["step"])]
         self._rewrite()
 
     @rank_zero_only
@@ -144,9 +149,7 @@ class StepMetrics(Callback):
         if batch_idx % trainer.accumulate_grad_batches == 0:
             self.step_start = time.perf_counter()
 
-    def on_train_batch_end(
-        self, trainer: L.Trainer, module: Any, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: L.Trainer, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         if (batch_idx + 1) % trainer.accumulate_grad_batches:
             return
         step, data = trainer.global_step, trainer.datamodule  # type: ignore[attr-defined]

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import numpy as np
 import torch
 
 from sft.data.batch import make_batch
@@ -21,7 +22,7 @@ def measure(module: Any, data: Any) -> list[dict[str, Any]]:
         with torch.no_grad(), module.trainer.precision_plugin.forward_context():
             probes = []
             for index in range(min(NUM_PROBES, len(data.probed))):
-                batch = make_batch(data.probed, [index], 1)
+                batch: Any = make_batch(data.probed, np.array([index]), 1)
                 batch = {
                     key: value.to(module.device) if isinstance(value, torch.Tensor) else value
                     for key, value in batch.items()

@@ -57,10 +57,8 @@ class Checkpoints(Callback):
         loop.automatic_optimization.optim_progress.optimizer.step.total.ready = step
         loop.automatic_optimization.optim_progress.optimizer.step.total.completed = step
         loop._batches_that_stepped = step
-        batches = loop.batch_progress.total
-        batches.ready = batches.started = batches.processed = batches.completed = (
-            step * trainer.accumulate_grad_batches
-        )
+        batches: Any = loop.batch_progress.total
+        batches.ready = batches.started = batches.processed = batches.completed = step * trainer.accumulate_grad_batches
 
     def on_train_batch_start(self, trainer: L.Trainer, module: Any, batch: Any, batch_idx: int) -> None:
         # Lightning validates at multiples of `val_check_batch` only: make the run's last batch one.
@@ -68,9 +66,7 @@ class Checkpoints(Callback):
         if total == module.num_steps * trainer.accumulate_grad_batches:
             trainer.val_check_batch = total
 
-    def on_train_batch_end(
-        self, trainer: L.Trainer, module: Any, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: L.Trainer, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         whole_step = (batch_idx + 1) % trainer.accumulate_grad_batches == 0
         if whole_step and not self._validates(trainer, module):
             self._save_if_due(trainer, module, val_loss=None)

@@ -89,7 +89,9 @@ class Run:
     def exported(self) -> Path:
         """The exported model's folder; `UserError` where there is none yet."""
         if not (self.export / "verified.json").exists():
-            raise UserError(f"{self.folder} has no exported model: let sft train finish, or sft export run={self.folder.name}")
+            raise UserError(
+                f"{self.folder} has no exported model: let sft train finish, or sft export run={self.folder.name}"
+            )
         return self.export
 
     @property
