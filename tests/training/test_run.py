@@ -1,0 +1,88 @@
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sft.errors import UserError
+from sft.training.run import Run, identity
+
+
+def settings(**changes: Any) -> dict[str, Any]:
+    return {
+        "name": "sft",
+        "run": None,
+        "runs_dir": "runs",
+        "seed": 0,
+        "model": {"path": "m", "attention": "packed"},
+        "data": {"path": "d", "num_workers": 1, "conversation": {"prompt": "p"}},
+        "trainer": {"precision": "32-true", "devices": 1},
+        **changes,
+    }
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"name": "other"},
+        {"runs_dir": "elsewhere"},
+        {"model": {"path": "m", "attention": "sdpa"}},
+        {"data": {"path": "d", "num_workers": 8, "conversation": {"prompt": "p"}}},
+        {"trainer": {"precision": "32-true", "devices": 8}},
+        {"micro_batch_size": 7},
+        {"logger": {"project": "x"}},
+    ],
+    ids=str,
+)
+def test_where_it_runs_is_not_in_the_name(changes: dict[str, Any]) -> None:
+    assert identity(settings(**changes)) == identity(settings())
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"seed": 1},
+        {"model": {"path": "n", "attention": "packed"}},
+        {"data": {"path": "d", "num_workers": 1, "conversation": {"prompt": "q"}}},
+        {"trainer": {"precision": "bf16-true", "devices": 1}},
+        {"global_batch_size": 7},
+    ],
+    ids=str,
+)
+def test_what_decides_the_numbers_is(changes: dict[str, Any]) -> None:
+    assert identity(settings(**changes)) != identity(settings())
+
+
+def test_a_folder_that_is_no_run_is_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs" / "mine").mkdir(parents=True)
+    (tmp_path / "runs" / "mine" / "thesis.txt").write_text("")
+    with pytest.raises(UserError, match="exists and is no run"):
+        Run.of(settings(run="mine"))
+
+
+def test_attempt_tells_how_it_went(tmp_path: Path) -> None:
+    run = Run(tmp_path / "run")
+    with run.attempt(settings(), {"train": "x"}, 9, main=True):
+        assert run.status["state"] == "running"
+    assert run.status["state"] == "finished"
+    with pytest.raises(RuntimeError), run.attempt(settings(), {"train": "x"}, 9, main=True):
+        raise RuntimeError("reason")
+    assert (run.status["state"], run.status["error"]) == ("failed", "RuntimeError: reason")
+    with pytest.raises(UserError, match="data has changed"), run.attempt(settings(), {"train": "y"}, 9, main=True):
+        pass
+
+
+def test_a_users_mistake_leaves_no_new_folder(tmp_path: Path) -> None:
+    run = Run(tmp_path / "run")
+    with pytest.raises(UserError), run.attempt(settings(), {}, 9, main=True):
+        raise UserError("mistake")
+    assert not run.folder.exists()
+
+
+def test_an_unknown_run_names_those_there_are(tmp_path: Path) -> None:
+    with Run(tmp_path / "one").attempt(settings(), {}, 9, main=True):
+        pass
+    assert Run.find("one", str(tmp_path)).folder == tmp_path / "one"
+    assert Run.find(str(tmp_path / "one"), "elsewhere").folder == tmp_path / "one"
+    with pytest.raises(UserError, match="there is no run two: in .* there are one"):
+        Run.find("two", str(tmp_path))
