@@ -15,6 +15,8 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from running import Sft
+
 CHATML = (
     "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
@@ -78,3 +80,9 @@ def data_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
         rows.append({"prompt": f"Reverse {word} ({number}).", "response": word[::-1]})
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
+
+
+@pytest.fixture
+def sft(tmp_path: Path, model_folder: Path, data_file: Path, monkeypatch: pytest.MonkeyPatch) -> Sft:
+    """The command line in an empty folder, with settings for a run of seconds."""
+    return Sft(tmp_path, model_folder, data_file, monkeypatch)

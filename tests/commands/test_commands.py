@@ -14,7 +14,7 @@ import torch
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from commands.conftest import Sft
+from running import Sft
 from sft.cli import COMMANDS
 
 

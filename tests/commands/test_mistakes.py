@@ -10,9 +10,9 @@ import pytest
 from safetensors import SafetensorError
 from transformers import AutoTokenizer
 
-from commands.conftest import Sft
 from commands.test_resume import final_files
 from conftest import tiny_llama
+from running import Sft
 from sft.training import checkpoint
 
 Prepare = Callable[[Path], None]

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from commands.conftest import Sft
+from running import Sft
 from sft.training.checkpoint import best, complete
 from sft.training.metrics import TIMINGS
 

@@ -11,8 +11,8 @@ import yaml
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from commands.conftest import Sft
 from commands.test_resume import rows
+from running import Sft
 from sft.training.checkpoint import complete
 
 SGD = ("optimizer=sgd", "optimizer.lr=0.5", "trainer.gradient_clip_val=null", "schedule=constant")

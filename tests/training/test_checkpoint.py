@@ -4,9 +4,9 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import tiny_llama
 from safetensors.torch import load_file
 
+from conftest import tiny_llama
 from sft.errors import UserError
 from sft.model.optimizer import build
 from sft.training import checkpoint as checkpoints

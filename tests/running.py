@@ -77,8 +77,3 @@ class Sft:
 
     def run_folder(self, name: str = "run") -> Path:
         return self.folder / "runs" / name
-
-
-@pytest.fixture
-def sft(tmp_path: Path, model_folder: Path, data_file: Path, monkeypatch: pytest.MonkeyPatch) -> Sft:
-    return Sft(tmp_path, model_folder, data_file, monkeypatch)

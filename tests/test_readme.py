@@ -1,0 +1,73 @@
+"""Every command in the README works, on a small model and a few rows in the place of those it names."""
+
+import json
+import re
+import shlex
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from running import Sft
+
+ROOT = Path(__file__).resolve().parents[1]
+README = (ROOT / "README.md").read_text()
+BLOCKS = re.findall(r"```bash\n(.*?)```", README, re.S)
+COMMANDS = [line.strip() for block in BLOCKS for line in block.splitlines() if line.strip()]
+SMALL = ["max_steps=2", "data.max_length=256", "global_batch_size=2", "trainer=cpu", "logger=csv", "data.num_workers=1"]
+
+
+@pytest.fixture
+def ready(sft: Sft, model_folder: Path, data_file: Path, monkeypatch: pytest.MonkeyPatch) -> Sft:
+    """A folder beside `shared/data/gsm8k`, as the README supposes it, after `make demo`."""
+    work, gsm8k = sft.folder / "work", sft.folder / "shared" / "data" / "gsm8k"
+    work.mkdir()
+    gsm8k.mkdir(parents=True)
+    rows = [{"question": f"What is {n} + {n}?", "answer": f"{n} + {n} = {2 * n}\n#### {2 * n}"} for n in range(20)]
+    for split in ("train", "test"):
+        (gsm8k / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    shutil.copy(data_file, work / "my.jsonl")
+    (work / "prompts.txt").write_text("Reverse abc.\n")
+    shutil.copytree(model_folder, work / "runs" / "demo-base" / "export")
+    monkeypatch.chdir(work)
+    return sft
+
+
+def test_there_are_commands() -> None:
+    assert len(COMMANDS) > 8
+
+
+@pytest.mark.parametrize("line", [line for line in COMMANDS if line.startswith("make ")])
+def test_make_target_exists(line: str) -> None:
+    # Run for real by CI; here make only says what it would do.
+    target = line.split()[1]
+    subprocess.run(["make", "--dry-run", target], cwd=ROOT, check=True, capture_output=True)
+
+
+@pytest.mark.parametrize("line", [line for line in COMMANDS if line.startswith(("sft train", "sft preview"))])
+def test_training_command(line: str, ready: Sft, model_folder: Path) -> None:
+    _, command, *arguments = shlex.split(line, comments=True)
+    arguments = [argument.replace("Qwen/Qwen3-0.6B", str(model_folder)) for argument in arguments]
+    if "experiment=gsm8k" in arguments and not any(argument.startswith("data.path") for argument in arguments):
+        arguments.append("data.path=../shared/data/gsm8k")
+    assert ready(command, *arguments, *SMALL) == 0
+
+
+@pytest.mark.parametrize(
+    "line", [line for line in COMMANDS if line.startswith("sft ") and line.split()[1] not in ("train", "preview")]
+)
+def test_command_on_a_finished_run(line: str, ready: Sft) -> None:
+    settings = [*ready.settings, "data.path=my.jsonl", "run=NAME"]
+    assert ready("train", *settings, *SMALL) == 0
+    _, command, *arguments = shlex.split(line, comments=True)
+    assert ready(command, *arguments, *(["max_new_tokens=4"] if command == "generate" else [])) == 0
+
+
+def test_every_command_is_covered() -> None:
+    assert all(line.startswith(("make ", "sft ")) for line in COMMANDS)
+
+
+@pytest.mark.parametrize("path", sorted(set(re.findall(r"\]\(([^)#:]+)\)", README))))
+def test_every_link_leads_somewhere(path: str) -> None:
+    assert (ROOT / path).exists()
