@@ -3,7 +3,7 @@
 The demo shows what SFT does, in minutes on two CPU cores and with nothing downloaded: a small model is
 pre-trained on plain statements about made-up words,
 
-    In capitals, qorva is QORVA. Read backwards, qorva is avroq. The word qorva has 5 letters.
+    Look at qorva, a word. Read backwards, it is avroq. In all, qorva has 5 letters.
 
 and then tuned on prompts and responses,
 
@@ -20,6 +20,7 @@ import argparse
 import json
 import os
 import random
+import re
 import tempfile
 import zlib
 from collections.abc import Callable, Iterator
@@ -30,7 +31,10 @@ NUM_PRETRAIN_DOCUMENTS = 10_000
 NUM_PRETRAIN_VAL_DOCUMENTS = 100
 NUM_TRAIN_ROWS = 16_800
 NUM_TEST_ROWS = 420
-MIN_STATEMENTS, MAX_STATEMENTS = 3, 5  # in a document
+# Statements in a document, all about one word. Short documents are what makes pre-training take minutes: after
+# 1.4 M tokens of documents of 480 about three words each, a model of this size had not learned to copy a word;
+# with these it copies after 0.7 M.
+MIN_STATEMENTS, MAX_STATEMENTS = 3, 5
 
 MIN_WORD_LENGTH, MAX_WORD_LENGTH = 3, 6  # letters
 CONSONANTS, VOWELS = "bcdfghjklmnpqrstvwxz", "aeiouy"
@@ -46,13 +50,15 @@ CHAT_TEMPLATE = (
 
 
 class Task(NamedTuple):
+    """One skill: what it makes of a word, and the sentences that show it and ask for it."""
+
     answer: Callable[[str], str]
     statements: tuple[str, ...]  # how pre-training text says it
     prompts: tuple[str, ...]  # how a user asks for it
 
 
-# Words stand before a space, a comma, a full stop or a question mark here, as they will in prompts: where
-# pre-training knows one of them only, SFT must still learn to find a word's end, and needs far more rows.
+# A word is followed by a space, a comma, a full stop or a question mark, as it will be in prompts: where a word
+# ends is then known before SFT begins.
 INTRODUCTIONS = (
     "Take the word {word}.",
     "Look at {word}, a word.",
@@ -99,8 +105,17 @@ TASKS = {
 }
 
 
+# English words that a made-up word could hit: "has", "take", "have".
+FIXED_WORDS = frozenset(
+    word
+    for phrases in (INTRODUCTIONS, *(task.statements + task.prompts for task in TASKS.values()))
+    for phrase in phrases
+    for word in re.findall("[a-z]+", phrase.lower())
+)
+
+
 def is_held_out(word: str) -> bool:
-    """Whether a word belongs to the test, and so appears in no text that is trained on.
+    """Whether a word belongs to the test, and so stands in no text that is trained on.
 
     Decided on the sorted letters: a held-out word must not appear as another word read backwards either.
     """
@@ -113,7 +128,7 @@ def make_word(rng: random.Random, held_out: bool) -> str:
         length = rng.randint(MIN_WORD_LENGTH, MAX_WORD_LENGTH)
         start = rng.randrange(2)
         word = "".join(rng.choice((CONSONANTS, VOWELS)[(start + i) % 2]) for i in range(length))
-        if is_held_out(word) == held_out:
+        if is_held_out(word) == held_out and word not in FIXED_WORDS:
             return word
 
 
@@ -163,6 +178,7 @@ def write_tokenizer(folder: Path) -> None:
 
 
 def write_rows(path: Path, rows: Iterator[dict[str, str]]) -> None:
+    """One JSON object a line, the keys as they come."""
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
@@ -184,7 +200,7 @@ def write_assets(out_dir: Path, seed: int) -> bool:
         # The folder appears by one rename, so the manifest vouches for its neighbours.
         if manifest_path.is_file() and json.loads(manifest_path.read_text()) == manifest:
             return False
-        raise FileExistsError(f"{out_dir} exists but is not the demo of seed {seed}: remove it, or name another")
+        raise FileExistsError(f"{out_dir} exists and is not the demo of seed {seed}: remove it")
 
     out_dir.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out_dir.parent, prefix=f".{out_dir.name}-") as temporary:
@@ -201,6 +217,7 @@ def write_assets(out_dir: Path, seed: int) -> bool:
 
 
 def main() -> None:
+    """Command line."""
     parser = argparse.ArgumentParser(description="Write the demo's data and tokenizer.")
     parser.add_argument("out_dir", type=Path, metavar="OUT_DIR")
     parser.add_argument("--seed", type=int, default=0)

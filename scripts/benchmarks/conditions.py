@@ -46,9 +46,11 @@ def peak_rss() -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
-def rss() -> int:
-    """Bytes of this process's resident set now (Linux)."""
-    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+def rss() -> tuple[int, int]:
+    """Bytes of this process's resident set now, and of it those that no file backs (Linux)."""
+    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    resident, private = (int(status[name].split()[0]) * 1024 for name in ("VmRSS", "RssAnon"))
+    return resident, private
 
 
 def table(title: str, header: Sequence[str], rows: Iterable[Sequence[str]]) -> None:

@@ -27,11 +27,11 @@ class Clock(Callback):
     """When each optimizer step ended: from one end to the next nothing is left out, loading and logging neither."""
 
     def __init__(self) -> None:
-        self.ends: list[float] = []
+        self.ends: list[tuple[float, float]] = []  # seconds on the wall, seconds of all cores
 
     def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         if (batch_idx + 1) % trainer.accumulate_grad_batches == 0:
-            self.ends.append(time.perf_counter())
+            self.ends.append((time.perf_counter(), time.process_time()))
 
 
 def main(folder: Path, variant: str, out: Path) -> None:
@@ -54,7 +54,7 @@ def main(folder: Path, variant: str, out: Path) -> None:
                 *options["overrides"],
             ],
         )
-    before = rss()
+    before, _ = rss()
     data = SFTDataModule(Split(Store(folder / "store", [Source("generated")])), None, **setting)
     module = SFTModule(
         instantiate(config.model, _convert_="all"),

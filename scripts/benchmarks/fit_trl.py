@@ -22,11 +22,11 @@ class Clock(TrainerCallback):
     """When each optimizer step ended, and its loss."""
 
     def __init__(self) -> None:
-        self.ends: list[float] = []
+        self.ends: list[tuple[float, float]] = []  # seconds on the wall, seconds of all cores
         self.losses: list[float] = []
 
     def on_step_end(self, *_: Any, **__: Any) -> None:
-        self.ends.append(time.perf_counter())
+        self.ends.append((time.perf_counter(), time.process_time()))
 
     def on_log(self, *_: Any, logs: dict[str, float], **__: Any) -> None:
         if "loss" in logs:
@@ -38,7 +38,7 @@ def main(folder: Path, variant: str, out: Path) -> None:
     plan = json.loads((folder / "plan.json").read_text())[variant]
     setting = plan["data"]
     torch.set_num_threads(options["threads"])
-    before = rss()
+    before, _ = rss()
     clock = Clock()
     trainer = SFTTrainer(
         AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.float32, attn_implementation="sdpa"),

@@ -13,7 +13,7 @@ from sft.data.tokenization import IGNORE
 from sft.model import attention, objective
 from sft.model.objective import Objective, linear_nll
 
-LENGTHS = [5, 9, 9, 3, 17]  # two equal neighbours, which share an attention call
+LENGTHS = [5, 9, 9, 3, 17]
 NUM_PROMPT = 2
 
 

@@ -84,5 +84,5 @@ def test_an_unknown_run_names_those_there_are(tmp_path: Path) -> None:
         pass
     assert Run.find("one", str(tmp_path)).folder == tmp_path / "one"
     assert Run.find(str(tmp_path / "one"), "elsewhere").folder == tmp_path / "one"
-    with pytest.raises(UserError, match="there is no run two: in .* there are one"):
+    with pytest.raises(UserError, match=r"there is no run two: in .* there are one"):
         Run.find("two", str(tmp_path))

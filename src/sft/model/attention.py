@@ -3,17 +3,16 @@
 One name, `packed`, is registered with transformers; the tensors choose the kernel behind it:
 
 - CUDA in bf16 or fp16: `torch.nn.attention.varlen.varlen_attn` (FlashAttention inside torch, no extra wheel);
-- everything else: one call of scaled dot-product attention for each run of equally long samples.
+- everything else: a call of scaled dot-product attention for each sample.
 
 A run that sets `model.attention=flash_attention_2` (or 3) takes the user's own FlashAttention instead; it
 reads the same `cu_seq_lens_q`, `cu_seq_lens_k`, `max_length_q` and `max_length_k`.
 
-Shape suffixes: T tokens of the row, H heads, G key/value heads, D head width, n samples, l tokens of a sample.
+Shape suffixes: T tokens of the row, H heads, G key/value heads, D head width.
 """
 
 import inspect
 from functools import cache
-from itertools import groupby
 from typing import Any
 
 import torch
@@ -70,29 +69,17 @@ def packed_attention(
         )
         return out_THD[None], None
 
-    # Equally long neighbours share a call: a pack of short samples would otherwise cost one launch a sample.
     # `split` and not slices: its backward is one `cat`, a slice's is a row of zeros for every sample.
     lengths = cu_seq_lens_q.diff().tolist()
-    runs = [(length, len(list(group))) for length, group in groupby(lengths)]
-    sizes = [length * num_samples for length, num_samples in runs]
-    rows = zip(
-        runs,
-        query_1HTD.split(sizes, dim=2),
-        key_1GTD.split(sizes, dim=2),
-        value_1GTD.split(sizes, dim=2),
-        strict=True,
-    )
-    outs = []
-    for (length, num_samples), query, key, value in rows:
-        if heads_per_group > 1:
-            key, value = (part.repeat_interleave(heads_per_group, dim=1) for part in (key, value))
-        # [1, H, n*l, D] -> [n, H, l, D]
-        query, key, value = (
-            part[0].unflatten(1, (num_samples, length)).transpose(0, 1) for part in (query, key, value)
-        )
-        out_nHlD = _attend(query, key, value, scaling, dropout, window, softcap)
-        outs.append(out_nHlD.transpose(1, 2).flatten(0, 1))
-    return torch.cat(outs)[None], None
+    if heads_per_group > 1:
+        key_1GTD = key_1GTD.repeat_interleave(heads_per_group, dim=1)
+        value_1GTD = value_1GTD.repeat_interleave(heads_per_group, dim=1)
+    rows = (query_1HTD, key_1GTD, value_1GTD)
+    outs = [
+        _attend(query, key, value, scaling, dropout, window, softcap)
+        for query, key, value in zip(*(row.split(lengths, dim=2) for row in rows), strict=True)
+    ]
+    return torch.cat(outs, dim=2).transpose(1, 2), None
 
 
 def _attend(
@@ -104,7 +91,7 @@ def _attend(
     window: int | None,
     softcap: float | None,
 ) -> Tensor:
-    """Causal attention over [n, H, l, D], with an optional sliding window and soft-capped scores."""
+    """Causal attention over one sample, [1, H, length, D], with an optional sliding window and soft-capped scores."""
     if not window and not softcap:
         return F.scaled_dot_product_attention(query, key, value, dropout_p=dropout, is_causal=True, scale=scaling)
     length = query.shape[2]

@@ -1,0 +1,188 @@
+"""`bench data`: packing and step plan, then the token store's building and opening."""
+
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from argparse import Namespace
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks import generated
+from benchmarks.conditions import rss, table
+from sft.data.conversation import prompt_response
+from sft.data.packing import fill, pack
+from sft.data.rows import Source
+from sft.data.schedule import epoch_plan, share
+from sft.data.store import Store, build_or_open
+from sft.data.tokenization import Tokenization
+
+VOCAB = 8000  # of the tokenizer that is trained here
+GLOBAL_BATCH = 16  # packs an optimizer step
+CHATML = (
+    "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def measure(options: Namespace) -> dict[str, Any]:
+    rng = np.random.default_rng(options.seed)
+    with tempfile.TemporaryDirectory(prefix="bench-") as temporary:
+        folder = Path(temporary)
+        return {
+            "plan": plan(options, rng),
+            "build": build(options, rng, folder),
+            "open": open_store(options, rng, folder),
+        }
+
+
+def plan(options: Namespace, rng: np.random.Generator) -> dict[str, float]:
+    """Seconds to pack all lengths, to plan an epoch (packing included), and to share out one of its steps."""
+    lengths, supervised = generated.lengths(rng, options.samples)
+    pack_seconds, (_, starts) = timed(lambda: pack(lengths, options.max_length))
+    setting = {"seed": 0, "epoch": 0, "global_batch_size": GLOBAL_BATCH, "max_length": options.max_length}
+    plan_seconds, epoch = timed(lambda: epoch_plan(lengths, supervised, packing=True, **setting))
+    num_steps = min(1000, epoch.num_steps)
+    ranks = {"world_size": 8, "micro_batch_size": 1, "accumulation": 2, "rank": 0}
+    step_seconds, _ = timed(lambda: [share(epoch.step(k), lengths, **ranks) for k in range(num_steps)])
+    result = {
+        "num_packs": len(starts) - 1,
+        "fewest_packs": -(-int(lengths.sum(dtype=np.int64)) // options.max_length),
+        "fill": fill(lengths, len(starts) - 1, options.max_length),
+        "pack_seconds": pack_seconds,
+        "plan_seconds": plan_seconds,
+        "step_seconds": step_seconds / num_steps,
+    }
+    packs = f"{result['num_packs']:,} packs ({result['fewest_packs']:,} at least), {result['fill']:.3%} full"
+    rows = [
+        ["packing", f"{pack_seconds:.2f} s", packs],
+        ["plan of an epoch, packing included", f"{plan_seconds:.2f} s", f"{epoch.num_steps:,} steps"],
+        ["a step's share of a rank", f"{1e6 * result['step_seconds']:.0f} µs", f"{GLOBAL_BATCH} packs, 8 ranks"],
+    ]
+    table(
+        f"{len(lengths):,} samples of {lengths.mean():.0f} tokens, max_length {options.max_length}",
+        ["", "time", ""],
+        rows,
+    )
+    return result
+
+
+def build(options: Namespace, rng: np.random.Generator, folder: Path) -> list[dict[str, float]]:
+    """Rows and tokens a second from a .jsonl file to a published store: reading, template, tokenizer and mask."""
+    path = folder / "rows.jsonl"
+    generated.write_rows(path, rng, options.rows)
+    tokenization = Tokenization(train_tokenizer(path), max_length=options.max_length)
+    results = []
+    for num_workers in options.workers:
+        seconds, store = timed(
+            partial(
+                build_or_open,
+                [Source(str(path))],
+                partial(prompt_response, chat=True),
+                tokenization,
+                folder / f"cache-{num_workers}",
+                num_workers=num_workers,
+                max_lost=0.05,
+                log=lambda _: None,
+            )
+        )
+        num_tokens = int(store.lengths.sum(dtype=np.int64))
+        rates = {"rows_per_second": options.rows / seconds, "tokens_per_second": num_tokens / seconds}
+        results.append({"workers": num_workers, "seconds": seconds, "num_tokens": num_tokens, **rates})
+    rows = [
+        [f"{r['workers']}", f"{r['seconds']:.1f}", f"{r['rows_per_second']:,.0f}", f"{r['tokens_per_second']:,.0f}"]
+        for r in results
+    ]
+    table(
+        f"token store built of {options.rows:,} rows, {results[0]['num_tokens'] / options.rows:.0f} tokens each",
+        ["workers", "seconds", "rows/s", "tokens/s"],
+        rows,
+    )
+    return results
+
+
+def train_tokenizer(path: Path) -> Any:
+    """A byte-level BPE with a chat template, trained on the first rows: none needs to be downloaded."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCAB,
+        special_tokens=[AddedToken(token, special=True) for token in special],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    backend.train_from_iterator(path.read_text().splitlines()[:1000], trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        eos_token=special[0],
+        pad_token=special[0],
+        additional_special_tokens=special[1:],
+        chat_template=CHATML,
+    )
+
+
+def open_store(options: Namespace, rng: np.random.Generator, folder: Path) -> dict[str, float]:
+    """Seconds and memory to open a large store, in a fresh process that has done nothing else."""
+    mean = generated.lengths(rng, 10_000)[0].mean()
+    tokens, supervised = generated.lengths(rng, int(options.tokens / mean))
+    generated.write_store(folder / "large", tokens, supervised, 32_000, rng)
+    process = subprocess.run(
+        [sys.executable, "-m", "benchmarks.data", str(folder / "large")],
+        cwd=Path(__file__).parents[1],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    result: dict[str, float] = json.loads(process.stdout)
+    # What a file backs are its pages in the system's cache, which gives them up when memory is wanted.
+    rows = [
+        [name, f"{1e3 * seconds:.1f} ms", f"{resident:.1f}", f"{private:.1f}"]
+        for name, (seconds, resident, private) in (
+            ("opened", (result["open_seconds"], result["open_mb"], result["open_private_mb"])),
+            ("1,000 samples read", (result["read_seconds"], result["read_mb"], result["read_private_mb"])),
+        )
+    ]
+    size = sum(path.stat().st_size for path in (folder / "large").iterdir()) / 1e6
+    num_tokens = int(tokens.sum(dtype=np.int64))
+    table(
+        f"store of {num_tokens:,} tokens, {size:.0f} MB on disk", ["", "time", "RSS grows by MB", "of it private"], rows
+    )
+    return {"num_tokens": num_tokens, "disk_mb": size, **result}
+
+
+def opening(folder: Path) -> dict[str, float]:
+    """What `open_store` reports, measured in this process."""
+    start = rss()
+    open_seconds, store = timed(lambda: Store(folder, [Source("generated")]))
+    opened = rss()
+    some = np.random.default_rng(0).integers(len(store), size=1000)
+    read_seconds, _ = timed(lambda: [store[int(i)] for i in some] and None)
+    read = rss()
+    return {
+        "open_seconds": open_seconds,
+        "open_mb": (opened[0] - start[0]) / 1e6,
+        "open_private_mb": (opened[1] - start[1]) / 1e6,
+        "read_seconds": read_seconds,
+        "read_mb": (read[0] - opened[0]) / 1e6,
+        "read_private_mb": (read[1] - opened[1]) / 1e6,
+    }
+
+
+def timed(call: Callable[[], Any]) -> tuple[float, Any]:
+    begin = time.perf_counter()
+    result = call()
+    return time.perf_counter() - begin, result
+
+
+if __name__ == "__main__":
+    print(json.dumps(opening(Path(sys.argv[1]))))
