@@ -1,7 +1,10 @@
 """The update is the same however the work is shared out, and a run's folder holds what it should."""
 
 import json
+import os
 import socket
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -22,10 +25,13 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
     return load_file(complete(folder / "checkpoints")[-1].path / "model.safetensors")
 
 
-def reference(sft: Sft, steps: list[list[dict[str, list[int]]]], lr: float) -> dict[str, torch.Tensor]:
-    """A loop that shares no code with training: whole logits, one sample at a time, the mean by hand."""
+def reference(
+    sft: Sft, steps: list[list[dict[str, list[int]]]], lr: float
+) -> tuple[list[float], dict[str, torch.Tensor]]:
+    """Losses and weights of a loop that shares no code with training: whole logits, a sample at a time, SGD by hand."""
     path = sft.settings[0].removeprefix("model.path=")
     model = AutoModelForCausalLM.from_pretrained(path, attn_implementation="eager").train()
+    losses = []
     for step in steps:
         count = sum(sum(label != -100 for label in sample["labels"]) for sample in step)
         total = torch.zeros(())
@@ -35,15 +41,15 @@ def reference(sft: Sft, steps: list[list[dict[str, list[int]]]], lr: float) -> d
             total = total + F.cross_entropy(logits, labels, reduction="sum", ignore_index=-100)
         model.zero_grad()
         (total / count).backward()
+        losses.append(total.item() / count)
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter -= lr * parameter.grad
-    return {name: parameter.detach() for name, parameter in model.named_parameters()}
+    return losses, {name: parameter.detach() for name, parameter in model.named_parameters()}
 
 
 def planned(sft: Sft, num_steps: int, packing: bool = True) -> list[list[dict[str, list[int]]]]:
     """The samples of each step, from the step plan over what `sft preview` dumps."""
-    from sft.data.dataset import Split
     from sft.data.schedule import epoch_plan
 
     assert sft("preview", *sft.settings, "preview.dump=samples.jsonl", "preview.packs=1", "data.val_size=0") == 0
@@ -51,7 +57,6 @@ def planned(sft: Sft, num_steps: int, packing: bool = True) -> list[list[dict[st
     lengths = torch.tensor([len(sample["input_ids"]) for sample in samples]).numpy()
     plan = epoch_plan(lengths, lengths, seed=0, epoch=0, global_batch_size=4, max_length=256, packing=packing)
     assert plan.num_steps >= num_steps
-    assert Split is not None
     return [[samples[int(index)] for pack in plan.step(step).packs for index in pack] for step in range(num_steps)]
 
 
@@ -61,7 +66,9 @@ def test_update_is_that_of_a_plain_loop(sft: Sft, micro_batch_size: int, packing
     # The 3rd packed step is the epoch's last and smaller: 4 + 4 + the rest.
     settings = (*SGD, f"micro_batch_size={micro_batch_size}", f"data.packing={packing}", "data.val_size=0")
     assert sft.train("run=run", "epochs=1", "max_steps=3", "export=false", *settings) == 0
-    expected = reference(sft, planned(sft, 3, packing), lr=0.5)
+    losses, expected = reference(sft, planned(sft, 3, packing), lr=0.5)
+    for row, loss in zip(rows(sft.run_folder()), losses, strict=True):
+        assert float(row["train/loss"]) == pytest.approx(loss, abs=1e-6)
     made = weights(sft.run_folder())
     assert made.keys() == expected.keys()
     for name, tensor in made.items():
@@ -73,9 +80,6 @@ def test_two_ranks_equal_one(sft: Sft) -> None:
     one = sft.process("train", *common, "run=one")
     assert one.code == 0, one.output
     # Through the command line's own script, since Lightning starts the second rank with the same command.
-    import subprocess
-    import sys
-
     script = str(Path(sys.executable).with_name("sft"))
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -85,7 +89,7 @@ def test_two_ranks_equal_one(sft: Sft) -> None:
         cwd=sft.folder,
         capture_output=True,
         text=True,
-        env={**__import__("os").environ, "MASTER_PORT": str(port)},
+        env={**os.environ, "MASTER_PORT": str(port)},
     )
     assert two.returncode == 0, two.stdout + two.stderr
     first, second = weights(sft.run_folder("one")), weights(sft.run_folder("two"))
@@ -202,7 +206,7 @@ def test_second_process_at_the_same_run_is_refused(sft: Sft, capsys: pytest.Capt
     status = json.loads((sft.run_folder() / "status.json").read_text())
     from sft.training.run import _process
 
-    parent = __import__("os").getppid()
+    parent = os.getppid()
     status |= {"state": "running", "pid": parent, "process": _process(parent)}
     (sft.run_folder() / "status.json").write_text(json.dumps(status))
     assert sft.train("run=run", "max_steps=1", "export=false") == 2

@@ -41,6 +41,7 @@ def export(run: Run, checkpoint: Checkpoint, output: Path | None = None, dtype: 
     settings, state = run.config, checkpoint.state
     source = instantiate(settings["model"], _convert_="all")
     output = output or run.export
+    log(f"export {output}: writing, then reloading in a fresh process")
     # Beside its place until it is proven; a failed one stays there to be looked at.
     staging = output.with_name(f"{output.name}.unverified")
     shutil.rmtree(staging, ignore_errors=True)
@@ -53,8 +54,8 @@ def export(run: Run, checkpoint: Checkpoint, output: Path | None = None, dtype: 
     verdict = verify(staging, probes, str(precision))
     publish(staging, output)
     log(
-        f"export {output}, from step {checkpoint.step}: reloaded in a fresh process, log-probabilities of "
-        f"{verdict['num_tokens']} tokens within {verdict['largest_difference']:.1e} of the trained model's"
+        f"export {output}: step {checkpoint.step}; the log-probabilities of {verdict['num_tokens']} tokens are "
+        f"within {verdict['largest_difference']:.1e} of the trained model's"
     )
     return output
 

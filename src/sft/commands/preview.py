@@ -13,6 +13,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from sft.data.schedule import check_division
 from sft.training.setup import Prepared
 
@@ -42,11 +44,11 @@ def show(console: Any, prepared: Prepared, num_packs: int, colour: bool) -> None
     plan = data.epoch(0)
     num_tokens, num_supervised = int(train.lengths.sum()), int(train.num_supervised.sum())
     figures = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
-    lengths = sorted(train.lengths.tolist())
+    shortest, median, longest = np.quantile(train.lengths, [0, 0.5, 1])
     for name, value in {
         "samples": f"{len(train):,} training, {len(prepared.splits.val) if prepared.splits.val else 0:,} validation",
         "tokens": f"{num_tokens:,}, of which {num_supervised:,} ({num_supervised / num_tokens:.1%}) are supervised",
-        "length": f"{lengths[0]} to {lengths[-1]} tokens, median {lengths[len(lengths) // 2]}",
+        "length": f"{shortest:.0f} to {longest:.0f} tokens, median {median:.0f}",
         "packs": f"{len(plan.packs):,} of up to {data.max_length} tokens, "
         f"{num_tokens / (len(plan.packs) * data.max_length):.2%} full",
         "steps": f"{data.num_steps:,}, of which {data.steps_per_epoch:,} an epoch, {data.global_batch_size} packs each",
