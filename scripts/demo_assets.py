@@ -17,10 +17,12 @@ Everything is a pure function of (seed, split): the same files on every machine.
 """
 
 import argparse
+import hashlib
 import json
 import os
 import random
 import re
+import shutil
 import tempfile
 import zlib
 from collections.abc import Callable, Iterator
@@ -183,25 +185,24 @@ def write_rows(path: Path, rows: Iterator[dict[str, str]]) -> None:
 
 
 def write_assets(out_dir: Path, seed: int) -> bool:
-    """Write the whole world, or nothing; False where `out_dir` already holds it.
+    """Write the whole world, or nothing; False where `out_dir` already holds it. The world of another seed, or of an
+    older version of this file, gives way.
 
     Raises:
-        FileExistsError: `out_dir` holds something else, such as the world of another seed.
+        FileExistsError: `out_dir` holds something that is no world.
     """
     manifest = {
         "seed": seed,
-        "num_pretrain_documents": NUM_PRETRAIN_DOCUMENTS,
-        "num_pretrain_val_documents": NUM_PRETRAIN_VAL_DOCUMENTS,
-        "num_train_rows": NUM_TRAIN_ROWS,
-        "num_test_rows": NUM_TEST_ROWS,
+        "source": hashlib.sha256(Path(__file__).read_bytes()).hexdigest(),
     }
     manifest_path = out_dir / "assets.json"
     if out_dir.exists():
+        if not manifest_path.is_file():
+            raise FileExistsError(f"{out_dir} exists but is not the demo: remove it, or name another")
         # The folder appears by one rename, so the manifest vouches for its neighbours.
-        if manifest_path.is_file() and json.loads(manifest_path.read_text()) == manifest:
+        if json.loads(manifest_path.read_text()) == manifest:
             return False
-        raise FileExistsError(f"{out_dir} exists and is not the demo of seed {seed}: remove it")
-
+        shutil.rmtree(out_dir)
     out_dir.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out_dir.parent, prefix=f".{out_dir.name}-") as temporary:
         folder = Path(temporary) / "assets"

@@ -6,8 +6,7 @@ from typing import TYPE_CHECKING
 from sft.data import conversation
 from sft.data.build import RowFunction
 from sft.data.conversation import Conversation
-from sft.data.template import encode, render
-from sft.data.tokenization import Tokenization
+from sft.data.template import encode, render, text_prefix
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -29,4 +28,4 @@ def served_ids(tokenizer: "PreTrainedTokenizerBase", row_function: RowFunction, 
         asked = Conversation(prompt=prompt)
     if asked.messages:
         return encode(tokenizer, render(tokenizer, asked.messages, None, add_generation_prompt=True)).ids
-    return [*Tokenization(tokenizer, max_length=2)._text_prefix, *encode(tokenizer, asked.prompt).ids]
+    return [*text_prefix(tokenizer), *encode(tokenizer, asked.prompt).ids]
