@@ -5,6 +5,7 @@ import re
 import shlex
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -64,8 +65,17 @@ def test_command_on_a_finished_run(line: str, ready: Sft) -> None:
     assert ready(command, *arguments, *(["max_new_tokens=4"] if command == "generate" else [])) == 0
 
 
+@pytest.mark.parametrize("line", [line for line in COMMANDS if line.startswith("scripts/bench ")])
+def test_benchmark(line: str) -> None:
+    command = shlex.split(line, comments=True)[1]
+    options = ["--no-trl"] if command == "train" else []
+    bench = [sys.executable, str(ROOT / "scripts" / "bench"), command, "--quick", *options]
+    shown = subprocess.run(bench, check=True, capture_output=True, text=True).stdout
+    assert re.search(r"tokens/s|rows/s", shown)
+
+
 def test_every_command_is_covered() -> None:
-    assert all(line.startswith(("make ", "sft ")) for line in COMMANDS)
+    assert all(line.startswith(("make ", "sft ", "scripts/bench ")) for line in COMMANDS)
 
 
 @pytest.mark.parametrize("path", sorted(set(re.findall(r"\]\(([^)#:]+)\)", README))))

@@ -228,6 +228,10 @@ def test_early_stopping_ends_with_a_checkpoint_and_an_export(sft: Sft) -> None:
     assert (sft.run_folder() / "export" / "verified.json").exists()
 
 
-def test_multirun(sft: Sft) -> None:
-    assert sft("train", "-m", *sft.settings, "max_steps=1", "export=false", "seed=1,2") == 0
-    assert len(list((sft.folder / "runs").glob("sft-*"))) == 2
+def test_multirun_makes_runs_of_their_own_in_the_tracker_too(sft: Sft) -> None:
+    ended = sft.process("train", "-m", *sft.settings, "logger=wandb", "max_steps=1", "export=false", "seed=1,2")
+    assert ended.code == 0, ended.output
+    folders = sorted((sft.folder / "runs").glob("sft-*"))
+    assert len(folders) == 2
+    tracked = [path.name for folder in folders for path in folder.rglob("run-*.wandb")]
+    assert sorted(tracked) == sorted(f"run-{folder.name}.wandb" for folder in folders)

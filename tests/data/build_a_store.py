@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from conftest import word_tokenizer
+from sft.data import build
 from sft.data.conversation import Conversation, Empty, prompt_response
 from sft.data.rows import Source
 from sft.data.store import build_or_open
@@ -19,6 +20,7 @@ def slow(row: Any) -> Conversation | Empty:
 
 
 if __name__ == "__main__":
+    build.NUM_ROWS_WORTH_WORKERS = 1000  # whatever it is worth, the workers are to be seen
     print("ready", flush=True)
     sys.stdin.readline()
     store = build_or_open(

@@ -36,6 +36,12 @@ def rows_file(path: Path, rows: list[Any]) -> Path:
     return path
 
 
+@pytest.fixture(autouse=True)
+def workers_for_few_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a test asks for workers it is to have them, whatever they are worth."""
+    monkeypatch.setattr(build_module, "NUM_ROWS_WORTH_WORKERS", 1000)
+
+
 def many_rows(num_rows: int) -> list[dict[str, str]]:
     """Of different lengths; each 50th without a response."""
     return [

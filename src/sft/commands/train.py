@@ -48,6 +48,7 @@ def main(config: Any) -> None:
     from sft.training.metrics import MetricsFile, StepMetrics
     from sft.training.resume import Checkpoints
     from sft.training.setup import is_main, quiet, setup
+    from sft.training.tracking import tracking
 
     quiet()
     resume = checkpoints.latest(run.checkpoints)
@@ -56,7 +57,7 @@ def main(config: Any) -> None:
     val_every = config.val_every or data.steps_per_epoch
     save_every = config.checkpoint.save_every or val_every
 
-    with run.attempt(settings, prepared.splits.fingerprint, data.num_steps, is_main()):
+    with run.attempt(settings, prepared.splits.fingerprint, data.num_steps, is_main()), tracking():
         if is_main():
             write_json(run.folder / "data.json", prepared.splits.ledger)
             write_html(run.folder / "preview.html", prepared)

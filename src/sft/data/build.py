@@ -42,7 +42,7 @@ DTYPES: dict[str, type[np.generic]] = {
     "content": np.uint64,
 }
 CHUNK = 250  # rows to a task of a worker
-NUM_ROWS_WORTH_WORKERS = 2000  # below, their start takes longer than the work
+NUM_ROWS_WORTH_WORKERS = 5_000  # below, their start takes longer than the work
 
 
 @dataclass(frozen=True)

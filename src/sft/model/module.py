@@ -63,6 +63,9 @@ class SFTModule(L.LightningModule):
         torch.manual_seed(int(np.random.SeedSequence(place).generate_state(1, np.uint64)[0] >> 1))
         if micro_batch == 0:
             self.step_nll = None
+            # The forward pass makes the head's gradient: those of the step before must be gone by then. Lightning's
+            # own call comes after it.
+            self.trainer.optimizers[0].zero_grad()
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         nll, _ = self.objective(self.model, batch)

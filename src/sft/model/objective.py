@@ -146,11 +146,15 @@ class _LinearNLL(torch.autograd.Function):
             hidden = hidden_NC[chunk].detach().to(dtype)
             target = target_N[chunk, None]
             logits = (hidden @ weight.T).float()
-            log_sum = torch.logsumexp(logits, dim=-1, keepdim=True)
-            total += (log_sum - logits.gather(1, target)).sum()
+            # In place, and one exponential for loss and gradient: this tensor is most of the step's memory traffic.
+            logits -= logits.amax(dim=-1, keepdim=True)
+            logit_of_target = logits.gather(1, target)
+            normalizer = logits.exp_().sum(dim=-1, keepdim=True)
+            total += (normalizer.log() - logit_of_target).sum()
             if not (need_hidden or need_weight):
                 continue
-            grad = logits.sub_(log_sum).exp_().scatter_add_(1, target, -torch.ones_like(log_sum)).to(dtype)
+            softmax = logits.div_(normalizer)
+            grad = softmax.scatter_add_(1, target, -torch.ones_like(normalizer)).to(dtype)
             if grad_hidden is not None:
                 grad_hidden[chunk] = grad @ weight
             if grad_weight is not None:

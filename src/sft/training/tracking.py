@@ -2,6 +2,9 @@
 
 import netrc
 import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlparse
@@ -53,6 +56,17 @@ def wandb_logger(*, run: str, folder: Path, group: str, project: str, mode: str)
     experiment.define_metric("trainer/global_step")
     experiment.define_metric("*", step_metric="trainer/global_step")
     return WandbLogger(experiment=experiment)
+
+
+@contextmanager
+def tracking() -> Iterator[None]:
+    """Ends the W&B run, if there is one, with what is inside: the next of a multirun must not go on in it."""
+    try:
+        yield
+    finally:
+        wandb = sys.modules.get("wandb")
+        if wandb is not None and wandb.run is not None:
+            wandb.finish()
 
 
 def _logged_in() -> bool:
