@@ -51,7 +51,7 @@ def main(folder: Path, variant: str, out: Path) -> None:
             packing=setting["packing"],  # with "bfd", the default, rows are laid end to end without padding
             dataset_kwargs={"skip_prepare_dataset": True},
             train_sampling_strategy="sequential",
-            optim=options["trl_optim"],
+            optim="adamw_torch_fused",
             learning_rate=options["lr"],
             lr_scheduler_type="constant",
             adam_beta1=options["betas"][0],

@@ -25,11 +25,9 @@ def measure(options: Namespace) -> dict[str, Any]:
     if "trl" in contestants and not find_spec("trl"):
         print("TRL isn't installed, so there is nothing to compare with: pip install -e '.[bench]'")
         contestants.remove("trl")
-    fused = any(override.endswith("optimizer.fused=true") for override in options.overrides)
     with tempfile.TemporaryDirectory(prefix="bench-") as temporary:
         folder = Path(temporary)
-        shared = SHARED | {"trl_optim": "adamw_torch_fused" if fused else "adamw_torch"}
-        settings = {key: value for key, value in vars(options).items() if key != "json"} | shared
+        settings = {key: value for key, value in vars(options).items() if key != "json"} | SHARED
         (folder / "options.json").write_text(json.dumps(settings))
         run("benchmarks.prepare", str(folder), threads=options.threads)
         plan = json.loads((folder / "plan.json").read_text())
