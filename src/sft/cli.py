@@ -39,9 +39,6 @@ def main() -> None:
         return
     try:
         _run(command, arguments[1:])
-    except BrokenPipeError:  # sft preview ... | head
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(1)
     except Exception as error:
         _report(error, command)
 
@@ -57,8 +54,6 @@ def _run(command: str, arguments: list[str]) -> None:
         sys.argv = typed
         try:
             import_module(f"sft.commands.{command}").main(config)
-        except BrokenPipeError:
-            raise
         except Exception as error:  # here, since Hydra would print a line of its own
             _report(error, command)
 
@@ -68,6 +63,9 @@ def _run(command: str, arguments: list[str]) -> None:
 
 def _report(error: Exception, command: str) -> NoReturn:
     """Ends with the line for a user's mistake, or with the traceback of ours."""
+    if isinstance(error, BrokenPipeError):  # sft preview ... | head
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
     message = None if os.environ.get("SFT_TRACEBACK") else explain(error, command)
     if message is None:
         traceback.print_exception(error)

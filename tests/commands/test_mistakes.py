@@ -45,6 +45,12 @@ def model_with_few_embeddings(folder: Path) -> None:
     AutoTokenizer.from_pretrained(folder / "model").save_pretrained(folder / "small")
 
 
+def model_with_torn_weights(folder: Path) -> None:
+    shutil.copytree(folder / "model", folder / "torn")
+    weights = folder / "torn" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:5000])
+
+
 def a_file_where_a_folder_should_be(folder: Path) -> None:
     (folder / "file").write_text("")
 
@@ -105,6 +111,10 @@ def nothing(folder: Path) -> None:
         (a_file_where_a_folder_should_be, ["runs_dir=file/runs"], r"can't be written"),
         (a_file_where_a_folder_should_be, ["data.cache_dir=file/cache"], r"file.*can.?not? be written"),
         (nothing, ["trainer.devices=2"], r"strategy=ddp"),
+        (nothing, ["trainer.accelerator=tpu"], r"trainer.*full_key: trainer"),
+        (nothing, ["+optimizer.momentun=1"], r"the optimizer refuses its settings: .*momentun"),
+        (nothing, ["optimizer.lr=-1"], r"the optimizer refuses its settings: Invalid learning rate"),
+        (model_with_torn_weights, ["model.path=./torn"], r"the model ./torn can't be loaded"),
         (nothing, ["model.config.hidden_sise=3"], r"hidden_sise"),
         (nothing, ["logger=wandb", "logger.mode=online"], r"wandb login"),
     ],

@@ -4,6 +4,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from safetensors import SafetensorError
+
 from sft.errors import UserError
 
 if TYPE_CHECKING:
@@ -121,7 +123,7 @@ class ModelSource:
                     trust_remote_code=self.trust_remote_code,
                     **options,
                 )
-        except (OSError, ValueError, KeyError, ImportError) as error:
+        except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
             raise _not_loaded("model", self.path or "(random)", error) from error
         if self.gradient_checkpointing:
             # The first of the two names is new in transformers 5.2x and warns of the second.

@@ -7,6 +7,8 @@ from typing import Any
 from torch import nn
 from torch.optim import Optimizer
 
+from sft.errors import UserError
+
 
 def build(model: nn.Module, factory: Callable[..., Optimizer]) -> Optimizer:
     """The factory's optimizer over two groups: matrices decay; biases, norms and other vectors don't.
@@ -21,7 +23,10 @@ def build(model: nn.Module, factory: Callable[..., Optimizer]) -> Optimizer:
             "weight_decay": 0.0,
         },
     ]
-    return factory([group for group in groups if group["params"]])
+    try:
+        return factory([group for group in groups if group["params"]])
+    except (TypeError, ValueError) as error:
+        raise UserError(f"the optimizer refuses its settings: {error}") from error
 
 
 # Learning-rate factors: pure functions of (step, num_steps), step counting from 0 in optimizer steps.

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from hydra.errors import InstantiationException
 
 from sft.errors import UserError
 from sft.training.checkpoint import latest
@@ -170,7 +171,7 @@ class Run:
         try:
             yield
         except BaseException as error:
-            if new and isinstance(error, UserError) and not self.checkpoints.exists():
+            if new and isinstance(error, UserError | InstantiationException) and not self.checkpoints.exists():
                 shutil.rmtree(self.folder)
             else:
                 reason = f"{type(error).__name__}: {error}"[:2000]
