@@ -12,6 +12,7 @@ plan, and random numbers are a function of that place. A folder is written besid
 renamed: a half-written one is never seen.
 """
 
+import io
 import json
 import os
 import shutil
@@ -133,7 +134,10 @@ def save(
             },
             staging / "optimizer.safetensors",
         )
-        torch.save(callbacks, staging / "callbacks.pt")
+        # Through memory: torch's own file writer doesn't say that a disk is full.
+        buffer = io.BytesIO()
+        torch.save(callbacks, buffer)
+        (staging / "callbacks.pt").write_bytes(buffer.getvalue())
         groups = [
             {key: value for key, value in group.items() if key != "params"} for group in optimizer_state["param_groups"]
         ]
