@@ -4,16 +4,11 @@ the clock: the same experiment is the same run, wherever it is started again."""
 import hashlib
 import json
 import os
-import platform
 import shutil
 import socket
-import subprocess
-import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +16,9 @@ import yaml
 from hydra.errors import InstantiationException
 
 from sft.errors import UserError
+from sft.training import provenance
 from sft.training.checkpoint import latest
+from sft.training.provenance import now
 
 # What decides the numbers of a run. Not in it: where it runs, how it is shared out (rule 2) and what is logged.
 DECIDING = (
@@ -156,8 +153,8 @@ class Run:
             raise UserError(
                 f"{self.folder} is being trained by process {status['pid']} of this machine: wait for it or stop it"
             )
-        provenance = self.folder / "provenance.json"
-        if provenance.exists() and json.loads(provenance.read_text())["data"] != dict(data_fingerprint):
+        recorded = self.folder / "provenance.json"
+        if recorded.exists() and json.loads(recorded.read_text())["data"] != dict(data_fingerprint):
             raise UserError(
                 f"the data has changed since {self.folder} was begun, so it can't go on as the same run: "
                 "put the data back, or start another with run=NAME"
@@ -165,8 +162,8 @@ class Run:
         new = not self.folder.exists()
         self.folder.mkdir(parents=True, exist_ok=True)
         write_atomically(self.folder / "config.yaml", yaml.safe_dump(dict(config), sort_keys=False))
-        if not provenance.exists():
-            write_json(provenance, _provenance() | {"data": dict(data_fingerprint)})
+        if not recorded.exists():
+            write_json(recorded, provenance.collect() | {"data": dict(data_fingerprint)})
         self._mark("running", num_steps=num_steps, step=self._step())
         try:
             yield
@@ -194,7 +191,7 @@ class Run:
                 "host": socket.gethostname(),
                 "pid": os.getpid(),
                 "process": _process(os.getpid()),
-                "time": _now(),
+                "time": now(),
                 **details,
             },
         )
@@ -224,36 +221,3 @@ def _process(pid: int) -> str | None:
         return None
     # A killed process that its parent hasn't asked after yet is a zombie and still listed.
     return None if fields[0] == "Z" else f"{boot} {pid} {fields[19]}"
-
-
-def _now() -> str:
-    return datetime.now(UTC).isoformat(timespec="seconds")
-
-
-def _provenance() -> dict[str, Any]:
-    """What one needs to know to make the run again."""
-    packages = ("torch", "lightning", "transformers", "datasets", "tokenizers", "safetensors", "hydra-core")
-    versions = {}
-    for package in packages:
-        try:
-            versions[package] = version(package)
-        except PackageNotFoundError:
-            versions[package] = "not installed"
-    return {
-        "started": _now(),
-        "command": sys.argv,
-        "commit": _git("rev-parse", "HEAD"),
-        "uncommitted_diff": _git("diff", "HEAD"),
-        "python": platform.python_version(),
-        "versions": versions,
-    }
-
-
-def _git(*arguments: str) -> str | None:
-    """What git says of the folder that this code lies in; None outside a checkout."""
-    try:
-        return subprocess.run(
-            ["git", *arguments], cwd=Path(__file__).parent, capture_output=True, text=True, check=True
-        ).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return None
