@@ -67,7 +67,7 @@ def main(config: Any) -> None:
         facts = {"seed": config.seed, "stop_token_ids": prepared.stop_token_ids}
         trainer = instantiate(
             config.trainer,
-            strategy=instantiate(config.strategy) or "auto",
+            strategy=instantiate(config.strategy, _convert_="all") or "auto",
             logger=[metrics, *trackers(config, run)],
             callbacks=[
                 *(instantiate(config.callbacks) or {}).values(),
