@@ -109,4 +109,4 @@ class SFTModule(L.LightningModule):
         assert isinstance(sums, Tensor)
         self.val_loss = float(sums[0] / sums[1])
         # For callbacks that monitor it (early stopping); the metrics callback writes it to the loggers.
-        self.log("val/loss", self.val_loss, logger=False, rank_zero_only=True)
+        self.log("val/loss", self.val_loss, logger=False, sync_dist=True)

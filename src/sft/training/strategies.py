@@ -21,6 +21,19 @@ from torch.optim import Optimizer
 from sft.errors import UserError
 
 
+def build(settings: dict[str, Any] | None, accelerator: str) -> Any:
+    """The strategy that `conf/strategy/*.yaml` names, as the trainer takes it."""
+    from hydra.utils import instantiate
+
+    if not settings:
+        return "auto"
+    if accelerator == "cpu" or (accelerator == "auto" and not torch.cuda.is_available()):
+        os.environ["DS_ACCELERATOR"] = "cpu"  # or DeepSpeed looks for one by itself, and says so
+    # Ops that DeepSpeed compiles on first use look for ninja here.
+    os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
+    return instantiate(settings, _convert_="all")
+
+
 class DeepSpeed(DeepSpeedStrategy):
     """DeepSpeed ZeRO by its own configuration, on CUDA or on the processor.
 
