@@ -90,7 +90,7 @@ def main(config: Any) -> None:
         if not (resume and resume.last):  # killed after its last step, all that is left is the export
             module = SFTModule(
                 prepared.source,
-                instantiate(config.optimizer),
+                instantiate(config.optimizer, _convert_="all"),
                 instantiate(config.schedule),
                 data.num_steps,
                 config.seed,

@@ -69,6 +69,18 @@ class DeepSpeed(DeepSpeedStrategy):
         }
         return partial(DeepSpeedCPUAdam, adamw_mode=True, **settings)
 
+    def resumed(self, step: int) -> None:
+        """Called when a checkpoint of `step` has been restored."""
+        if not self.offloads_optimizer:
+            return
+        # Its kernel multiplies the powers of beta up from step to step; let it do so to the same bits.
+        engine: Any = self.deepspeed_engine
+        adam, nothing = engine.optimizer.optimizer, torch.zeros(1)
+        group = adam.param_groups[0]
+        settings = (*group["betas"], group["eps"], 0.0, group["bias_correction"])
+        for each in range(1, step + 1):
+            adam.ds_opt_adam.adam_update(adam.opt_id, each, 0.0, *settings, nothing, nothing, nothing, nothing)
+
     @property
     def root_device(self) -> torch.device:
         # DeepSpeed wants an index, which the processor has none of.
