@@ -170,11 +170,9 @@ def test_unfinished_run_has_nothing_to_score(sft: Sft, capsys: pytest.CaptureFix
 def test_tampered_export_is_an_error(
     sft: Sft, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from sft.model import export
-
-    load = export.load_file
+    tensor = checkpoint.Checkpoint.tensor
     with monkeypatch.context() as patch:
-        patch.setattr(export, "load_file", lambda path: {k: v * 1.001 for k, v in load(path).items()})
+        patch.setattr(checkpoint.Checkpoint, "tensor", lambda self, name: tensor(self, name) * 1.001)
         assert sft.train("run=run", "max_steps=2") == 2
     assert "is not the model that was trained" in capsys.readouterr().err
     folder = sft.run_folder()

@@ -2,11 +2,11 @@
 
   sft export run=gsm8k-1a2b3c4d
       the last checkpoint, to runs/gsm8k-1a2b3c4d/export/ (sft train has done so unless export=false)
-  sft export run=gsm8k-1a2b3c4d checkpoint=best output=models/gsm8k dtype=bfloat16
+  sft export run=gsm8k-1a2b3c4d checkpoint=best output=models/gsm8k dtype=bfloat16 max_shard_size=2GB
 
-The folder holds safetensors, tokenizer, chat template, a generation config with the stop token that was trained, and a
-model card. It is loaded again in a fresh process, where the log-probabilities of a few samples must be those that the
-model in training gave: verified.json.
+The folder holds safetensors, written one weight at a time, tokenizer, chat template, a generation config with the stop
+token that was trained, and a model card. It is loaded again in a fresh process, where the log-probabilities of a few
+samples must be those that the model in training gave: verified.json.
 """
 
 import json
@@ -20,14 +20,23 @@ from sft.training.run import Run
 
 
 def main(config: Any) -> None:
+    from sft.training.setup import quiet
+
+    quiet()
     run = Run.find(config.run, config.runs_dir)
     output = Path(config.output).expanduser() if config.output else run.export
     if config.output and output.exists():
         raise UserError(f"{output} exists: name another folder with output=, or remove it")
-    export(run, _chosen(run, str(config.checkpoint)), output, config.dtype)
+    export(run, _chosen(run, str(config.checkpoint)), output, config.dtype, config.max_shard_size)
 
 
-def export(run: Run, checkpoint: Checkpoint, output: Path | None = None, dtype: str | None = None) -> Path:
+def export(
+    run: Run,
+    checkpoint: Checkpoint,
+    output: Path | None = None,
+    dtype: str | None = None,
+    max_shard_size: int | str = "5GB",
+) -> Path:
     """Exports a checkpoint, `dtype` None keeping that of the weights; returns the folder."""
     import torch
     from hydra.utils import instantiate
@@ -46,9 +55,18 @@ def export(run: Run, checkpoint: Checkpoint, output: Path | None = None, dtype: 
     staging = output.with_name(f"{output.name}.unverified")
     shutil.rmtree(staging, ignore_errors=True)
     staging.mkdir(parents=True)
-    card = model_card(run, checkpoint)
-    weights = checkpoint.path / "model.safetensors"
-    write_folder(staging, source, weights, source.load_tokenizer(), state["stop_token_ids"], card, dtypes[dtype])
+    write_folder(
+        staging,
+        source,
+        {name: (checkpoint.dtype(name), shape) for name, shape in checkpoint.shapes.items()},
+        checkpoint.tensor,
+        source.load_tokenizer(),
+        state["stop_token_ids"],
+        model_card(run, checkpoint),
+        dtype=dtypes[dtype],
+        max_shard_size=max_shard_size,
+        log=log,
+    )
     probes = json.loads((checkpoint.path / "probes.json").read_text())
     precision = "bf16-true" if dtype == "bfloat16" else settings["trainer"]["precision"]
     verdict = verify(staging, probes, str(precision))

@@ -1,7 +1,8 @@
 """`python -m sft.model.verify FOLDER < request.json`: is the exported model the trained one?
 
 Runs in a process of its own and uses nothing of the training path: the folder through transformers' own classes and
-attention, each probe by itself, plain logits, plain log-softmax.
+attention, each probe by itself, plain logits, plain log-softmax. transformers maps the files of weights into memory,
+so that a model larger than it is read from the disk again where it has to be.
 """
 
 import json

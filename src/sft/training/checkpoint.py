@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -50,6 +51,22 @@ class Checkpoint:
         """Whether the run ends here: at its last step, or where a callback stopped it."""
         state = self.state
         return bool(state["stopped"] or self.step >= state["num_steps"])
+
+    @property
+    def shapes(self) -> dict[str, list[int]]:
+        """Shape of each weight."""
+        with safe_open(self.path / "model.safetensors", "pt") as file:
+            return {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118  no mapping
+
+    def dtype(self, name: str) -> torch.dtype:
+        """Of one weight."""
+        with safe_open(self.path / "model.safetensors", "pt") as file:
+            return file.get_slice(name)[:0].dtype
+
+    def tensor(self, name: str) -> Tensor:
+        """One weight; no other is read."""
+        with safe_open(self.path / "model.safetensors", "pt") as file:
+            return file.get_tensor(name)
 
     def callbacks(self) -> dict[str, Any]:
         """State of the callbacks by their key."""
