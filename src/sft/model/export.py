@@ -129,13 +129,18 @@ def generation_config(source: ModelSource, tokenizer: Any, stop_ids: list[int]) 
 
 
 def verify(
-    folder: Path, probes: list[dict[str, Any]], precision: str, tolerance: float | None = None
+    folder: Path,
+    probes: list[dict[str, Any]],
+    precision: str,
+    tolerance: float | None = None,
+    quantized: bool = False,
 ) -> dict[str, Any]:
     """Reloads the folder in a fresh process and compares log-probabilities with the training model's.
 
+    `quantized`: the base model that the folder's adapter lies beside is held in 4 bits, as in training.
     Writes `verified.json` into the folder and returns it; `UserError` where they differ.
     """
-    request = {"probes": probes, "precision": precision, "tolerance": tolerance}
+    request = {"probes": probes, "precision": precision, "tolerance": tolerance, "quantized": quantized}
     process = subprocess.run(
         [sys.executable, "-m", "sft.model.verify", str(folder)],
         input=json.dumps(request),

@@ -1,5 +1,6 @@
 """A model and its tokenizer, by folder or Hub name, checked against each other before any weight is read."""
 
+import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -7,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from safetensors import SafetensorError
 
 from sft.errors import UserError
+from sft.model.adapter import Adapter, quantization
 
 if TYPE_CHECKING:
     import torch
@@ -26,6 +28,7 @@ class ModelSource:
     attention: str = "packed"
     gradient_checkpointing: bool = False
     trust_remote_code: bool = False
+    adapter: Adapter | None = None  # of conf/adapter/*.yaml; None: every weight is trained
 
     def __post_init__(self) -> None:
         if self.init not in ("pretrained", "random"):
@@ -34,6 +37,8 @@ class ModelSource:
             raise UserError("no model is named: set model.path to a folder or a Hub name, e.g. Qwen/Qwen3-0.6B")
         if self.init == "random" and not self.tokenizer:
             raise UserError("model.init=random needs model.tokenizer: a folder or a Hub name")
+        if self.init == "random" and self.adapter:
+            raise UserError("model.init=random leaves an adapter nothing to adapt: set adapter=none, or model.path")
 
     def load_tokenizer(self) -> Any:
         """The tokenizer, with the chat template of `chat_template` where one is given."""
@@ -104,15 +109,20 @@ class ModelSource:
         return config
 
     def load(self, dtype: "torch.dtype", weights: bool = True) -> "PreTrainedModel":
-        """The model in training mode; `weights=False` leaves them random, to be filled from a checkpoint."""
+        """The model in training mode; `weights=False` leaves them random, to be filled from a checkpoint.
+
+        With an adapter it alone can be trained, and what it lies beside is always the pre-trained model.
+        """
         from transformers import AutoModelForCausalLM
 
         from sft.model import attention  # noqa: F401  registers `packed`
 
         config = self.load_config()
-        options = {"dtype": dtype, "attn_implementation": self.attention}
+        options: dict[str, Any] = {"dtype": dtype, "attn_implementation": self.attention}
+        if self.adapter and self.adapter.quantize:
+            options |= quantization()
         try:
-            if self.init == "random" or not weights:
+            if self.init == "random" or not (weights or self.adapter):
                 model = AutoModelForCausalLM.from_config(config, trust_remote_code=self.trust_remote_code, **options)
             else:
                 assert self.path is not None
@@ -125,12 +135,30 @@ class ModelSource:
                 )
         except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
             raise _not_loaded("model", self.path or "(random)", error) from error
+        if self.adapter:
+            self.adapter.add(model)
         if self.gradient_checkpointing:
             # The first of the two names is new in transformers 5.2x and warns of the second.
             enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
             enable({"use_reentrant": False})
         # from_pretrained leaves it in eval mode, where dropout and gradient checkpointing are off.
         return model.train()
+
+
+def load_exported(folder: Path, **options: Any) -> "PreTrainedModel":
+    """The model of a folder that `sft export` wrote and verified: a whole one, or an adapter over its base model."""
+    from transformers import AutoModelForCausalLM, GenerationConfig
+
+    if not (folder / "adapter_config.json").exists():
+        return AutoModelForCausalLM.from_pretrained(folder, dtype="auto", **options)
+    verified = json.loads((folder / "verified.json").read_text())
+    if verified["quantized"]:
+        options |= quantization()
+    # transformers loads the base model that the adapter names and puts the adapter in.
+    dtype = "bfloat16" if verified["precision"] == "bf16-true" else "float32"
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **options)
+    model.generation_config = GenerationConfig.from_pretrained(folder)
+    return model
 
 
 def _check_folder(source: str, setting: str) -> None:

@@ -108,10 +108,13 @@ class Checkpoint:
 
 
 def named_tensors(model: nn.Module) -> Iterable[tuple[str, Tensor]]:
-    """Parameters and persistent buffers by name, tied ones once."""
-    own_state = model.state_dict(keep_vars=True).keys()
-    yield from model.named_parameters()
-    yield from ((name, buffer) for name, buffer in model.named_buffers() if name in own_state)
+    """Trainable parameters and persistent buffers by name, tied ones once; of a model with an adapter the adapter."""
+    parameters = dict(model.named_parameters())
+    trained = {name: parameter for name, parameter in parameters.items() if parameter.requires_grad}
+    yield from trained.items()
+    if len(trained) == len(parameters):  # else all that is frozen comes from the pre-trained model
+        own_state = model.state_dict(keep_vars=True).keys()
+        yield from ((name, buffer) for name, buffer in model.named_buffers() if name in own_state)
 
 
 def save(
