@@ -84,10 +84,27 @@ def test_it_is_drawn_from_the_seed_alone(model_folder: Path) -> None:
         model = source.load(torch.float32)
         torch.rand(before)  # as another way of loading the model might
         Adapter(r=4).add(model)
-        return model.model.layers[1].mlp.up_proj.lora_A.default.weight
+        return model.model.layers[1].mlp.up_proj.lora_A.default.weight.detach()
 
-    assert torch.equal(drawn(3, before=0), drawn(3, before=7))
-    assert not torch.equal(drawn(3, before=0), drawn(4, before=0))
+    first = drawn(3, before=0)
+    assert torch.equal(first, drawn(3, before=7))
+    assert not torch.equal(first, drawn(4, before=0))
+    # Uniform in ±1 / sqrt(32), as peft draws it: 4 × 32 values.
+    assert float(first.abs().max()) <= 1 / math.sqrt(32)
+    assert float(first.std()) == pytest.approx(1 / math.sqrt(3 * 32), rel=0.15)
+    assert abs(float(first.mean())) < 0.04
+
+
+def test_no_two_layers_are_drawn_alike_and_no_other_draw_moves(model_folder: Path) -> None:
+    model = ModelSource(path=str(model_folder)).load(torch.float32)
+    torch.manual_seed(3)
+    expected = torch.rand(1)
+    torch.manual_seed(3)
+    Adapter(r=4).add(model)
+    assert torch.equal(torch.rand(1), expected)
+    layers: Any = model.model.layers
+    drawn = [layer.self_attn.q_proj.lora_A.default.weight for layer in layers]
+    assert not torch.equal(*drawn)
 
 
 @pytest.mark.filterwarnings("ignore")  # peft's, of what it does about kinds of layers

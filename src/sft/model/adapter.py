@@ -1,16 +1,20 @@
 """Which layers get a low-rank adapter (LoRA, arXiv 2106.09685), and how it is put in. The layers are peft's."""
 
 import importlib.util
+import math
 import re
 import warnings
+import zlib
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from sft.errors import UserError
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from peft import LoraConfig
-    from torch import nn
+    from torch import Tensor, nn
 
 NAME = "default"  # peft's own for an adapter that is the only one
 
@@ -60,19 +64,20 @@ class Adapter:
         )
 
     def add(self, model: Any) -> None:
-        """Puts the adapter in and freezes all else. At first it adds nothing, since B is zero.
+        """Puts the adapter in and freezes all else. It is in the dtype of the layers that it lies beside.
 
-        A is drawn from the seed that torch was given last, whatever has been drawn since: it is the same on all ranks
-        and in all ways of loading the model. It is in the dtype of the layer that it lies beside.
+        At first it adds nothing, since B is zero; of a model without weights its own are left to be made as well.
         """
         import torch
         from peft import inject_adapter_in_model
 
         self.check_targets(model)
-        torch.manual_seed(torch.initial_seed())
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
             warnings.simplefilter("ignore")  # peft's remarks on what it does about kinds of layers
             inject_adapter_in_model(self.lora_config(), model, adapter_name=NAME)
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad and not parameter.is_meta:
+                parameter.data.copy_(initial(name, parameter.shape))
 
     def check_targets(self, model: Any) -> None:
         """Refuses a target that names no layer, one that isn't linear, or the input embeddings by another name."""
@@ -106,6 +111,20 @@ class Adapter:
                         f"adapter.target_modules: {target} means {name}, which shares its weight with the input "
                         "embeddings: leave it out"
                     )
+
+
+def initial(name: str, shape: "Sequence[int]") -> "Tensor":
+    """What an adapter's weight is at first: zero for B, and A drawn as peft does, from ±1 / sqrt(number of inputs).
+
+    A function of its name and the seed that torch was given last, so that A is the same on all ranks and however the
+    model is loaded and shared out.
+    """
+    import torch
+
+    if ".lora_A." not in name:
+        return torch.zeros(*shape)
+    generator = torch.Generator().manual_seed(torch.initial_seed() ^ zlib.crc32(name.encode()))
+    return (torch.rand(*shape, generator=generator) * 2 - 1) / math.sqrt(shape[1])
 
 
 def linear_layers(model: Any) -> "dict[str, nn.Module]":
