@@ -140,7 +140,8 @@ def test_in_bf16(sft: Sft) -> None:
     assert {tensor.dtype for tensor in load_file("merged/model.safetensors").values()} == {torch.bfloat16}
 
 
-def test_two_ranks_make_the_adapter_of_one(sft: Sft) -> None:
+@pytest.mark.parametrize("strategy", ["ddp", "deepspeed_zero2", "deepspeed_zero3", "fsdp2"])
+def test_two_ranks_make_the_adapter_of_one(sft: Sft, strategy: str) -> None:
     common = (*sft.settings, "adapter=lora", "max_steps=3", "optimizer=sgd", "optimizer.lr=0.5", "export=false")
     one = sft.process("train", *common, "micro_batch_size=1", "run=one")
     assert one.code == 0, one.output
@@ -150,7 +151,7 @@ def test_two_ranks_make_the_adapter_of_one(sft: Sft) -> None:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     two = subprocess.run(
-        [script, "train", *common, "micro_batch_size=1", "run=two", "strategy=ddp", "trainer.devices=2"],
+        [script, "train", *common, "micro_batch_size=1", "run=two", f"strategy={strategy}", "trainer.devices=2"],
         env=os.environ | {"MASTER_PORT": str(port)},
         capture_output=True,
         text=True,

@@ -53,6 +53,7 @@ def main(config: Any) -> None:
     from sft.training.metrics import MetricsFile, StepMetrics
     from sft.training.resume import Checkpoints
     from sft.training.setup import is_main, quiet, setup
+    from sft.training.strategies import build
     from sft.training.tracking import tracking
 
     quiet()
@@ -72,7 +73,7 @@ def main(config: Any) -> None:
         facts = {"seed": config.seed, "stop_token_ids": prepared.stop_token_ids}
         trainer = instantiate(
             config.trainer,
-            strategy=instantiate(config.strategy) or "auto",
+            strategy=build(config.strategy, config.trainer.accelerator),
             logger=[metrics, *trackers(config, run)],
             callbacks=[
                 *(instantiate(config.callbacks) or {}).values(),
