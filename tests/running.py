@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import socket
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +14,7 @@ from sft import cli
 # Each child is forked from a server that has imported what takes seconds and done nothing with it.
 PROCESSES = multiprocessing.get_context("forkserver")
 PROCESSES.set_forkserver_preload(
-    ["lightning", "datasets", "transformers.models.llama.modeling_llama", "sft.model.module"]
+    ["lightning", "deepspeed", "datasets", "transformers.models.llama.modeling_llama", "sft.model.module"]
 )
 
 
@@ -23,8 +24,13 @@ class Ended:
     output: str
 
 
-def _main(folder: str, output: str, before: str, arguments: list[str]) -> None:
+def _main(folder: str, output: str, before: str, arguments: list[str], environment: dict[str, str]) -> None:
     os.chdir(folder)
+    os.environ |= environment
+    if "RANK" in environment:
+        from lightning.fabric.utilities.rank_zero import rank_zero_only
+
+        rank_zero_only.rank = int(environment["RANK"])  # the server imported it as the only process
     file = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(file, 1)
     os.dup2(file, 2)
@@ -68,12 +74,34 @@ class Sft:
 
     def process(self, *arguments: str, before: str = "") -> "Ended":
         """The same in a process of its own, after the Python statements `before`."""
-        output = self.folder / "output.txt"
-        child = PROCESSES.Process(target=_main, args=(str(self.folder), str(output), before, ["sft", *arguments]))
-        child.start()
-        child.join()
-        assert child.exitcode is not None
-        return Ended(child.exitcode, output.read_text())
+        (ended,) = self._started([{}], before, arguments)
+        return ended
+
+    def ranks(self, num: int, *arguments: str, before: str = "") -> "Ended":
+        """The same on several ranks, started as a cluster does; what the first of them printed."""
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = str(free.getsockname()[1])
+        at = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "NODE_RANK": "0", "WORLD_SIZE": str(num)}
+        places = [{**at, "LOCAL_RANK": str(rank), "RANK": str(rank)} for rank in range(num)]
+        ended = self._started(places, before, (*arguments, f"trainer.devices={num}"))
+        codes = {each.code for each in ended}
+        assert len(codes) == 1, "\n".join(each.output for each in ended)
+        return ended[0]
+
+    def _started(self, places: list[dict[str, str]], before: str, arguments: tuple[str, ...]) -> "list[Ended]":
+        outputs = [self.folder / f"output{number}.txt" for number in range(len(places))]
+        children = [
+            PROCESSES.Process(target=_main, args=(str(self.folder), str(output), before, ["sft", *arguments], place))
+            for place, output in zip(places, outputs, strict=True)
+        ]
+        for child in children:
+            child.start()
+        for child in children:
+            child.join()
+        return [
+            Ended(int(child.exitcode or 0), output.read_text()) for child, output in zip(children, outputs, strict=True)
+        ]
 
     def run_folder(self, name: str = "run") -> Path:
         return self.folder / "runs" / name

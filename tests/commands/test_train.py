@@ -129,6 +129,7 @@ def test_clipping_and_the_logged_norm(sft: Sft) -> None:
     start = load_file(Path(sft.settings[0].removeprefix("model.path=")) / "model.safetensors")
     moved = torch.cat([(t - start[name]).flatten() for name, t in weights(sft.run_folder()).items()])
     assert float(rows(sft.run_folder())[1]["train/grad_norm"]) > 0.5
+    assert float(rows(sft.run_folder())[1]["train/grad_norm_clipped"]) == pytest.approx(0.01)
     assert float(moved.norm()) == pytest.approx(0.01, rel=1e-3)
 
 
@@ -144,10 +145,11 @@ def test_bf16_learns_and_exports(sft: Sft, precision: str) -> None:
     assert kept == {torch.float32 if precision == "bf16-mixed" else torch.bfloat16}
 
 
-def test_gradient_checkpointing_changes_no_number(sft: Sft) -> None:
+@pytest.mark.parametrize("saver", ["model.gradient_checkpointing=true", "model.activation_offload=true"])
+def test_saving_memory_changes_no_number(sft: Sft, saver: str) -> None:
     settings = ("max_steps=3", "export=false", "+model.config.attention_dropout=0.1")
     assert sft.train("run=run", *settings) == 0
-    assert sft.train("run=less-memory", "model.gradient_checkpointing=true", *settings) == 0
+    assert sft.train("run=less-memory", saver, *settings) == 0
     expected = weights(sft.run_folder())
     for name, tensor in weights(sft.run_folder("less-memory")).items():
         torch.testing.assert_close(tensor, expected[name], rtol=0, atol=1e-6, msg=name)

@@ -29,6 +29,7 @@ class ModelSource:
     config: dict[str, Any] = field(default_factory=dict)  # overrides of the model's own configuration
     attention: str = "packed"
     gradient_checkpointing: bool = False
+    activation_offload: bool = False
     trust_remote_code: bool = False
     adapter: Adapter | None = None  # of conf/adapter/*.yaml; None: every weight is trained
 

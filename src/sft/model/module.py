@@ -1,12 +1,14 @@
 """The LightningModule: wires model, objective and optimizer together, and decides nothing."""
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import lightning as L
 import numpy as np
 import torch
 from torch import Tensor
+from torch.autograd.graph import save_on_cpu
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
@@ -72,7 +74,11 @@ class SFTModule(L.LightningModule):
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         self.learning_rate = self.trainer.optimizers[0].param_groups[0]["lr"]
-        nll, _ = self.objective(self.model, batch)
+        offload = (
+            save_on_cpu(pin_memory=self.device.type == "cuda") if self.source.activation_offload else nullcontext()
+        )
+        with offload:
+            nll, _ = self.objective(self.model, batch)
         self.step_nll = nll.detach() if self.step_nll is None else self.step_nll + nll.detach()
         # Rule 2: the update is the gradient of (sum over the global batch) / (its supervised tokens).
         # Lightning divides by the accumulation and the strategy averages over ranks; undo both.

@@ -27,6 +27,7 @@ COLUMNS = (
     "train/loss",
     "train/lr",
     "train/grad_norm",
+    "train/grad_norm_clipped",
     "train/supervised_share",
     "train/pack_fill",
     *TIMINGS,
@@ -155,10 +156,12 @@ class StepMetrics(Callback):
         step, data = trainer.global_step, trainer.datamodule  # type: ignore[attr-defined]
         plan = data.step(step - 1)
         nll = trainer.strategy.reduce(module.step_nll, reduce_op="sum")
+        norm, largest = float(module.grad_norm), trainer.gradient_clip_val
         metrics = {
             "train/loss": float(nll) / plan.num_supervised,
             "train/lr": module.learning_rate,
-            "train/grad_norm": float(module.grad_norm),
+            "train/grad_norm": norm,
+            "train/grad_norm_clipped": norm if largest is None else min(norm, float(largest)),
             "train/supervised_share": plan.num_supervised / plan.num_tokens,
             "train/pack_fill": plan.num_tokens / (len(plan.packs) * data.max_length),
         }

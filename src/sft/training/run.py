@@ -37,6 +37,7 @@ DECIDING = (
 NOT_DECIDING = (
     "model.attention",
     "model.gradient_checkpointing",
+    "model.activation_offload",
     "adapter.merge",
     "data.num_workers",
     "data.cache_dir",

@@ -1,0 +1,161 @@
+"""Every strategy makes the same numbers, and goes on from any other's checkpoint on any number of ranks."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from commands.test_resume import final_files, rows
+from conftest import tiny_llama
+from running import Sft
+from sft.training.checkpoint import complete
+
+# Two epochs of 11 packs in steps of 4: the last step of an epoch has 3, and leaves a rank of 4 without any.
+SETTINGS = (
+    "run=run",
+    "epochs=2",
+    "val_every=2",
+    "checkpoint.save_every=2",
+    "micro_batch_size=1",
+    "export=false",
+    "optimizer.weight_decay=0.1",
+    # Rounding in gradients near zero would otherwise be scaled up to the size of the learning rate.
+    "optimizer.eps=1e-3",
+)
+# In mid-epoch: the checkpoint of step 4 is there, step 6 is the second epoch's last.
+KILL = (
+    "import os, signal\nfrom sft.training.resume import Checkpoints\noriginal = Checkpoints.on_train_batch_start\n"
+    "def kill(self, trainer, *rest):\n    if trainer.global_step == 5: os.kill(os.getpid(), signal.SIGKILL)\n"
+    "    return original(self, trainer, *rest)\nCheckpoints.on_train_batch_start = kill"
+)
+Place = tuple[str, int]  # strategy, ranks
+
+
+class Lab:
+    """Runs of one experiment on a model of sizes that no number of ranks divides; each is made once."""
+
+    def __init__(self, folder: Path, model: Path, data: Path) -> None:
+        self.folder, self.model, self.data = folder, model, data
+        self.made: dict[tuple[Place, bool], Path] = {}
+
+    def run(self, place: Place, killed: bool, begun: Path | None = None) -> Path:
+        """The run's folder: from the start or, with `begun`, from where that run was killed."""
+        if begun is None and (place, killed) in self.made:
+            return self.made[place, killed]
+        strategy, num = place
+        work = self.folder / f"{len(list(self.folder.iterdir()))}"
+        work.mkdir()
+        if begun is not None:
+            shutil.copytree(begun.parents[1], work, dirs_exist_ok=True)
+        with pytest.MonkeyPatch.context() as monkeypatch:
+            sft = Sft(work, self.model, self.data, monkeypatch)
+            arguments = ("train", *sft.settings, *SETTINGS, f"strategy={strategy}")
+            ended = sft.ranks(num, *arguments, before=KILL if killed else "")
+        assert ended.code == (-9 if killed else 0), ended.output
+        if begun is not None:
+            assert "resumed after step 4" in ended.output
+        elif not killed or begun is None:
+            self.made[place, killed] = work / "runs" / "run"
+        return work / "runs" / "run"
+
+
+@pytest.fixture(scope="module")
+def lab(tmp_path_factory: pytest.TempPathFactory, model_folder: Path, data_file: Path) -> Lab:
+    model = tmp_path_factory.mktemp("odd")
+    shutil.copytree(model_folder, model, dirs_exist_ok=True)
+    torch.manual_seed(0)
+    tiny_llama(vocab_size=267, intermediate_size=61).save_pretrained(model)
+    return Lab(tmp_path_factory.mktemp("lab"), model, data_file)
+
+
+def difference(folder: Path, other: Path) -> float:
+    a, b = (complete(each / "checkpoints")[-1] for each in (folder, other))
+    assert a.step == b.step == 6
+    assert a.shapes == b.shapes
+    return max(float((a.tensor(name) - b.tensor(name)).abs().max()) for name in a.shapes)
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "deepspeed_zero2", "deepspeed_zero3", "fsdp2"])
+def test_resumed_on_the_same_ranks_is_the_same_to_the_bit(lab: Lab, strategy: str) -> None:
+    whole = lab.run((strategy, 2), killed=False)
+    again = lab.run((strategy, 2), killed=False, begun=lab.run((strategy, 2), killed=True))
+    assert final_files(again) == final_files(whole)
+    assert rows(again) == rows(whole)
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        (("single", 1), ("deepspeed_zero2", 2)),
+        (("deepspeed_zero2", 2), ("ddp", 2)),
+        (("deepspeed_zero3", 2), ("deepspeed_zero1", 4)),
+        (("fsdp2", 2), ("deepspeed_zero3", 4)),
+        (("deepspeed_zero3", 4), ("single", 1)),
+        (("single", 1), ("fsdp2", 2)),
+    ],
+    ids=lambda place: f"{place[0]} on {place[1]}",
+)
+def test_resumed_elsewhere_goes_on_alike(lab: Lab, before: Place, after: Place) -> None:
+    whole = lab.run(("single", 1), killed=False)
+    again = lab.run(after, killed=False, begun=lab.run(before, killed=True))
+    assert difference(whole, again) < (1e-5 if "deepspeed_zero3" in (before[0], after[0]) else 2e-6)
+    assert [row["step"] for row in rows(again)] == [str(step) for step in range(7)]
+    for one, other in zip(rows(whole), rows(again), strict=True):
+        for key, value in one.items():
+            if value:
+                assert float(other[key]) == pytest.approx(float(value), rel=2e-5), (one["step"], key)
+
+
+LOOK = """
+import json, os
+from sft.model.sharding import of_parameter
+from sft.training.resume import Checkpoints
+
+def look(self, trainer, module):
+    model = module.model
+    facts = {
+        "buffers": {name: str(buffer.dtype) for name, buffer in model.named_buffers()},
+        "numel": {name: of_parameter(name, parameter).numel for name, parameter in model.named_parameters()},
+        "decay": {
+            name: group["weight_decay"] for group in trainer.optimizers[0].param_groups for name in group["param_names"]
+        },
+        "training": model.training,
+        "tied": model.lm_head.weight is model.model.embed_tokens.weight,
+    }
+    json.dump(facts, open(f"facts{os.environ['LOCAL_RANK']}.json", "w"))
+
+Checkpoints.on_train_start = look
+"""
+
+
+@pytest.mark.parametrize("strategy", ["deepspeed_zero3", "fsdp2"])
+def test_a_sharded_model_is_what_it_should_be(
+    lab: Lab, tmp_path: Path, strategy: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sft = Sft(tmp_path, lab.model, lab.data, monkeypatch)
+    settings = (
+        "train",
+        *sft.settings,
+        *SETTINGS,
+        f"strategy={strategy}",
+        "max_steps=1",
+        "trainer.precision=bf16-mixed",
+    )
+    ended = sft.ranks(2, *settings, before=LOOK)
+    assert ended.code == 0, ended.output
+    ranks = [json.loads((tmp_path / f"facts{rank}.json").read_text()) for rank in (0, 1)]
+    model = tiny_llama(vocab_size=267, intermediate_size=61)
+    for facts in ranks:
+        assert facts["training"] and facts["tied"]
+        assert set(facts["buffers"].values()) == {"torch.float32"}
+        # Weight decay by the true shape: a rank's share of a matrix looks like a vector to ZeRO-3.
+        assert facts["decay"] == {name: 0.1 if p.ndim > 1 else 0.0 for name, p in model.named_parameters()}
+    for name, parameter in model.named_parameters():
+        shares = [facts["numel"][name] for facts in ranks]
+        assert sum(shares) == parameter.numel()
+        assert max(shares) - min(shares) <= max(1, parameter[0].numel())
+    # bf16 is an approximation of fp32, not something else.
+    exact = rows(lab.run(("single", 1), killed=False))[1]
+    assert float(rows(sft.run_folder())[1]["train/loss"]) == pytest.approx(float(exact["train/loss"]), rel=1e-3)
