@@ -18,6 +18,7 @@ CONF = Path(__file__).resolve().parents[2] / "conf"
 COMMANDS = {
     "train": "fine-tune a model; started again, resume it",
     "preview": "show what would be trained, token by token",
+    "rehearse": "run a small form of a job through all its stages before it is queued",
     "score": "log-probabilities of samples under a run's model",
     "generate": "answer prompts with a run's model",
     "export": "write a run's checkpoint as a verified Hugging Face folder",
