@@ -63,7 +63,7 @@ def main(config: Any) -> None:
         facts = {"seed": config.seed, "stop_token_ids": prepared.stop_token_ids}
         trainer = instantiate(
             config.trainer,
-            strategy=build(config.strategy, config.trainer.accelerator),
+            strategy=build(config.strategy, config.trainer.accelerator, config.optimizer._target_),
             logger=[metrics, *trackers(config, run)],
             callbacks=[
                 *(instantiate(config.callbacks) or {}).values(),
