@@ -1,7 +1,6 @@
 """A run that a signal stops saves where it is, says so, and goes on as if nothing had happened."""
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -16,20 +15,20 @@ SETTINGS = ("epochs=2", "val_every=4", "checkpoint.save_every=4", "micro_batch_s
 TARGET = "sft.training.rehearsal.SignalInStep"
 
 
-def in_step(step: int, rank: int = 0) -> list[str]:
-    return [f"+callbacks.signal={{_target_: {TARGET}, step: {step}, rank: {rank}}}"]
+def in_step(step: int, rank: int = 0, name: str = "SIGUSR1") -> list[str]:
+    return [f"+callbacks.signal={{_target_: {TARGET}, step: {step}, rank: {rank}, name: {name}}}"]
 
 
 def train(sft: Sft, *arguments: str) -> subprocess.CompletedProcess[str]:
     """Through the command line's own script, since Lightning starts the second rank with the same command."""
     script = str(Path(sys.executable).with_name("sft"))
     command = [script, "train", *sft.settings, *SETTINGS, *arguments]
-    return subprocess.run(command, cwd=sft.folder, capture_output=True, text=True, env=os.environ.copy())
+    return subprocess.run(command, cwd=sft.folder, capture_output=True, text=True, timeout=200)
 
 
-def check(sft: Sft, step: int, stopped: str) -> None:
+def check(sft: Sft, step: int, stopped: str, name: str = "SIGUSR1") -> None:
     folder = sft.run_folder()
-    assert f"stopped by SIGUSR1 after step {step}: the same command goes on" in stopped.splitlines()
+    assert f"stopped by {name} after step {step}: the same command goes on" in stopped.splitlines()
     assert "Traceback" not in stopped
     assert complete(folder / "checkpoints")[-1].step == step
     assert not complete(folder / "checkpoints")[-1].state["stopped"]
@@ -38,29 +37,37 @@ def check(sft: Sft, step: int, stopped: str) -> None:
     assert not (folder / "export").exists()
 
 
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory, model_folder: Path, data_file: Path) -> Path:
+    """The folder of a run that nothing stops."""
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        sft = Sft(tmp_path_factory.mktemp("whole"), model_folder, data_file, monkeypatch)
+        ended = sft.process("train", *sft.settings, *SETTINGS, "run=run")
+    assert ended.code == 0, ended.output
+    return sft.run_folder()
+
+
 # Step 4 is validated and saved anyhow; of the last step only the export is left.
 @pytest.mark.parametrize("step", [3, 4, 6])
-def test_one_rank(sft: Sft, step: int) -> None:
-    whole = sft.process("train", *sft.settings, *SETTINGS, "run=whole")
-    assert whole.code == 0, whole.output
+def test_one_rank(sft: Sft, step: int, whole: Path) -> None:
     stopped = sft.process("train", *sft.settings, *SETTINGS, "run=run", *in_step(step))
     assert stopped.code == 75, stopped.output
     check(sft, step, stopped.output)
     again = sft.process("train", *sft.settings, *SETTINGS, "run=run")
     assert again.code == 0, again.output
-    assert final_files(sft.run_folder()) == final_files(sft.run_folder("whole"))
+    assert final_files(sft.run_folder()) == final_files(whole)
     assert [row["step"] for row in rows(sft.run_folder())] == [str(step) for step in range(7)]
-    assert rows(sft.run_folder()) == rows(sft.run_folder("whole"))
+    assert rows(sft.run_folder()) == rows(whole)
 
 
-@pytest.mark.parametrize(("strategy", "rank"), [("ddp", 1), ("deepspeed_zero2", 0)])
-def test_two_ranks_of_which_one_gets_the_signal(sft: Sft, strategy: str, rank: int) -> None:
+@pytest.mark.parametrize(("strategy", "rank", "name"), [("ddp", 1, "SIGTERM"), ("deepspeed_zero2", 0, "SIGUSR1")])
+def test_two_ranks_of_which_one_gets_the_signal(sft: Sft, strategy: str, rank: int, name: str) -> None:
     ranks = (f"strategy={strategy}", "trainer.devices=2")
     whole = train(sft, *ranks, "run=whole")
     assert whole.returncode == 0, whole.stdout + whole.stderr
-    stopped = train(sft, *ranks, "run=run", *in_step(3, rank))
+    stopped = train(sft, *ranks, "run=run", *in_step(3, rank, name))
     assert stopped.returncode == 75, stopped.stdout + stopped.stderr
-    check(sft, 3, stopped.stdout)
+    check(sft, 3, stopped.stdout, name)
     assert "Traceback" not in stopped.stderr
     again = train(sft, *ranks, "run=run")
     assert again.returncode == 0, again.stdout + again.stderr

@@ -5,6 +5,7 @@ import re
 import shlex
 import shutil
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,7 +17,7 @@ from running import Sft
 from sft.cli import CONF
 from sft.commands.rehearse import check_stops
 from sft.errors import UserError
-from sft.training.rehearsal import explain
+from sft.training.rehearsal import FOREIGN, Failed, explain, run
 from test_readme import COMMANDS, ROOT
 
 STAGES = ["check", "train", "validate", "save", "SIGUSR1", "resume", "export", "generate"]
@@ -85,7 +86,12 @@ def file_for_a_folder(folder: Path) -> None:
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
 def test_faults_that_need_no_training(
-    sft: Sft, temporary: Path, prepare, arguments: list[str], reason: str, capsys: pytest.CaptureFixture[str]
+    sft: Sft,
+    temporary: Path,
+    prepare: Callable[[Path], None] | None,
+    arguments: list[str],
+    reason: str,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     if prepare:
         prepare(sft.folder)
@@ -153,6 +159,21 @@ def test_stop_token_has_to_be_supervised(tokenizer: object) -> None:
         check_stops(prepared(tokenizer, [65, 66, 258], [-100, 66, -100]))
     with pytest.raises(UserError, match="the last supervised token is 'c'"):  # no special token
         check_stops(prepared(tokenizer, [65, 258, 66], [-100, 258, 66]))
+
+
+def test_a_command_that_hangs_is_ended(sft: Sft) -> None:
+    log, lines = sft.folder / "log", []
+    with pytest.raises(Failed, match=r"did not end within 0\.1 seconds"):
+        run(["train", *sft.settings], log, lines.append, timeout=0.1)
+    run(["--help"], log, lines.append, timeout=60)
+    assert "  sft COMMAND [setting=value ...]" in lines
+    with pytest.raises(Failed, match="there is no command trian: did you mean train"):
+        run(["trian"], log, lines.append, timeout=60)
+
+
+def test_a_rehearsal_inside_a_job_is_no_part_of_it() -> None:
+    theirs = ["SLURM_PROCID", "RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_PORT", "TORCHELASTIC_RUN_ID"]
+    assert [name for name in [*theirs, "PATH", "HF_HOME", "MY_RANK"] if FOREIGN.match(name)] == theirs
 
 
 def test_the_reason_of_a_failure() -> None:

@@ -15,24 +15,27 @@ import lightning as L
 from lightning.pytorch.callbacks import Callback
 
 # What a launcher or a batch system has put there would make a rehearsal think itself a part of their job.
-FOREIGN = re.compile(r"(SLURM|SLURMD|PMI|PMIX|OMPI|TORCHELASTIC)_|^(RANK|LOCAL_RANK|NODE_RANK|WORLD_SIZE|MASTER_ADDR)$")
+FOREIGN = re.compile(
+    r"^((SLURM|SLURMD|PMI|PMIX|OMPI|TORCHELASTIC)_.*|(|LOCAL_|NODE_|GROUP_)RANK|(LOCAL_)?WORLD_SIZE|MASTER_(ADDR|PORT))$"
+)
 
 
 class SignalInStep(Callback):
-    """Sends SIGUSR1 to one rank in the middle of an optimizer step, as a scheduler may.
+    """Sends a signal to one rank in the middle of an optimizer step, as a scheduler may.
 
     Args:
         step: counted from 1.
         rank: that gets the signal.
+        name: of the signal.
     """
 
-    def __init__(self, step: int, rank: int = 0) -> None:
-        self.step, self.rank = step, rank
+    def __init__(self, step: int, rank: int = 0, name: str = "SIGUSR1") -> None:
+        self.step, self.rank, self.number = step, rank, signal.Signals[name]
 
     def on_train_batch_start(self, trainer: L.Trainer, module: Any, batch: Any, batch_idx: int) -> None:
         first = batch_idx % trainer.accumulate_grad_batches == 0
         if first and trainer.global_step == self.step - 1 and trainer.global_rank == self.rank:
-            os.kill(os.getpid(), signal.SIGUSR1)
+            os.kill(os.getpid(), self.number)
 
 
 class Failed(Exception):
@@ -45,7 +48,7 @@ class Failed(Exception):
 
 def run(arguments: list[str], log: Path, seen: Callable[[str], None], timeout: float, expected: int = 0) -> None:
     """Runs `sft ARGUMENTS` with its output going to `log` and, line by line, to `seen`; `Failed` where it fails."""
-    environment = {name: value for name, value in os.environ.items() if not FOREIGN.search(name)}
+    environment = {name: value for name, value in os.environ.items() if not FOREIGN.match(name)}
     environment |= {"WANDB_MODE": "offline", "CUDA_VISIBLE_DEVICES": "", "PYTHONUNBUFFERED": "1"}
     script = Path(sys.executable).with_name("sft")
     with log.open("wb") as file:
