@@ -82,12 +82,14 @@ def _check(config: Any, folder: Path, num_rows: int) -> str:
     from sft.commands.train import check
     from sft.training.setup import setup
 
-    num_ranks, accumulation = check(config)
+    small = copy.deepcopy(config)
+    if config.adapter:
+        small.adapter.quantize = False  # 4 bits need CUDA, which this machine may lack
+    num_ranks, accumulation = check(small)
     settings: Any = OmegaConf.to_container(config)
     run = Run.of(settings)
     _check_writable(run.folder, "runs_dir")
     _check_writable(Path(config.data.cache_dir), "data.cache_dir")
-    small = copy.deepcopy(config)
     _cut(small.data, folder, num_rows)
     prepared = setup(small)
     stop = check_stops(prepared)
@@ -159,8 +161,6 @@ def _shrink(config: Any, prepared: Any, folder: Path) -> None:
     config.model.path, config.model.init, config.model.config = str(folder / "model"), "pretrained", {}
     if config.model.attention.startswith("flash"):
         config.model.attention = "packed"
-    if config.get("adapter") and config.adapter.get("quantize"):
-        config.adapter.quantize = False  # CUDA alone has it
     lengths = [split.lengths.max() for split in (prepared.splits.train, prepared.splits.val) if split]
     config.data.max_length = int(max(lengths))
     ranks = NUM_RANKS if config.strategy else 1

@@ -18,6 +18,7 @@ of each row), preview.html, metrics.csv, checkpoints/ and export/, the fine-tune
 import math
 from typing import Any
 
+from hydra.core.hydra_config import HydraConfig
 from omegaconf import OmegaConf
 
 from sft.data.schedule import check_division
@@ -85,7 +86,7 @@ def main(config: Any) -> None:
         if not (resume and resume.last):  # killed after its last step, all that is left is the export
             module = SFTModule(
                 prepared.source,
-                instantiate(config.optimizer),
+                instantiate(config.optimizer, _convert_="all"),
                 instantiate(config.schedule),
                 data.num_steps,
                 config.seed,
@@ -107,6 +108,10 @@ def check(config: Any) -> tuple[int, int]:
     accumulation = check_division(config.global_batch_size, num_ranks, config.micro_batch_size)
     if num_ranks > 1 and not config.strategy:
         raise UserError(f"strategy=single is for one device, and the trainer has {num_ranks}: set strategy=ddp")
+    if config.adapter and config.adapter.quantize:
+        from sft.model.adapter import check_quantization
+
+        check_quantization(HydraConfig.get().runtime.choices["strategy"], config.trainer.accelerator)
     return num_ranks, accumulation
 
 

@@ -54,6 +54,8 @@ class Checkpoints(Callback):
         step = saved.step
         saved.verify()
         saved.restore(module.model, trainer.optimizers[0])
+        if hasattr(trainer.strategy, "resumed"):
+            trainer.strategy.resumed(step)
         states = saved.callbacks()
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
             if callback.state_key in states:

@@ -28,6 +28,7 @@ DECIDING = (
     "max_steps",
     "global_batch_size",
     "model",
+    "adapter",
     "data",
     "optimizer",
     "schedule",
@@ -37,6 +38,7 @@ DECIDING = (
 NOT_DECIDING = (
     "model.attention",
     "model.gradient_checkpointing",
+    "adapter.merge",
     "data.num_workers",
     "data.cache_dir",
     "data.max_lost",

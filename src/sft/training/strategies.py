@@ -69,6 +69,18 @@ class DeepSpeed(DeepSpeedStrategy):
         }
         return partial(DeepSpeedCPUAdam, adamw_mode=True, **settings)
 
+    def resumed(self, step: int) -> None:
+        """Called when a checkpoint of `step` has been restored."""
+        if not self.offloads_optimizer:
+            return
+        # Its kernel multiplies the powers of beta up from step to step; let it do so to the same bits.
+        engine: Any = self.deepspeed_engine
+        adam, nothing = engine.optimizer.optimizer, torch.zeros(1)
+        group = adam.param_groups[0]
+        settings = (*group["betas"], group["eps"], 0.0, group["bias_correction"])
+        for each in range(1, step + 1):
+            adam.ds_opt_adam.adam_update(adam.opt_id, each, 0.0, *settings, nothing, nothing, nothing, nothing)
+
     @property
     def root_device(self) -> torch.device:
         # DeepSpeed wants an index, which the processor has none of.
@@ -108,16 +120,15 @@ class DeepSpeed(DeepSpeedStrategy):
 
         # In bf16 the model's own weights are bf16 and the optimizer holds the fp32 ones.
         bf16 = str(self.precision_plugin.precision).startswith("bf16")
+        partition = deepspeed.zero.Init(config_dict_or_path=self.config)._convert_to_zero_parameters
         tied: dict[int, nn.Parameter] = {}
         for module in model.modules():
             for name, parameter in module.named_parameters(recurse=False):
                 if id(parameter) not in tied:
                     dtype = torch.bfloat16 if bf16 else parameter.dtype
                     whole = torch.zeros(parameter.shape, dtype=dtype, device=self.root_device)
-                    own = nn.Parameter(whole, requires_grad=parameter.requires_grad)
-                    holder = nn.ParameterList([own])
-                    deepspeed.zero.Init(module=holder, config_dict_or_path=self.config, dtype=dtype)
-                    tied[id(parameter)] = own
+                    tied[id(parameter)] = nn.Parameter(whole, requires_grad=parameter.requires_grad)
+                    partition([tied[id(parameter)]])
                 setattr(module, name, tied[id(parameter)])
 
     def backward(self, closure_loss: Tensor, optimizer: Optimizer | None, *args: Any, **kwargs: Any) -> Tensor:
