@@ -102,8 +102,9 @@ def _check(config: Any, folder: Path, num_rows: int) -> str:
     sources = [counts for split in prepared.splits.ledger.values() for counts in split.get("sources", [])]
     rows, lost = sum(each["rows"] for each in sources), sum(sum(each["lost"].values()) for each in sources)
     return (
-        f"{run.folder}: {num_ranks} ranks × {accumulation} micro-batches of {config.micro_batch_size}; of the first "
-        f"{rows} rows {lost} are lost; {len(prepared.splits.train)} samples end in {stop}"
+        f"{run.folder} ({run.status.get('state', 'new')}): {num_ranks} ranks × {accumulation} micro-batches of "
+        f"{config.micro_batch_size}; of the first {rows} rows {lost} are lost; {len(prepared.splits.train)} samples "
+        f"end in {stop}"
     )
 
 

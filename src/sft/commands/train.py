@@ -11,6 +11,9 @@
   sft train ... --cfg job
       prints every setting with its value, and trains nothing
 
+SIGUSR1 and SIGTERM save a checkpoint at the end of the step, and the run ends with exit code 75. A job for a cluster is
+tried out beforehand by sft rehearse with the same settings.
+
 What is trained: sft preview with the same settings. The run lies in runs/NAME/: config.yaml, data.json (what became
 of each row), preview.html, metrics.csv, checkpoints/ and export/, the fine-tuned model.
 """

@@ -67,9 +67,11 @@ def first_rows(data: Any) -> None:
 
 
 def on_processor(config: Any) -> None:
-    """Whatever the machine: one node's processor in fp32, with the attention that every machine has."""
+    """One node's processor, whatever the machine: fp32, the attention that every machine has, no dropout."""
     config.trainer.accelerator, config.trainer.num_nodes = "cpu", 1
     config.trainer.precision = "32-true"
+    if config.adapter:
+        config.adapter.dropout, config.adapter.quantize = 0.0, False
     config.model.attention = "packed" if config.model.attention.startswith("flash") else config.model.attention
 
 
