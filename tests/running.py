@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import signal
 import socket
 import sys
 from dataclasses import dataclass
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from sft import cli
+from sft.training import preemption
 
 # Each child is forked from a server that has imported what takes seconds and done nothing with it.
 PROCESSES = multiprocessing.get_context("forkserver")
@@ -61,12 +63,16 @@ class Sft:
 
     def __call__(self, command: str, *arguments: str) -> int:
         """Exit code of `sft COMMAND ARGUMENTS`, run here."""
+        handlers = {each: signal.getsignal(each) for each in preemption.SIGNALS}
         with self.monkeypatch.context() as patch:
             patch.setattr(sys, "argv", ["sft", command, *arguments])
             try:
                 cli.main()
             except SystemExit as end:
                 return int(end.code or 0)
+            finally:
+                for each, handler in handlers.items():
+                    signal.signal(each, handler)
         return 0
 
     def train(self, *arguments: str) -> int:

@@ -56,7 +56,8 @@ def test_training_command(line: str, ready: Sft, model_folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "line", [line for line in COMMANDS if line.startswith("sft ") and line.split()[1] not in ("train", "preview")]
+    "line",  # sft rehearse: tests/commands/test_rehearse.py
+    [line for line in COMMANDS if line.startswith("sft ") and line.split()[1] not in ("train", "preview", "rehearse")],
 )
 def test_command_on_a_finished_run(line: str, ready: Sft) -> None:
     settings = [*ready.settings, "data.path=my.jsonl", "run=NAME"]

@@ -12,11 +12,13 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from sft.errors import UserError
+from sft.training import preemption
 
 CONF = Path(__file__).resolve().parents[2] / "conf"
 COMMANDS = {
     "train": "fine-tune a model; started again, resume it",
     "preview": "show what would be trained, token by token",
+    "rehearse": "run a small form of a job through all its stages before it is queued",
     "score": "log-probabilities of samples under a run's model",
     "generate": "answer prompts with a run's model",
     "export": "write a run's checkpoint as a verified Hugging Face folder",
@@ -25,7 +27,8 @@ FULL_DISK = (errno.ENOSPC, errno.EDQUOT)
 
 
 def main() -> None:
-    """Entry point of the `sft` script. Exit code 2 for a user's mistake, 1 for a failure of ours."""
+    """Entry point of the `sft` script. Exit code 2 for a user's mistake, 75 for a run stopped by a signal, 1 for a
+    failure of ours."""
     arguments = sys.argv[1:]
     command = arguments[0] if arguments else "--help"
     if command in ("-h", "--help", "help"):
@@ -37,6 +40,8 @@ def main() -> None:
     if any(argument in ("-h", "--help") for argument in arguments[1:]):
         print(_command_help(command))
         return
+    if command == "train":
+        preemption.install()  # before all that takes time, in which a signal would be fatal
     try:
         _run(command, arguments[1:])
     except Exception as error:
@@ -44,14 +49,16 @@ def main() -> None:
     _leave()
 
 
-def _leave() -> None:
+def _leave(code: int = 0) -> None:
     """Ends a process that was one of several ranks: threads of a process group can crash an interpreter's own end."""
     distributed: Any = sys.modules.get("torch.distributed")
     if distributed is not None and distributed.is_available() and distributed.is_initialized():
         distributed.destroy_process_group()
         sys.stdout.flush()
         sys.stderr.flush()
-        os._exit(0)
+        os._exit(code)
+    if code:
+        sys.exit(code)
 
 
 def _run(command: str, arguments: list[str]) -> None:
@@ -73,7 +80,11 @@ def _run(command: str, arguments: list[str]) -> None:
 
 
 def _report(error: Exception, command: str) -> NoReturn:
-    """Ends with the line for a user's mistake, or with the traceback of ours."""
+    """Ends with the line for a user's mistake, or with the traceback of ours; a run that a signal has stopped has said
+    so."""
+    if isinstance(error, preemption.Interrupted):
+        _leave(error.exit_code)
+        sys.exit()
     if isinstance(error, BrokenPipeError):  # sft preview ... | head
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)

@@ -321,6 +321,16 @@ def test_a_worker_that_is_killed(tmp_path: Path) -> None:
     assert folders(tmp_path / "cache") == []
 
 
+def signalled(row: Any) -> Any:
+    os.kill(os.getpid(), signal.SIGUSR1)
+    return PLAIN(row)
+
+
+def test_a_worker_does_not_die_of_the_signal_to_a_job(tmp_path: Path) -> None:
+    file = rows_file(tmp_path / "a.jsonl", many_rows(2000))
+    assert len(open_store(file, cache=tmp_path / "cache", num_workers=2, row_function=signalled)) == 1960
+
+
 def test_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(path: Path) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")

@@ -11,6 +11,9 @@
   sft train ... --cfg job
       prints every setting with its value, and trains nothing
 
+SIGUSR1 and SIGTERM save a checkpoint at the end of the step, and the run ends with exit code 75. A job for a cluster is
+tried out beforehand by sft rehearse with the same settings.
+
 What is trained: sft preview with the same settings. The run lies in runs/NAME/: config.yaml, data.json (what became
 of each row), preview.html, metrics.csv, checkpoints/ and export/, the fine-tuned model.
 """
@@ -28,16 +31,7 @@ from sft.training.run import Run, write_json
 
 def main(config: Any) -> None:
     settings: Any = OmegaConf.to_container(config, resolve=True)
-    check_numbers(config)
-    # Before anything is loaded: what can't be divided, and what there is nothing to do about.
-    num_ranks = world_size(config)
-    accumulation = check_division(config.global_batch_size, num_ranks, config.micro_batch_size)
-    if num_ranks > 1 and not config.strategy:
-        raise UserError(f"strategy=single is for one device, and the trainer has {num_ranks}: set strategy=ddp")
-    if config.adapter and config.adapter.quantize:
-        from sft.model.adapter import check_quantization
-
-        check_quantization(HydraConfig.get().runtime.choices["strategy"], config.trainer.accelerator)
+    _, accumulation = check(config)
     run = Run.of(settings)
     if run.status.get("state") == "finished":
         print(f"{run.folder} is finished: nothing to do (another run: run=NAME; anew: remove the folder)")
@@ -108,6 +102,20 @@ def main(config: Any) -> None:
             export(run, final)
     if is_main():
         summarise(run, metrics)
+
+
+def check(config: Any) -> tuple[int, int]:
+    """Refuses what is seen to be wrong before anything is loaded; number of ranks and of micro-batches a step each."""
+    check_numbers(config)
+    num_ranks = world_size(config)
+    accumulation = check_division(config.global_batch_size, num_ranks, config.micro_batch_size)
+    if num_ranks > 1 and not config.strategy:
+        raise UserError(f"strategy=single is for one device, and the trainer has {num_ranks}: set strategy=ddp")
+    if config.adapter and config.adapter.quantize:
+        from sft.model.adapter import check_quantization
+
+        check_quantization(HydraConfig.get().runtime.choices["strategy"], config.trainer.accelerator)
+    return num_ranks, accumulation
 
 
 def check_numbers(config: Any) -> None:

@@ -7,6 +7,7 @@ import os
 import re
 import secrets
 import shutil
+import signal
 import socket
 import threading
 import time
@@ -14,7 +15,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
@@ -141,7 +142,8 @@ def _chunks(job: _Job, num_workers: int) -> Iterator[_Chunk]:
     try:
         pending: deque[Future[_Chunk]] = deque()
         for each in ranges:
-            pending.append(workers.submit(_work, *each))
+            with _without_sigusr1():
+                pending.append(workers.submit(_work, *each))  # starts one, until all are there
             if len(pending) > 2 * num_workers:  # no more results in memory than keep the workers busy
                 yield pending.popleft().result()
         while pending:
@@ -152,6 +154,17 @@ def _chunks(job: _Job, num_workers: int) -> Iterator[_Chunk]:
         ) from error
     finally:
         workers.shutdown(cancel_futures=True)
+
+
+@contextmanager
+def _without_sigusr1() -> Iterator[None]:
+    """What is started here never gets SIGUSR1, by which a scheduler tells all processes of a job that its time is up:
+    the parent decides what comes of that, and a worker would die of it."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 _job: _Job  # in a worker process

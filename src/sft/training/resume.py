@@ -1,4 +1,4 @@
-"""The callback that saves checkpoints during `fit` and puts a run back to where one was saved."""
+"""The callback that saves checkpoints during `fit`, ends it on a signal, and puts a run back to where one was saved."""
 
 import math
 from pathlib import Path
@@ -8,14 +8,15 @@ import lightning as L
 from lightning.pytorch.callbacks import Callback
 
 from sft.training import checkpoint as checkpoints
-from sft.training import probes
+from sft.training import preemption, probes
 from sft.training.checkpoint import Checkpoint
 from sft.training.log import log
 from sft.training.saving import save
 
 
 class Checkpoints(Callback):
-    """Saves every `save_every` steps and at the last, after the validation of that step where there is one.
+    """Saves every `save_every` steps, at the last, and at one in which a signal came; where a step is validated, after
+    that.
 
     Args:
         folder: of the checkpoints.
@@ -38,17 +39,24 @@ class Checkpoints(Callback):
         self.folder, self.save_every, self.val_every = folder, save_every, val_every
         self.keep_last, self.resume, self.facts = keep_last, resume, facts
 
+    def setup(self, trainer: L.Trainer, module: Any, stage: str) -> None:
+        preemption.keep_handlers(trainer)
+
     def on_fit_start(self, trainer: L.Trainer, module: Any) -> None:
         if trainer.is_global_zero:
             checkpoints.discard_unfinished(self.folder)
-        if self.resume is None:
-            return
-        step = self.resume.step
-        self.resume.verify()
-        self.resume.restore(module.model, trainer.optimizers[0])
+        if self.resume is not None:
+            self._resume(trainer, module, self.resume)
+        if number := preemption.agreed(trainer):  # came while all was made ready: there is nothing to save yet
+            preemption.interrupt(trainer, number)
+
+    def _resume(self, trainer: L.Trainer, module: Any, saved: Checkpoint) -> None:
+        step = saved.step
+        saved.verify()
+        saved.restore(module.model, trainer.optimizers[0])
         if hasattr(trainer.strategy, "resumed"):
             trainer.strategy.resumed(step)
-        states = self.resume.callbacks()
+        states = saved.callbacks()
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
             if callback.state_key in states:
                 callback.load_state_dict(states[callback.state_key])
@@ -72,20 +80,25 @@ class Checkpoints(Callback):
     def on_train_batch_end(self, trainer: L.Trainer, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         whole_step = (batch_idx + 1) % trainer.accumulate_grad_batches == 0
         if whole_step and not self._validates(trainer, module):
-            self._save_if_due(trainer, module, val_loss=None)
+            self._end_step(trainer, module, val_loss=None)
 
     def on_validation_end(self, trainer: L.Trainer, module: Any) -> None:
         if not trainer.sanity_checking and trainer.state.fn == "fit":
-            self._save_if_due(trainer, module, val_loss=module.val_loss)
+            self._end_step(trainer, module, val_loss=module.val_loss)
 
     def _validates(self, trainer: L.Trainer, module: Any) -> bool:
         step = trainer.global_step
         return bool(trainer.enable_validation) and (step % self.val_every == 0 or step == module.num_steps)
 
-    def _save_if_due(self, trainer: L.Trainer, module: Any, val_loss: float | None) -> None:
+    def _end_step(self, trainer: L.Trainer, module: Any, val_loss: float | None) -> None:
+        step, number = trainer.global_step, preemption.agreed(trainer)
+        if number or trainer.should_stop or step == module.num_steps or step % self.save_every == 0:
+            self._save(trainer, module, val_loss)
+        if number:
+            preemption.interrupt(trainer, number)
+
+    def _save(self, trainer: L.Trainer, module: Any, val_loss: float | None) -> None:
         step = trainer.global_step
-        if step % self.save_every and step != module.num_steps and not trainer.should_stop:
-            return
         for logger in trainer.loggers:
             logger.save()
         log_probs = probes.measure(module, trainer.datamodule)  # type: ignore[attr-defined]

@@ -18,6 +18,7 @@ from hydra.errors import InstantiationException
 from sft.errors import UserError
 from sft.training import provenance
 from sft.training.checkpoint import latest
+from sft.training.preemption import Interrupted
 from sft.training.provenance import now
 
 # What decides the numbers of a run. Not in it: where it runs, how it is shared out (rule 2) and what is logged.
@@ -75,7 +76,7 @@ def _within(name: str, groups: tuple[str, ...]) -> bool:
 
 @dataclass(frozen=True)
 class Run:
-    """A run's folder. `status.json` in it says `running`, `finished` or `failed`, and at which step."""
+    """A run's folder. `status.json` in it says `running`, `finished`, `interrupted` or `failed`, and at which step."""
 
     folder: Path
 
@@ -170,6 +171,9 @@ class Run:
         self._mark("running", num_steps=num_steps, step=self._step())
         try:
             yield
+        except Interrupted:
+            self._mark("interrupted", num_steps=num_steps, step=self._step())
+            raise
         except BaseException as error:
             if new and isinstance(error, UserError | InstantiationException) and not self.checkpoints.exists():
                 shutil.rmtree(self.folder)

@@ -1,0 +1,100 @@
+"""A run that a signal stops saves where it is, says so, and goes on as if nothing had happened."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from commands.test_resume import final_files, rows
+from running import Sft
+from sft.training.checkpoint import complete
+
+SETTINGS = ("epochs=2", "val_every=4", "checkpoint.save_every=4", "micro_batch_size=1")
+TARGET = "sft.training.rehearsal.SignalInStep"
+
+
+def in_step(step: int, rank: int = 0, name: str = "SIGUSR1") -> list[str]:
+    return [f"+callbacks.signal={{_target_: {TARGET}, step: {step}, rank: {rank}, name: {name}}}"]
+
+
+def train(sft: Sft, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Through the command line's own script, since Lightning starts the second rank with the same command."""
+    script = str(Path(sys.executable).with_name("sft"))
+    command = [script, "train", *sft.settings, *SETTINGS, *arguments]
+    return subprocess.run(command, cwd=sft.folder, capture_output=True, text=True, timeout=200)
+
+
+def check(sft: Sft, step: int, stopped: str, name: str = "SIGUSR1") -> None:
+    folder = sft.run_folder()
+    assert f"stopped by {name} after step {step}: the same command goes on" in stopped.splitlines()
+    assert "Traceback" not in stopped
+    assert complete(folder / "checkpoints")[-1].step == step
+    assert not complete(folder / "checkpoints")[-1].state["stopped"]
+    status = json.loads((folder / "status.json").read_text())
+    assert (status["state"], status["step"], status["num_steps"]) == ("interrupted", step, 6)
+    assert not (folder / "export").exists()
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory, model_folder: Path, data_file: Path) -> Path:
+    """The folder of a run that nothing stops."""
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        sft = Sft(tmp_path_factory.mktemp("whole"), model_folder, data_file, monkeypatch)
+        ended = sft.process("train", *sft.settings, *SETTINGS, "run=run")
+    assert ended.code == 0, ended.output
+    return sft.run_folder()
+
+
+# Step 4 is validated and saved anyhow; of the last step only the export is left.
+@pytest.mark.parametrize("step", [3, 4, 6])
+def test_one_rank(sft: Sft, step: int, whole: Path) -> None:
+    stopped = sft.process("train", *sft.settings, *SETTINGS, "run=run", *in_step(step))
+    assert stopped.code == 75, stopped.output
+    check(sft, step, stopped.output)
+    again = sft.process("train", *sft.settings, *SETTINGS, "run=run")
+    assert again.code == 0, again.output
+    assert final_files(sft.run_folder()) == final_files(whole)
+    assert [row["step"] for row in rows(sft.run_folder())] == [str(step) for step in range(7)]
+    assert rows(sft.run_folder()) == rows(whole)
+
+
+@pytest.mark.parametrize(("strategy", "rank", "name"), [("ddp", 1, "SIGTERM"), ("deepspeed_zero2", 0, "SIGUSR1")])
+def test_two_ranks_of_which_one_gets_the_signal(sft: Sft, strategy: str, rank: int, name: str) -> None:
+    ranks = (f"strategy={strategy}", "trainer.devices=2")
+    whole = train(sft, *ranks, "run=whole")
+    assert whole.returncode == 0, whole.stdout + whole.stderr
+    stopped = train(sft, *ranks, "run=run", *in_step(3, rank, name))
+    assert stopped.returncode == 75, stopped.stdout + stopped.stderr
+    check(sft, 3, stopped.stdout, name)
+    assert "Traceback" not in stopped.stderr
+    again = train(sft, *ranks, "run=run")
+    assert again.returncode == 0, again.stdout + again.stderr
+    assert final_files(sft.run_folder()) == final_files(sft.run_folder("whole"))
+    assert rows(sft.run_folder()) == rows(sft.run_folder("whole"))
+
+
+@pytest.mark.parametrize("name", ["SIGUSR1", "SIGTERM"])
+def test_signal_during_the_imports_is_remembered(sft: Sft, name: str) -> None:
+    early = (
+        "import os, signal\nfrom sft import cli\nrun = cli._run\n"
+        f"cli._run = lambda *rest: (os.kill(os.getpid(), signal.{name}), run(*rest))"
+    )
+    stopped = sft.process("train", *sft.settings, *SETTINGS, "run=run", before=early)
+    assert stopped.code == 75, stopped.output
+    assert f"stopped by {name} after step 0: the same command goes on" in stopped.output
+    assert not complete(sft.run_folder() / "checkpoints")
+    assert sft.process("train", *sft.settings, *SETTINGS, "run=run").code == 0
+    assert [row["step"] for row in rows(sft.run_folder())] == [str(step) for step in range(7)]
+
+
+def test_processes_that_are_forked_have_no_share_in_it(sft: Sft) -> None:
+    forks = (
+        "import os, signal, time\nfrom sft.training import preemption\npreemption.install()\n"
+        "pid = os.fork()\n"
+        "if not pid: time.sleep(60)\n"
+        "time.sleep(0.2)\nos.kill(pid, signal.SIGUSR1)\nassert os.waitpid(pid, os.WNOHANG) == (0, 0)\n"
+        "os.kill(pid, signal.SIGTERM)\nassert os.WTERMSIG(os.waitpid(pid, 0)[1]) == signal.SIGTERM\n"
+    )
+    assert sft.process("--help", before=forks).code == 0
