@@ -42,6 +42,17 @@ def main() -> None:
         _run(command, arguments[1:])
     except Exception as error:
         _report(error, command)
+    _leave()
+
+
+def _leave() -> None:
+    """Ends a process that was one of several ranks: threads of a process group can crash an interpreter's own end."""
+    distributed: Any = sys.modules.get("torch.distributed")
+    if distributed is not None and distributed.is_available() and distributed.is_initialized():
+        distributed.destroy_process_group()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(0)
 
 
 def _run(command: str, arguments: list[str]) -> None:

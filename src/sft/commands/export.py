@@ -47,7 +47,7 @@ def export(run: Run, checkpoint: Checkpoint, output: Path | None = None, dtype: 
     shutil.rmtree(staging, ignore_errors=True)
     staging.mkdir(parents=True)
     card = model_card(run, checkpoint)
-    weights = checkpoint.path / "model.safetensors"
+    weights = {name: checkpoint.tensor(name) for name in checkpoint.shapes}
     write_folder(staging, source, weights, source.load_tokenizer(), state["stop_token_ids"], card, dtypes[dtype])
     probes = json.loads((checkpoint.path / "probes.json").read_text())
     precision = "bf16-true" if dtype == "bfloat16" else settings["trainer"]["precision"]

@@ -8,8 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
-
 from sft.errors import UserError
 from sft.model.loading import ModelSource
 
@@ -17,16 +15,15 @@ from sft.model.loading import ModelSource
 def write_folder(
     folder: Path,
     source: ModelSource,
-    weights: Path,
+    tensors: dict[str, torch.Tensor],
     tokenizer: Any,
     stop_ids: list[int],
     card: str,
     dtype: torch.dtype | None,
 ) -> None:
-    """Writes the folder; `weights` is a checkpoint's model.safetensors, `dtype` None keeps its own."""
+    """Writes the folder; `dtype` None keeps that of `tensors`."""
     from transformers import AutoModelForCausalLM, GenerationConfig
 
-    tensors = load_file(weights)
     own_dtype = next(tensor.dtype for tensor in tensors.values() if tensor.is_floating_point())
     if dtype is not None:
         tensors = {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in tensors.items()}

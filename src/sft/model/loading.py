@@ -1,5 +1,7 @@
 """A model and its tokenizer, by folder or Hub name, checked against each other before any weight is read."""
 
+import json
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,6 +12,7 @@ from sft.errors import UserError
 
 if TYPE_CHECKING:
     import torch
+    from torch import Tensor, nn
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 
@@ -103,8 +106,14 @@ class ModelSource:
             )
         return config
 
-    def load(self, dtype: "torch.dtype", weights: bool = True) -> "PreTrainedModel":
-        """The model in training mode; `weights=False` leaves them random, to be filled from a checkpoint."""
+    def load(
+        self, dtype: "torch.dtype", weights: bool = True, shard: "Callable[[nn.Module], None] | None" = None
+    ) -> "PreTrainedModel":
+        """The model in training mode; `weights=False` leaves them undefined, to be filled from a checkpoint.
+
+        With `shard`, which leaves each rank room for its part of each parameter, no rank ever holds more than that
+        and what is being read.
+        """
         from transformers import AutoModelForCausalLM
 
         from sft.model import attention  # noqa: F401  registers `packed`
@@ -112,7 +121,9 @@ class ModelSource:
         config = self.load_config()
         options = {"dtype": dtype, "attn_implementation": self.attention}
         try:
-            if self.init == "random" or not weights:
+            if shard is not None:
+                model = self._load_sharded(config, options, weights, shard)
+            elif self.init == "random" or not weights:
                 model = AutoModelForCausalLM.from_config(config, trust_remote_code=self.trust_remote_code, **options)
             else:
                 assert self.path is not None
@@ -131,6 +142,72 @@ class ModelSource:
             enable({"use_reentrant": False})
         # from_pretrained leaves it in eval mode, where dropout and gradient checkpointing are off.
         return model.train()
+
+    def _load_sharded(
+        self, config: "PretrainedConfig", options: dict[str, Any], weights: bool, shard: "Callable[[nn.Module], None]"
+    ) -> "PreTrainedModel":
+        """Makes the model without weights, shards it, and reads each rank's part of each weight into its place."""
+        import torch
+        from accelerate import init_empty_weights
+        from transformers import AutoModelForCausalLM
+
+        from sft.model.sharding import of_parameter
+
+        trusted = {"trust_remote_code": self.trust_remote_code}
+        with init_empty_weights():  # parameters only: buffers such as RoPE's frequencies keep their fp32 values
+            model = AutoModelForCausalLM.from_config(config, **trusted, **options)
+        model.tie_weights()
+        shapes = {name: list(parameter.shape) for name, parameter in model.named_parameters()}
+        shard(model)
+        if not weights:
+            return model
+        read = None
+        if self.init == "pretrained":
+            assert self.path is not None
+            read = weight_reader(self.path, self.revision, shapes, model.base_model_prefix)
+        if read is None:  # drawn at random, or on disk under other names: this takes the whole model's memory
+            if self.init == "random":
+                whole = AutoModelForCausalLM.from_config(config, **trusted, **options)
+            else:
+                whole = AutoModelForCausalLM.from_pretrained(
+                    self.path, config=config, revision=self.revision, **trusted, **options
+                )
+            values = {name: parameter.detach().reshape(-1) for name, parameter in whole.named_parameters()}
+            read = lambda name, start, stop: values[name][start:stop]  # noqa: E731
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                part = of_parameter(name, parameter)
+                part.weight.copy_(read(name, part.start, part.start + part.numel))
+        return model
+
+
+def weight_reader(
+    source: str, revision: str | None, shapes: "Mapping[str, list[int]]", prefix: str
+) -> "Callable[[str, int, int], Tensor] | None":
+    """`read(name, start, stop)` of the flat values of each weight in a model's safetensors files.
+
+    None where the files name or shape their tensors otherwise than the model does.
+    """
+    from sft.model.stream import File
+
+    folder = Path(source).expanduser()
+    if not folder.is_dir():
+        from huggingface_hub import snapshot_download
+
+        folder = Path(snapshot_download(source, revision=revision, allow_patterns=["*.safetensors", "*.json"]))
+    index = folder / "model.safetensors.index.json"
+    names = set(json.loads(index.read_text())["weight_map"].values()) if index.exists() else {"model.safetensors"}
+    if not all((folder / name).exists() for name in names):
+        return None
+    file_of = {key: file for file in (File(folder / name) for name in sorted(names)) for key in file.layout}
+    keys = {}
+    for name, shape in shapes.items():
+        # A file of the bare backbone leaves out the first part of the name.
+        key = name if name in file_of else name.removeprefix(f"{prefix}.")
+        if key not in file_of or file_of[key].layout[key][1] != shape:
+            return None
+        keys[name] = key
+    return lambda name, start, stop: file_of[keys[name]].read(keys[name], start, stop)
 
 
 def _check_folder(source: str, setting: str) -> None:

@@ -7,6 +7,7 @@ import lightning as L
 import numpy as np
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
@@ -53,7 +54,9 @@ class SFTModule(L.LightningModule):
         if self.model is None:
             dtype = torch.bfloat16 if self.trainer.precision == "bf16-true" else torch.float32
             torch.manual_seed(self.seed)  # what weights that no checkpoint has are drawn from, on all ranks alike
-            self.model = self.source.load(dtype, weights=not self.resumed)
+            strategy = self.trainer.strategy
+            shard = strategy.shard if getattr(strategy, "shards_model", False) else None
+            self.model = self.source.load(dtype, weights=not self.resumed, shard=shard)
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         # Random numbers are a function of the place in the run, as the step plan is: a resumed step draws
@@ -68,6 +71,7 @@ class SFTModule(L.LightningModule):
             self.trainer.optimizers[0].zero_grad()
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        self.learning_rate = self.trainer.optimizers[0].param_groups[0]["lr"]
         nll, _ = self.objective(self.model, batch)
         self.step_nll = nll.detach() if self.step_nll is None else self.step_nll + nll.detach()
         # Rule 2: the update is the gradient of (sum over the global batch) / (its supervised tokens).
@@ -81,9 +85,11 @@ class SFTModule(L.LightningModule):
         gradient_clip_val: float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        self.learning_rate = optimizer.param_groups[0]["lr"]
+        if self.trainer.strategy.handles_gradient_accumulation:
+            return  # DeepSpeed clips within its step, and its strategy notes the norm
         largest = gradient_clip_val or float("inf")  # inf: measured, not clipped
-        self.grad_norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), largest)
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), largest)
+        self.grad_norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
 
     def configure_optimizers(self) -> Any:
         optimizer = optimizers.build(self.model, self.optimizer)
@@ -103,4 +109,4 @@ class SFTModule(L.LightningModule):
         assert isinstance(sums, Tensor)
         self.val_loss = float(sums[0] / sums[1])
         # For callbacks that monitor it (early stopping); the metrics callback writes it to the loggers.
-        self.log("val/loss", self.val_loss, logger=False, rank_zero_only=True)
+        self.log("val/loss", self.val_loss, logger=False, sync_dist=True)

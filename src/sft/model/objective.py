@@ -10,11 +10,13 @@ of supervised tokens times the vocabulary.
 Shape suffixes: T tokens of the row, N supervised tokens, C hidden channels, V vocabulary.
 """
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from sft.data.tokenization import IGNORE
 
@@ -51,9 +53,13 @@ def model_inputs(batch: Any) -> dict[str, Any]:
 class Objective:
     """`objective(model, batch)` gives (sum of −log p, number of supervised tokens) of a causal LM.
 
-    `plain_head` is None until the first batch with a supervised token; then True where the model's logits are
-    exactly hidden states times one matrix, and False where the head is more than that (soft-capping, a logit
-    scale, a bias): such a model's own forward makes the logits.
+    The loss is computed in the place of the head, within the model's own forward pass: a strategy that shards the
+    weights gathers them by hooks on the modules it calls. The head is called once a batch, on every rank, also where
+    no token is supervised, so ranks never wait for each other's collectives.
+
+    `plain_head` is None until the first batch; then True where the head is one matrix and its product is what the
+    model returns, and False where there is more to it (soft-capping, a scale, a bias, an adapter): such a model makes
+    its own logits.
     """
 
     def __init__(self) -> None:
@@ -62,56 +68,78 @@ class Objective:
     def __call__(self, model: Any, batch: Any) -> tuple[Tensor, int]:
         position_N, target_N = supervised(batch["labels"])
         inputs = model_inputs(batch)
-        if self.plain_head is None and len(position_N):
-            self.plain_head = head_is_one_matrix(model, inputs, position_N[:64])
-        if self.plain_head is False:
+        if self.plain_head is None:
+            self.plain_head = head_is_one_matrix(model, inputs)
+        if not self.plain_head:
             logits_NV = model(**inputs, logits_to_keep=position_N).logits[0]
             return F.cross_entropy(logits_NV.float(), target_N, reduction="sum"), len(target_N)
-        hidden_NC = model.base_model(**inputs).last_hidden_state[0, position_N]
-        return linear_nll(hidden_NC, model.get_output_embeddings().weight, target_N), len(target_N)
+        with head_replaced(model, lambda hidden, weight: linear_nll(hidden, weight, target_N)):
+            return model(**inputs, logits_to_keep=position_N).logits, len(target_N)
 
     @torch.no_grad()
     def token_log_probs(self, model: Any, batch: Any) -> Tensor:
         """log p of each token given those before it in its sample, float32 [T]; 0 at first tokens."""
         inputs, token_T = model_inputs(batch), batch["input_ids"][0]
-        log_prob_T = torch.zeros(len(token_T), dtype=torch.float32, device=token_T.device)
         position_N = (batch["position_ids"][0] != 0).nonzero()[:, 0] - 1
-        if not len(position_N):
-            return log_prob_T
+        target_N = token_T[position_N + 1]
         if self.plain_head is None:
-            self.plain_head = head_is_one_matrix(model, inputs, position_N[:64])
-        if self.plain_head:
-            weight_VC = model.get_output_embeddings().weight
-            hidden_NC = model.base_model(**inputs).last_hidden_state[0, position_N]
+            self.plain_head = head_is_one_matrix(model, inputs)
+
+        def log_probs(hidden_NC: Tensor, weight_VC: Tensor) -> Tensor:
             rows = _chunk_rows(hidden_NC, len(weight_VC))
-            chunks = (F.linear(hidden, weight_VC) for hidden in hidden_NC.split(rows))
+            chunks = zip(hidden_NC.split(rows), target_N.split(rows), strict=True)
+            return torch.cat([_log_probs(F.linear(hidden, weight_VC), target) for hidden, target in chunks])
+
+        if self.plain_head:
+            with head_replaced(model, log_probs):
+                log_prob_N = model(**inputs, logits_to_keep=position_N).logits
         else:
-            logits_NV = model(**inputs, logits_to_keep=position_N).logits[0]
-            rows = _chunk_rows(logits_NV, logits_NV.shape[1])
-            chunks = iter(logits_NV.split(rows))
-        for position, logits in zip(position_N.split(rows), chunks, strict=True):
-            log_prob_T[position + 1] = -F.cross_entropy(logits.float(), token_T[position + 1], reduction="none")
+            log_prob_N = _log_probs(model(**inputs, logits_to_keep=position_N).logits[0], target_N)
+        log_prob_T = torch.zeros(len(token_T), dtype=torch.float32, device=token_T.device)
+        log_prob_T[position_N + 1] = log_prob_N
         return log_prob_T
 
 
-@torch.no_grad()
-def head_is_one_matrix(model: Any, inputs: dict[str, Any], position_N: Tensor) -> bool:
-    """Whether the model's logits equal hidden states times the head's matrix, bit for bit.
+def _log_probs(logits_NV: Tensor, target_N: Tensor) -> Tensor:
+    return -F.cross_entropy(logits_NV.float(), target_N, reduction="none")
 
-    Both come from one forward pass, so the same product of the same numbers must give the same bits; anything
-    the model does besides it shows, even where it is too small for a tolerance.
+
+@contextmanager
+def head_replaced(model: Any, function: Callable[[Tensor, Tensor], Tensor]) -> Iterator[None]:
+    """While it lasts the model returns, as its logits, `function(hidden [N, C], the head's weight [V, C])`."""
+    head = model.get_output_embeddings()
+    head.forward = lambda hidden_1NC: function(hidden_1NC[0], head.weight)
+    try:
+        yield
+    finally:
+        del head.forward  # the class's own is seen again
+
+
+@torch.no_grad()
+def head_is_one_matrix(model: Any, inputs: dict[str, Any]) -> bool:
+    """Whether what the model returns is the product of the head's input with one matrix, bit for bit.
+
+    The product is taken in the head's place and compared with the logits, so that anything done to them shows, even
+    where it is too small for a tolerance.
     """
-    kept: list[Tensor] = []
-    hook = model.base_model.register_forward_hook(lambda _m, _i, out: kept.append(out.last_hidden_state))
+    head = model.get_output_embeddings()
+    if type(head) is not nn.Linear or head.bias is not None:
+        return False
+    made: list[Tensor] = []
+
+    def product(hidden_NC: Tensor, weight_VC: Tensor) -> Tensor:
+        made.append(F.linear(hidden_NC[None], weight_VC))
+        return made[0]
+
     training = model.training
     model.eval()  # so that dropout draws no random number that an uninterrupted run would not draw
+    first_few = torch.arange(min(64, inputs["input_ids"].shape[1]), device=inputs["input_ids"].device)
     try:
-        logits = model(**inputs, logits_to_keep=position_N).logits
+        with head_replaced(model, product):
+            logits = model(**inputs, logits_to_keep=first_few).logits
     finally:
-        hook.remove()
         model.train(training)
-    head = model.get_output_embeddings()
-    return head is not None and torch.equal(F.linear(kept[0][:, position_N], head.weight), logits)
+    return torch.equal(made[0], logits)
 
 
 def linear_nll(hidden_NC: Tensor, weight_VC: Tensor, target_N: Tensor) -> Tensor:

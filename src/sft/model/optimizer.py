@@ -8,6 +8,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from sft.errors import UserError
+from sft.model.sharding import full_shape, named_trainable
 
 
 def build(model: nn.Module, factory: Callable[..., Optimizer]) -> Optimizer:
@@ -15,14 +16,12 @@ def build(model: nn.Module, factory: Callable[..., Optimizer]) -> Optimizer:
 
     Parameters go in by name, so that a checkpoint can tell whose state it holds on any number of ranks.
     """
-    named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
-    groups: list[dict[str, Any]] = [
-        {"params": [(name, parameter) for name, parameter in named if parameter.ndim >= 2]},
-        {
-            "params": [(name, parameter) for name, parameter in named if parameter.ndim < 2],
-            "weight_decay": 0.0,
-        },
-    ]
+    matrices: list[tuple[str, nn.Parameter]] = []
+    vectors: list[tuple[str, nn.Parameter]] = []
+    for name, parameter in named_trainable(model):
+        # Sharded by ZeRO-3 every parameter looks like a vector: ask for its true shape.
+        (matrices if len(full_shape(parameter)) >= 2 else vectors).append((name, parameter))
+    groups: list[dict[str, Any]] = [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
     try:
         return factory([group for group in groups if group["params"]])
     except (TypeError, ValueError) as error:

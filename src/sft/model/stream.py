@@ -1,4 +1,4 @@
-"""Safetensors files written one tensor at a time, so that no more than one is ever held.
+"""Safetensors files written one tensor at a time and read in ranges, so that no more than one tensor is ever held.
 
 The format (https://huggingface.co/docs/safetensors): 8 bytes with the length of a JSON header, the header with dtype,
 shape and place of each tensor, then the tensors' bytes end to end.
@@ -13,6 +13,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from sft.errors import UserError
+
 DTYPES = {
     torch.float64: "F64",
     torch.float32: "F32",
@@ -25,6 +27,45 @@ DTYPES = {
     torch.uint8: "U8",
     torch.bool: "BOOL",
 }
+BY_NAME = {name: dtype for dtype, name in DTYPES.items()}
+
+
+class File:
+    """An open safetensors file. Plain reads and no memory map: what was read doesn't count as the process's memory."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._file = path.open("rb", buffering=0)
+        (length,) = struct.unpack("<Q", self._file.read(8))
+        self.layout: dict[str, tuple[torch.dtype, list[int]]] = {}
+        self._start: dict[str, int] = {}
+        for name, entry in json.loads(self._file.read(length)).items():
+            if name != "__metadata__":
+                self.layout[name] = BY_NAME[entry["dtype"]], entry["shape"]
+                self._start[name] = 8 + length + entry["data_offsets"][0]
+
+    def read(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
+        """The flat values from `start` to `stop` of a tensor, 1-D."""
+        dtype, shape = self.layout[name]
+        stop = torch.Size(shape).numel() if stop is None else stop
+        values = torch.empty(stop - start, dtype=dtype)
+        left = memoryview(values.view(torch.uint8).numpy())
+        self._file.seek(self._start[name] + start * dtype.itemsize)
+        while left:
+            count = self._file.readinto(left)
+            if not count:
+                raise UserError(f"{self.path} is shorter than it says: it is damaged")
+            left = left[count:]
+        return values
+
+
+def checksum(path: Path) -> dict[str, int]:
+    """Size and checksum of a file, as `write` returns them."""
+    crc = size = 0
+    with path.open("rb") as file:
+        while block := file.read(2**24):
+            crc, size = zlib.crc32(block, crc), size + len(block)
+    return {"bytes": size, "crc32": crc}
 
 
 def write(

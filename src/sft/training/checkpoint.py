@@ -1,34 +1,38 @@
 """Checkpoints on disk: neutral, atomic, and free of who wrote them.
 
     checkpoints/step-00000100/
-      model.safetensors       every parameter and persistent buffer by its name in the model
-      optimizer.safetensors   `NAME|exp_avg`, `NAME|exp_avg_sq`, `NAME|step`: the state of parameter NAME
-      callbacks.pt            state of the callbacks that have any
-      state.json              step, hyperparameters of each group, validation loss, what the run was
-      probes.json             log-probabilities of a few samples by the model that was saved
+      shard-00000-of-00004.safetensors  what one rank wrote: `NAME|FIELD|START` is the flat values of parameter NAME's
+                                        FIELD from START on; FIELD is `weight` or one of the optimizer's (exp_avg, ...)
+      callbacks.pt                      state of the callbacks that have any
+      state.json                        step, shapes, hyperparameters of each group, validation loss, what the run was,
+                                        size and checksum of each shard
+      probes.json                       log-probabilities of a few samples by the model that was saved
 
 Nothing in it depends on strategy, ranks, accumulation or Lightning's loops: the step names the place in the step
-plan, and random numbers are a function of that place. A folder is written beside its name, flushed to disk and
-renamed: a half-written one is never seen.
+plan, and random numbers are a function of that place. Each rank writes what it holds and reads what it needs, a
+tensor at a time, and nothing is gathered. A folder is written beside its name, flushed to disk and renamed: a
+half-written one is never seen.
 """
 
 import io
 import json
 import os
 import shutil
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from safetensors.torch import load_file, save_file
+import torch.distributed as dist
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
 from sft.errors import UserError
+from sft.model import sharding, stream
+from sft.model.sharding import Part
 
-FORMAT = 1
+FORMAT = 2
 
 
 @dataclass(frozen=True)
@@ -41,7 +45,7 @@ class Checkpoint:
     def step(self) -> int:
         return int(self.path.name.removeprefix("step-"))
 
-    @property
+    @cached_property
     def state(self) -> dict[str, Any]:
         return json.loads((self.path / "state.json").read_text())
 
@@ -55,104 +59,257 @@ class Checkpoint:
         """State of the callbacks by their key."""
         return torch.load(self.path / "callbacks.pt", map_location="cpu", weights_only=True)
 
-    def restore_model(self, model: nn.Module) -> None:
-        """Copies the weights into the model's own tensors; names and shapes must agree."""
-        saved = load_file(self.path / "model.safetensors")
-        own = dict(named_tensors(model))
-        if saved.keys() != own.keys():
-            differing = sorted(saved.keys() ^ own.keys())
-            raise UserError(f"{self.path} is a checkpoint of another model: {', '.join(differing[:3])} differ")
-        for name, tensor in own.items():
-            if tensor.shape != saved[name].shape:
-                raise UserError(
-                    f"{self.path} is a checkpoint of another model: {name} has shape {list(saved[name].shape)}, "
-                    f"the model's is {list(tensor.shape)}"
+    @property
+    def shapes(self) -> dict[str, list[int]]:
+        """Shape of each weight by its name in the model."""
+        return self.state["shapes"]
+
+    def dtype(self, name: str) -> torch.dtype:
+        return self._pieces[name, "weight"][0].dtype
+
+    def tensor(self, name: str) -> Tensor:
+        """One weight, whole."""
+        shape = torch.Size(self.shapes[name])
+        whole = torch.empty(shape, dtype=self.dtype(name))
+        self.read(name, "weight", 0, whole.view(-1))
+        return whole
+
+    def read(self, name: str, field: str, start: int, into: Tensor) -> None:
+        """Fills the 1-D `into` with the flat values from `start` on."""
+        stop, filled = start + len(into), 0
+        for piece in self._pieces[name, field]:
+            low, high = max(start, piece.start), min(stop, piece.start + piece.numel)
+            if low < high:
+                values = piece.file.read(piece.key, low - piece.start, high - piece.start)
+                into[low - start : high - start] = values
+                filled += high - low
+        assert filled == len(into), f"{self.path}: {name}|{field} lacks {len(into) - filled} values"
+
+    def verify(self) -> None:
+        """Compares the files with their checksums, each rank its share; `UserError` where one is damaged."""
+        rank, world_size = _place()
+        error = None
+        for name, recorded in list(self.state["files"].items())[rank::world_size]:
+            path = self.path / name
+            if not path.exists() or stream.checksum(path) != recorded:
+                error = UserError(
+                    f"{path} is damaged (its checksum is another): remove the folder {self.path}, and the run goes on "
+                    "from the checkpoint before it"
                 )
-            tensor.data.copy_(saved[name])
+        agree(error)
 
-    def restore_optimizer(self, optimizer: Optimizer) -> None:
-        """Puts each parameter's state and each group's hyperparameters back, by name."""
-        tensors = load_file(self.path / "optimizer.safetensors")
-        groups = self.state["groups"]
-        fresh = optimizer.state_dict()
-        for group, saved in zip(fresh["param_groups"], groups, strict=True):
-            assert group["param_names"] == saved["param_names"]
+    def restore(self, model: nn.Module, optimizer: Any) -> None:
+        """Puts weights, optimizer state and each group's hyperparameters back: each rank its own part, by name."""
+        state, fields = self.state, self._fields
+        if state["format"] != FORMAT:
+            raise UserError(f"{self.path} has format {state['format']}, this is {FORMAT}: start the run anew")
+        own = {name: sharding.full_shape(parameter) for name, parameter in sharding.named_trainable(model)}
+        if own.keys() != state["shapes"].keys() - state["buffers"]:
+            differing = sorted(own.keys() ^ (state["shapes"].keys() - set(state["buffers"])))
+            raise UserError(f"{self.path} is a checkpoint of another model: {', '.join(differing[:3])} differ")
+        for name, shape in own.items():
+            if shape != state["shapes"][name]:
+                raise UserError(
+                    f"{self.path} is a checkpoint of another model: {name} has shape {state['shapes'][name]}, the "
+                    f"model's is {shape}"
+                )
+        inner = sharding.inner(optimizer)
+        for group, saved in zip(optimizer.param_groups, state["groups"], strict=True):
+            assert group["param_names"] == saved["param_names"], "the optimizer's groups are others"
             group.update({key: value for key, value in saved.items() if key != "param_names"})
-        index = {
-            name: number
-            for group in fresh["param_groups"]
-            for name, number in zip(group["param_names"], group["params"], strict=True)
-        }
-        state: dict[int, dict[str, Tensor]] = {}
-        for key, tensor in tensors.items():
-            name, _, field = key.rpartition("|")
-            state.setdefault(index[name], {})[field] = tensor
-        optimizer.load_state_dict({"state": state, "param_groups": fresh["param_groups"]})
+        for part in sharding.held(model, optimizer):
+            self.read(part.name, "weight", part.start, part.weight)
+            # States that the optimizer makes at its first step.
+            for field in fields.get(part.name, []):
+                scalar = field in state["scalars"]
+                states = inner.state[part.holder]
+                if scalar:
+                    value = torch.empty(1)
+                    self.read(part.name, field, 0, value)
+                    # DeepSpeed's own optimizers count in plain numbers.
+                    plain = type(inner).__module__.startswith("deepspeed")
+                    states[field] = int(value) if plain else value[0].clone()
+                    continue
+                if field not in states:
+                    states[field] = torch.zeros_like(part.holder, requires_grad=False)
+                self.read(part.name, field, part.start, part.of(states[field]))
+        with torch.no_grad():
+            for name, buffer in persistent_buffers(model):
+                whole = torch.empty(buffer.numel(), dtype=buffer.dtype)
+                self.read(name, "weight", 0, whole)
+                buffer.copy_(whole.view(buffer.shape))
+        sharding.publish(optimizer)
+
+    @cached_property
+    def _pieces(self) -> dict[tuple[str, str], list["_Piece"]]:
+        """What the files hold, by name and field."""
+        pieces: dict[tuple[str, str], list[_Piece]] = {}
+        for path in sorted(self.path.glob("shard-*.safetensors")):
+            file = stream.File(path)
+            for key, (dtype, shape) in file.layout.items():
+                name, field, start = key.rsplit("|", 2)
+                pieces.setdefault((name, field), []).append(_Piece(file, key, int(start), shape[0], dtype))
+        return pieces
+
+    @property
+    def _fields(self) -> dict[str, list[str]]:
+        """Fields of the optimizer's state by the name of the parameter."""
+        fields: dict[str, list[str]] = {}
+        for name, field in self._pieces:
+            if field != "weight":
+                fields.setdefault(name, []).append(field)
+        return fields
 
 
-def named_tensors(model: nn.Module) -> Iterable[tuple[str, Tensor]]:
-    """Parameters and persistent buffers by name, tied ones once."""
+class _Piece(NamedTuple):
+    file: stream.File
+    key: str
+    start: int
+    numel: int
+    dtype: torch.dtype
+
+
+def persistent_buffers(model: nn.Module) -> list[tuple[str, Tensor]]:
+    """Buffers that belong to the weights; none where only an adapter is trained, since the base model has them."""
+    if not all(parameter.requires_grad for parameter in model.parameters()):
+        return []
     own_state = model.state_dict(keep_vars=True).keys()
-    yield from model.named_parameters()
-    yield from ((name, buffer) for name, buffer in model.named_buffers() if name in own_state)
+    return [(name, buffer) for name, buffer in model.named_buffers() if name in own_state]
 
 
 def save(
     folder: Path,
     step: int,
     model: nn.Module,
-    optimizer: Optimizer,
+    optimizer: Any,
     callbacks: dict[str, Any],
     state: dict[str, Any],
     probes: Any,
 ) -> Checkpoint:
-    """Publishes `folder/step-{step}` whole, or leaves nothing of that name."""
-    folder.mkdir(parents=True, exist_ok=True)
-    discard_unfinished(folder)
+    """Publishes `folder/step-{step}` whole, or leaves nothing of that name. Called by every rank."""
+    rank, world_size = _place()
     final = folder / f"step-{step:08d}"
     staging = folder / f".unfinished-{final.name}"
-    staging.mkdir()
-    optimizer_state = optimizer.state_dict()
-    names = {
-        number: name
-        for group in optimizer_state["param_groups"]
-        for number, name in zip(group["params"], group["param_names"], strict=True)
-    }
+    error: BaseException | None = None
+    files: dict[str, dict[str, int]] = {}
     try:
-        # Contiguous copies only where needed; metadata as transformers expects it.
-        save_file(
-            {name: tensor.detach().contiguous() for name, tensor in named_tensors(model)},
-            staging / "model.safetensors",
-            metadata={"format": "pt"},
-        )
-        save_file(
-            {
-                f"{names[number]}|{field}": value.detach().contiguous()
-                for number, fields in optimizer_state["state"].items()
-                for field, value in fields.items()
-                if isinstance(value, Tensor)
-            },
-            staging / "optimizer.safetensors",
-        )
-        # Through memory: torch's own file writer doesn't say that a disk is full.
-        buffer = io.BytesIO()
-        torch.save(callbacks, buffer)
-        (staging / "callbacks.pt").write_bytes(buffer.getvalue())
-        groups = [
-            {key: value for key, value in group.items() if key != "params"} for group in optimizer_state["param_groups"]
-        ]
-        document = {"format": FORMAT, "step": step, **state, "groups": groups}
-        (staging / "state.json").write_text(json.dumps(document, indent=2))
-        (staging / "probes.json").write_text(json.dumps(probes))
-        flush(staging)
-        if final.exists():  # the same step again, after a resume from an earlier one
-            shutil.rmtree(final)
-        staging.rename(final)
-        flush(folder, contents=False)
+        if rank == 0:
+            folder.mkdir(parents=True, exist_ok=True)
+            discard_unfinished(folder)
+            staging.mkdir()
+    except Exception as failed:
+        error = failed
+    try:
+        agree(error)
+        shard = f"shard-{rank:05d}-of-{world_size:05d}.safetensors"
+        try:
+            files[shard] = _write_shard(staging / shard, model, optimizer, rank, world_size)
+            flush_file(staging / shard)
+        except Exception as failed:
+            error = failed
+        for each in agree(error, files):
+            files |= each
+        if rank == 0:
+            document = {"format": FORMAT, "step": step, **state, **_description(model, optimizer), "files": files}
+            _write_rest(staging, document, callbacks, probes)
+            if final.exists():  # the same step again, after a resume from an earlier one
+                shutil.rmtree(final)
+            staging.rename(final)
+            flush(folder, contents=False)
     except BaseException:
-        shutil.rmtree(staging, ignore_errors=True)
+        if rank == 0:
+            shutil.rmtree(staging, ignore_errors=True)
         raise
     return Checkpoint(final)
+
+
+def _place() -> tuple[int, int]:
+    """(rank, world size)"""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def agree(error: BaseException | None, value: Any = None) -> list[Any]:
+    """Each rank's value; raises on all ranks where one has failed, so that none waits for it for ever."""
+    if not dist.is_initialized():
+        if error is not None:
+            raise error
+        return [value]
+    told: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(told, (None if error is None else f"{type(error).__name__}: {error}", value))
+    if error is not None:
+        raise error
+    for rank, (message, _) in enumerate(told):
+        if message:
+            raise RuntimeError(f"rank {rank} has failed: {message}")
+    return [value for _, value in told]
+
+
+def _write_shard(path: Path, model: nn.Module, optimizer: Any, rank: int, world_size: int) -> dict[str, int]:
+    """Writes this rank's share of weights and optimizer state; size and checksum of the file."""
+    parts = sharding.held(model, optimizer)
+    if sharding.replicated(model, optimizer):
+        parts = _dealt(parts, rank, world_size)
+    states = sharding.inner(optimizer).state
+    values: dict[str, Callable[[], Tensor]] = {}
+    layout: dict[str, tuple[torch.dtype, list[int]]] = {}
+
+    def add(key: str, dtype: torch.dtype, numel: int, read: Callable[[], Tensor]) -> None:
+        values[key], layout[key] = read, (dtype, [numel])
+
+    for part in parts:
+        add(f"{part.name}|weight|{part.start}", part.holder.dtype, part.numel, lambda part=part: part.weight)
+        for field, value in states.get(part.holder, {}).items():
+            if is_scalar(value):
+                if part.start == 0:
+                    number = torch.tensor([float(value)])
+                    add(f"{part.name}|{field}|0", torch.float32, 1, lambda number=number: number)
+            elif isinstance(value, Tensor):
+                if sharding.flat(value).numel() != sharding.flat(part.holder).numel():
+                    raise UserError(f"the optimizer's state {field} of {part.name} isn't shaped like it: use another")
+                key = f"{part.name}|{field}|{part.start}"
+                add(key, value.dtype, part.numel, lambda part=part, value=value: part.of(value))
+    if rank == 0:
+        for name, buffer in persistent_buffers(model):
+            add(f"{name}|weight|0", buffer.dtype, buffer.numel(), lambda buffer=buffer: buffer.reshape(-1))
+    return stream.write(path, layout, lambda key: values[key]())
+
+
+def is_scalar(value: Any) -> bool:
+    """Whether a state is one number for the whole parameter, as the number of steps is."""
+    return isinstance(value, int | float) or (isinstance(value, Tensor) and value.ndim == 0)
+
+
+def _dealt(parts: list[Part], rank: int, world_size: int) -> list[Part]:
+    """This rank's share of what all ranks hold alike: equal ranges of all values laid end to end."""
+    total = sum(part.numel for part in parts)
+    low, high = total * rank // world_size, total * (rank + 1) // world_size
+    dealt, at = [], 0
+    for part in parts:
+        start, stop = max(low, at) - at, min(high, at + part.numel) - at
+        if start < stop:
+            dealt.append(replace(part, start=part.start + start, offset=part.offset + start, numel=stop - start))
+        at += part.numel
+    return dealt
+
+
+def _description(model: nn.Module, optimizer: Any) -> dict[str, Any]:
+    """Shapes, hyperparameters of each group, and which states are single numbers."""
+    shapes = {name: sharding.full_shape(parameter) for name, parameter in sharding.named_trainable(model)}
+    buffers = {name: list(buffer.shape) for name, buffer in persistent_buffers(model)}
+    states = sharding.inner(optimizer).state.values()
+    scalars = sorted({field for state in states for field, value in state.items() if is_scalar(value)})
+    groups = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
+    return {"groups": groups, "shapes": shapes | buffers, "buffers": list(buffers), "scalars": scalars}
+
+
+def _write_rest(staging: Path, document: dict[str, Any], callbacks: dict[str, Any], probes: Any) -> None:
+    # Through memory: torch's own file writer doesn't say that a disk is full.
+    buffer = io.BytesIO()
+    torch.save(callbacks, buffer)
+    (staging / "callbacks.pt").write_bytes(buffer.getvalue())
+    (staging / "state.json").write_text(json.dumps(document, indent=2))
+    (staging / "probes.json").write_text(json.dumps(probes))
+    flush(staging)
 
 
 def complete(folder: Path) -> list[Checkpoint]:
@@ -199,8 +356,12 @@ def discard_unfinished(folder: Path) -> None:
 def flush(folder: Path, contents: bool = True) -> None:
     """Waits until the folder, and by default the files in it, are on the disk."""
     for path in [*(sorted(folder.iterdir()) if contents else []), folder]:
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+        flush_file(path)
+
+
+def flush_file(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

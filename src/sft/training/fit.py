@@ -10,6 +10,7 @@ from sft.model.module import SFTModule
 from sft.training.checkpoint import Checkpoint
 from sft.training.metrics import StepMetrics
 from sft.training.resume import Checkpoints
+from sft.training.strategies import build
 
 
 def fit(
@@ -46,7 +47,7 @@ def fit(
     ]
     trainer = instantiate(
         config.trainer,
-        strategy=instantiate(config.strategy) or "auto",
+        strategy=build(config.strategy, config.trainer.accelerator),
         logger=loggers,
         callbacks=callbacks,
         accumulate_grad_batches=accumulation,

@@ -43,8 +43,8 @@ class Checkpoints(Callback):
         if self.resume is None:
             return
         step = self.resume.step
-        self.resume.restore_model(module.model)
-        self.resume.restore_optimizer(trainer.optimizers[0])
+        self.resume.verify()
+        self.resume.restore(module.model, trainer.optimizers[0])
         states = self.resume.callbacks()
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
             if callback.state_key in states:
@@ -86,24 +86,23 @@ class Checkpoints(Callback):
         for logger in trainer.loggers:
             logger.save()
         log_probs = probes.measure(module, trainer.datamodule)  # type: ignore[attr-defined]
+        state = {
+            "num_steps": module.num_steps,
+            "stopped": trainer.should_stop,  # by a callback, before the last step
+            "val_loss": val_loss if val_loss is not None and math.isfinite(val_loss) else None,
+            **self.facts,
+        }
+        callbacks = {each.state_key: each.state_dict() for each in trainer.callbacks}  # type: ignore[attr-defined]
+        saved = checkpoints.save(
+            self.folder,
+            step,
+            module.model,
+            trainer.optimizers[0],
+            {key: value for key, value in callbacks.items() if value},
+            state,
+            log_probs,
+        )
         if trainer.is_global_zero:
-            finite = val_loss if val_loss is not None and math.isfinite(val_loss) else None
-            state = {
-                "num_steps": module.num_steps,
-                "stopped": trainer.should_stop,  # by a callback, before the last step
-                "val_loss": finite,
-                **self.facts,
-            }
-            callbacks = {each.state_key: each.state_dict() for each in trainer.callbacks}  # type: ignore[attr-defined]
-            saved = checkpoints.save(
-                self.folder,
-                step,
-                module.model,
-                trainer.optimizers[0],
-                {key: value for key, value in callbacks.items() if value},
-                state,
-                log_probs,
-            )
             checkpoints.prune(self.folder, self.keep_last)
             log(f"step {step}: saved {saved.path}")
         trainer.strategy.barrier("checkpoint")

@@ -1,0 +1,143 @@
+"""What Lightning's strategies need besides their settings: DeepSpeed on any device with the loss scaled once, and
+both ways of sharding a model while it is read.
+
+`shard(model)` takes a model whose parameters hold nothing yet and leaves each rank room for its share; the weights are
+then read into it, by `sft.model.sharding.of_parameter`.
+"""
+
+import os
+import sys
+from collections.abc import Generator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch.accelerators import CPUAccelerator
+from lightning.pytorch.strategies import DeepSpeedStrategy, ModelParallelStrategy
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from sft.errors import UserError
+
+
+def build(settings: dict[str, Any] | None, accelerator: str) -> Any:
+    """The strategy that `conf/strategy/*.yaml` names, as the trainer takes it."""
+    from hydra.utils import instantiate
+
+    if not settings:
+        return "auto"
+    if accelerator == "cpu" or (accelerator == "auto" and not torch.cuda.is_available()):
+        os.environ["DS_ACCELERATOR"] = "cpu"  # or DeepSpeed looks for one by itself, and says so
+    # Ops that DeepSpeed compiles on first use look for ninja here.
+    os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
+    return instantiate(settings, _convert_="all")
+
+
+class DeepSpeed(DeepSpeedStrategy):
+    """DeepSpeed ZeRO by its own configuration, on CUDA or on the processor.
+
+    Args:
+        config: DeepSpeed's configuration; batch sizes, accumulation, clipping and precision come from the trainer.
+    """
+
+    def __init__(self, config: dict[str, Any], **options: Any) -> None:
+        # Lightning would ask a loader for its batch size to fill this in; it only labels DeepSpeed's own timers.
+        config = {"train_micro_batch_size_per_gpu": 1, "zero_allow_untested_optimizer": True, **config}
+        super().__init__(config=config, **options)
+
+    @property
+    def root_device(self) -> torch.device:
+        # DeepSpeed wants an index, which the processor has none of.
+        device = super().root_device
+        return torch.device("cpu", self.local_rank) if device.type == "cpu" else device
+
+    def setup_environment(self) -> None:
+        if isinstance(self.accelerator, CPUAccelerator):
+            from deepspeed import ops
+
+            # Would be compiled when the processes meet, and gloo does without.
+            ops.__compatible_ops__["deepspeed_shm_comm"] = False
+            super(DeepSpeedStrategy, self).setup_environment()  # Lightning's own refuses all but CUDA
+        else:
+            super().setup_environment()
+
+    def setup_distributed(self) -> None:
+        if isinstance(self.accelerator, CPUAccelerator):
+            self.set_world_ranks()
+            self._init_deepspeed_distributed()
+        else:
+            super().setup_distributed()
+
+    @contextmanager
+    def model_sharded_context(self) -> Generator[None, None, None]:
+        # `shard` partitions the model. In Lightning's own `zero.Init` a second one would be nested.
+        self._init_config_if_needed()
+        yield
+
+    @property
+    def shards_model(self) -> bool:
+        return self.zero_stage_3
+
+    def shard(self, model: nn.Module) -> None:
+        """Gives each rank its range of each parameter, one parameter at a time."""
+        import deepspeed
+
+        tied: dict[int, nn.Parameter] = {}
+        for module in model.modules():
+            for name, parameter in module.named_parameters(recurse=False):
+                if id(parameter) not in tied:
+                    whole = torch.zeros(parameter.shape, dtype=parameter.dtype, device=self.root_device)
+                    own = nn.Parameter(whole, requires_grad=parameter.requires_grad)
+                    holder = nn.ParameterList([own])
+                    deepspeed.zero.Init(module=holder, config_dict_or_path=self.config, dtype=parameter.dtype)
+                    tied[id(parameter)] = own
+                setattr(module, name, tied[id(parameter)])
+
+    def backward(self, closure_loss: Tensor, optimizer: Optimizer | None, *args: Any, **kwargs: Any) -> Tensor:
+        # Lightning has divided by the accumulation already; DeepSpeed would do it again.
+        return super().backward(closure_loss, optimizer, *args, scale_wrt_gas=False, **kwargs)
+
+    def optimizer_step(self, optimizer: Optimizer, closure: Any, model: Any = None, **kwargs: Any) -> Any:
+        result = super().optimizer_step(optimizer, closure, model, **kwargs)
+        norm = self.deepspeed_engine.get_global_grad_norm()  # before clipping, of all ranks' gradients
+        if norm is not None:
+            self.lightning_module.grad_norm = torch.as_tensor(norm)
+        return result
+
+
+class FSDP2(ModelParallelStrategy):
+    """PyTorch's fully_shard: each decoder layer's parameters are gathered when it runs.
+
+    Args:
+        reshard_after_forward: frees them again between forward and backward, at the price of a second gathering.
+    """
+
+    def __init__(self, reshard_after_forward: bool = True, **options: Any) -> None:
+        super().__init__(tensor_parallel_size=1, **options)
+        self.reshard_after_forward = reshard_after_forward
+
+    shards_model = True
+
+    def setup_environment(self) -> None:
+        self._data_parallel_size = self.num_nodes * self.num_processes
+        super().setup_environment()
+
+    def shard(self, model: nn.Module) -> None:
+        """Gives each rank its rows of each parameter; a decoder layer is gathered at a time."""
+        from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+        mixed = self.precision_plugin.precision == "bf16-mixed"
+        # bf16 in the arithmetic and on the network, fp32 in the sums of the gradients and in the optimizer.
+        policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32) if mixed else MixedPrecisionPolicy()
+        options = {"mesh": self.device_mesh["data_parallel"], "mp_policy": policy}
+        layers = set(model._no_split_modules or [])
+        for module in list(model.modules()):
+            if type(module).__name__ in layers:
+                fully_shard(module, reshard_after_forward=self.reshard_after_forward, **options)
+        fully_shard(model, **options)
+        buffers = {name: buffer for name, buffer in model.named_buffers()}
+        model.to_empty(device=self.root_device)
+        for name, buffer in buffers.items():
+            owner, _, own = name.rpartition(".")
+            model.get_submodule(owner)._buffers[own] = buffer.to(self.root_device)
