@@ -13,6 +13,7 @@ it: the loss of every step, and the weights after the last. The certificate is c
 .md; the exit code is 0 only where every cell passes.
 """
 
+import json
 import os
 import shutil
 import tempfile
@@ -74,7 +75,8 @@ def certify(config: Any, folder: Path, cells: "list[Cell]", before: Callable[[],
             f"({time.monotonic() - begun:.0f} s)",
             flush=True,
         )
-    return Certificate(settings, excerpt, references, results, time.monotonic() - started)
+    model = json.loads((folder / "model" / "config.json").read_text())
+    return Certificate(settings, model, excerpt, references, results, time.monotonic() - started)
 
 
 def prepare(config: Any, folder: Path) -> "tuple[Any, Excerpt]":

@@ -1,4 +1,4 @@
-"""How a certificate reads: as a table, as JSON, and as a page."""
+"""How a certificate reads: as JSON with every cell, as a page, and as a table on the terminal."""
 
 import json
 import math
@@ -8,9 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from sft.training import provenance
-from sft.training.matrix import LOSS_TOLERANCE, NUM_STEPS, Result
+from sft.training.matrix import GLOBAL_BATCH_SIZE, LOSS_TOLERANCE, NUM_STEPS, RESUME_AT, Result
 from sft.training.reference import Reference
+from sft.training.run import write_atomically, write_json
 from sft.training.samples import Excerpt
+
+HEAD = ("strategy", "ranks", "pass", "loss", "gradient norm", "weights", "tolerance", "seconds")
 
 
 @dataclass(frozen=True)
@@ -18,6 +21,7 @@ class Certificate:
     """All results, and what they were made with."""
 
     settings: dict[str, Any]
+    model: dict[str, Any]  # the small model's configuration
     excerpt: Excerpt
     references: dict[tuple[str, bool], Reference]
     results: list[Result]
@@ -26,11 +30,133 @@ class Certificate:
     @property
     def passed(self) -> bool:
         return bool(self.results) and all(result.passed for result in self.results)
-    def save(self, folder):
+
+    @property
+    def verdict(self) -> str:
+        num_passed = sum(result.passed for result in self.results)
+        return f"{'passed' if self.passed else 'FAILED'}: {num_passed} of {len(self.results)} cells pass"
+
+    def save(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        (folder/"certificate.json").write_text(json.dumps([r.document() for r in self.results], indent=1))
-    def table(self):
-        out=[]
-        for r in self.results: out.append(f"{r.cell} {r.loss:.1e} {r.grad_norm:.1e} {r.weight:.1e} {r.seconds:.1f} {r.passed} {r.error}")
-        for k, r in self.references.items(): out.append(f"{k} {r.losses[0]:.3f} {r.losses[-1]:.3f} move {r.movement:.3g} norms {[round(n,2) for n in r.grad_norms]} clip {self.settings['trainer']['gradient_clip_val']:.3g}")
-        return "\n".join(out)
+        write_json(folder / "certificate.json", self.document())
+        write_atomically(folder / "certificate.md", self.page())
+
+    def document(self) -> dict[str, Any]:
+        return {
+            "passed": self.passed,
+            "num_steps": NUM_STEPS,
+            "loss_tolerance": LOSS_TOLERANCE,
+            "references": self._references(),
+            "cells": [result.document() for result in self.results],
+            "seconds": round(self.seconds, 1),
+            "model": self.model,
+            "settings": self.settings,
+            "provenance": provenance.collect(),
+        }
+
+    def table(self) -> Any:
+        """A row for each strategy and number of ranks, and a line for each cell that fails."""
+        from rich.console import Group
+        from rich.table import Table
+        from rich.text import Text
+
+        table = Table(*HEAD, box=None, padding=(0, 2, 0, 0))
+        for row in self._rows():
+            table.add_row(*row)
+        lines = [Text(line, "red") for line in self._failures()[:10]]
+        return Group(table, *lines, Text(self.verdict, "bold green" if self.passed else "bold red"))
+
+    def page(self) -> str:
+        about = provenance.collect()
+        versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items())
+        kind, num_tokens = self.model["model_type"], int(self.excerpt.lengths.sum())
+        clip = self.settings["trainer"]["gradient_clip_val"]
+        failures = ["## Cells that fail", "", *(f"- {line}" for line in self._failures()), ""]
+        return "\n".join(
+            [
+                f"# Certificate {self.verdict}",
+                "",
+                f"Each cell is a fit by the code of `sft train`, compared with a plain PyTorch loop that shares no "
+                f"code with it: the loss of each of {NUM_STEPS} steps (tolerance {LOSS_TOLERANCE:g}) and the weights of "
+                "the last checkpoint. A row below shows the largest differences of its cells: accumulation 1, 2, 4, "
+                f"packed and unpacked, uninterrupted and resumed after step {RESUME_AT}, SGD and AdamW.",
+                "",
+                *_markdown(HEAD, self._rows()),
+                "",
+                *(failures if self._failures() else []),
+                "## What was trained",
+                "",
+                f"- model: `{kind}` with {self.model['num_hidden_layers']} layers of {self.model['hidden_size']} "
+                f"channels and {self.model['vocab_size']} tokens, random weights, dropout off, in fp32",
+                f"- data: {len(self.excerpt)} samples, {num_tokens} tokens; {GLOBAL_BATCH_SIZE} packs a step, fewer in "
+                "an epoch's last, where some ranks have none",
+                f"- gradients are clipped to a norm of {clip:.4g}",
+                "- the order of the data is the step plan's in both; that each epoch takes each sample once is checked "
+                "apart",
+                "",
+                *_markdown(
+                    ("optimizer", "packs", "loss", "largest change of a weight", "steps clipped"),
+                    [
+                        (
+                            each["optimizer"],
+                            "packed" if each["packed"] else "unpacked",
+                            f"{each['losses'][0]:.3f} to {each['losses'][-1]:.3f}",
+                            f"{each['movement']:.2g}",
+                            f"{each['num_clipped']} of {NUM_STEPS}",
+                        )
+                        for each in self._references()
+                    ],
+                ),
+                "",
+                f"Made by `{' '.join(['sft', *about['command'][1:]])}` at {about['started']} in {self.seconds:.0f} s; "
+                f"commit {about['commit'] or 'unknown'}{' with changes' if about['uncommitted_diff'] else ''}; "
+                f"Python {about['python']}, {versions}.",
+                "",
+            ]
+        )
+
+    def _rows(self) -> list[tuple[str, ...]]:
+        rows = []
+        for (num_ranks, strategy), group in groupby(self.results, lambda result: result.cell.group):
+            made = list(group)
+            rows.append(
+                (
+                    strategy,
+                    str(num_ranks),
+                    f"{sum(result.passed for result in made)}/{len(made)}",
+                    *(_worst([getattr(result, name) for result in made]) for name in ("loss", "grad_norm", "weight")),
+                    f"{made[0].cell.tolerance:.0e}",
+                    f"{sum(result.seconds for result in made):.0f}",
+                )
+            )
+        return rows
+
+    def _failures(self) -> list[str]:
+        return [
+            f"{result.cell}: {result.error or f'loss off by {result.loss:.1e}, weights by {result.weight:.1e}'}"
+            for result in self.results
+            if not result.passed
+        ]
+
+    def _references(self) -> list[dict[str, Any]]:
+        clip = self.settings["trainer"]["gradient_clip_val"]
+        return [
+            {
+                "optimizer": optimizer,
+                "packed": packed,
+                "losses": reference.losses,
+                "grad_norms": reference.grad_norms,
+                "num_clipped": sum(norm > clip for norm in reference.grad_norms),
+                "movement": reference.movement,
+            }
+            for (optimizer, packed), reference in self.references.items()
+        ]
+
+
+def _worst(numbers: list[float]) -> str:
+    """The largest; where one is missing none is."""
+    return "none" if any(map(math.isnan, numbers)) else f"{max(numbers):.1e}"
+
+
+def _markdown(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> list[str]:
+    return [f"| {' | '.join(row)} |" for row in (head, ("---",) * len(head), *rows)]

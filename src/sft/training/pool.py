@@ -4,6 +4,7 @@ They are forked from a server that has imported what takes seconds, see the proc
 the loopback interface.
 """
 
+import gc
 import multiprocessing
 import os
 import secrets
@@ -138,6 +139,7 @@ def _serve(
         torch.distributed.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=num_ranks)
     if before:
         before()
+    gc.freeze()  # or each collection, and a fit makes some, goes through all that was imported
     while True:
         try:
             function, arguments = connection.recv()

@@ -14,11 +14,12 @@ from sft.errors import UserError
 
 NUM_ROWS = 2000  # of the data
 HEAD_DIM = 8
+# Hidden channels for each head and channels within a layer, oddest first: not each architecture takes odd ones.
+SIZES = ((7, 45), (8, 45), (8, 44), (16, 44))
 # The largest that each field stays, where the architecture has it.
 LARGEST = {
-    "intermediate_size": 45,
-    "moe_intermediate_size": 21,
-    "shared_expert_intermediate_size": 21,
+    "moe_intermediate_size": 20,
+    "shared_expert_intermediate_size": 20,
     "num_experts": 4,
     "num_local_experts": 4,
     "n_routed_experts": 4,
@@ -81,9 +82,9 @@ def write_model(folder: Path, config: Any, vocab_size: int | None, seed: int, tr
     from transformers import AutoModelForCausalLM
 
     error: Exception | None = None
-    for width in (7, 8, 16):  # of hidden channels a head; not each architecture takes an odd one
+    for width, intermediate_size in SIZES:
         try:
-            small = smaller(config, vocab_size, width)
+            small = smaller(config, vocab_size, width, intermediate_size)
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(seed)
                 model = AutoModelForCausalLM.from_config(
@@ -99,8 +100,8 @@ def write_model(folder: Path, config: Any, vocab_size: int | None, seed: int, tr
     raise UserError(f"no small form of {type(config).__name__} runs ({message}): name another model with model.path")
 
 
-def smaller(config: Any, vocab_size: int | None, width: int) -> Any:
-    """The configuration of the same architecture with few layers of `width` hidden channels a head."""
+def smaller(config: Any, vocab_size: int | None, width: int, intermediate_size: int) -> Any:
+    """The configuration of the same architecture with few layers of `width` hidden channels for each head."""
     made = copy.deepcopy(config)
     text = made.get_text_config()
     kept = _kept_layers(text)
@@ -119,6 +120,7 @@ def smaller(config: Any, vocab_size: int | None, width: int) -> Any:
     text.num_attention_heads = num_groups * min(ratio, 4)
     text.hidden_size = text.num_attention_heads * width
     _set(text, "head_dim", HEAD_DIM)
+    _set(text, "intermediate_size", intermediate_size)
     for name, largest in LARGEST.items():
         _set(text, name, min(getattr(text, name, None) or 0, largest))
     for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
