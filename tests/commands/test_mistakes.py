@@ -5,6 +5,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from safetensors import SafetensorError
@@ -13,7 +14,8 @@ from transformers import AutoTokenizer
 from commands.test_resume import final_files
 from conftest import tiny_llama
 from running import Sft
-from sft.training import checkpoint
+from sft.model import stream
+from sft.training.checkpoint import Checkpoint
 
 Prepare = Callable[[Path], None]
 
@@ -170,11 +172,9 @@ def test_unfinished_run_has_nothing_to_score(sft: Sft, capsys: pytest.CaptureFix
 def test_tampered_export_is_an_error(
     sft: Sft, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from sft.model import export
-
-    load = export.load_file
+    tensor = Checkpoint.tensor
     with monkeypatch.context() as patch:
-        patch.setattr(export, "load_file", lambda path: {k: v * 1.001 for k, v in load(path).items()})
+        patch.setattr(Checkpoint, "tensor", lambda self, name: tensor(self, name) * 1.001)
         assert sft.train("run=run", "max_steps=2") == 2
     assert "is not the model that was trained" in capsys.readouterr().err
     folder = sft.run_folder()
@@ -198,17 +198,17 @@ def test_full_disk_in_a_save(
 ) -> None:
     settings = ("run=run", "epochs=1", "val_every=1")
     assert sft.train("run=whole", *settings[1:]) == 0
-    save_file, calls = checkpoint.save_file, []
+    write, calls = stream.write, []
 
-    def full(*arguments: object, **options: object) -> None:
+    def full(*arguments: Any) -> dict[str, int]:
         calls.append(arguments)
-        if len(calls) == 4:  # the optimizer's state of the second checkpoint
+        if len(calls) == 2:  # the second checkpoint
             raise error
-        save_file(*arguments, **options)  # type: ignore[arg-type]
+        return write(*arguments)
 
     capsys.readouterr()
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint, "save_file", full)
+        patch.setattr(stream, "write", full)
         assert sft.train(*settings) == 2
     (line,) = capsys.readouterr().err.strip().splitlines()
     assert line.startswith("sft: the disk is full")

@@ -39,10 +39,10 @@ def kill_at(module, name, call, after=False):
 MOMENTS = {
     # Between backward and the optimizer's step of the 4th step.
     "in a step": 'kill_at("sft.model.module", "SFTModule.configure_gradient_clipping", 4)',
-    # The 2nd checkpoint: weights are written, the optimizer's state is not.
-    "in a save": 'kill_at("sft.training.checkpoint", "save_file", 3, after=True)',
+    # The 2nd checkpoint: weights and the optimizer's state are written, what belongs to them is not.
+    "in a save": 'kill_at("sft.model.stream", "write", 2, after=True)',
     # All is written, the name is not there yet.
-    "before a rename": 'kill_at("sft.training.checkpoint", "flush", 3, after=True)',
+    "before a rename": 'kill_at("sft.training.saving", "flush", 3, after=True)',
     "in a removal": 'kill_at("sft.training.checkpoint", "remove", 1)',
     "in the metrics": 'kill_at("sft.training.metrics", "os.replace", 6)',
     "in the store": 'kill_at("sft.data.build", "_sync", 2)',

@@ -21,7 +21,10 @@ def test_without_weights_it_is_the_same_model_otherwise(model_folder: Path) -> N
     assert {name: t.shape for name, t in full.named_parameters()} == {
         name: t.shape for name, t in empty.named_parameters()
     }
+    assert empty.lm_head.weight is empty.model.embed_tokens.weight
     assert not torch.equal(full.lm_head.weight, empty.lm_head.weight)
+    for (name, buffer), own in zip(full.named_buffers(), empty.buffers(), strict=True):
+        assert torch.equal(buffer, own), name
 
 
 def test_bf16_keeps_the_rotary_frequencies_in_fp32(model_folder: Path) -> None:

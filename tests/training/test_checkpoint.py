@@ -1,3 +1,4 @@
+import json
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -10,12 +11,13 @@ from conftest import tiny_llama
 from sft.errors import UserError
 from sft.model.optimizer import build
 from sft.training import checkpoint as checkpoints
+from sft.training import saving
 
 
-def trained(seed: int = 0, factory: Any = torch.optim.AdamW) -> tuple[Any, Any]:
+def trained(seed: int = 0, factory: Any = torch.optim.AdamW, **changes: object) -> tuple[Any, Any]:
     """A model after one step, and its optimizer."""
     torch.manual_seed(seed)
-    model = tiny_llama()
+    model = tiny_llama(**changes)
     optimizer = build(model, partial(factory, lr=0.1, weight_decay=0.1))
     model(torch.arange(8)[None], labels=torch.arange(8)[None]).loss.backward()
     optimizer.step()
@@ -25,7 +27,7 @@ def trained(seed: int = 0, factory: Any = torch.optim.AdamW) -> tuple[Any, Any]:
 
 def save(folder: Path, step: int, model: Any, optimizer: Any, val_loss: float | None = None) -> Any:
     state = {"num_steps": 9, "stopped": False, "val_loss": val_loss}
-    return checkpoints.save(folder, step, model, optimizer, {}, state, [])
+    return saving.save(folder, step, model, optimizer, {}, state, [])
 
 
 @pytest.mark.parametrize("factory", [torch.optim.AdamW, torch.optim.SGD, torch.optim.Adagrad])
@@ -33,8 +35,7 @@ def test_saved_and_restored_go_on_alike(tmp_path: Path, factory: Any) -> None:
     model, optimizer = trained(0, factory)
     saved = save(tmp_path, 1, model, optimizer)
     other, other_optimizer = trained(1, factory)
-    saved.restore_model(other)
-    saved.restore_optimizer(other_optimizer)
+    saved.restore(other, other_optimizer)
     for each, its in ((model, optimizer), (other, other_optimizer)):
         each(torch.arange(8)[None], labels=torch.arange(8)[None]).loss.backward()
         its.step()
@@ -45,21 +46,21 @@ def test_saved_and_restored_go_on_alike(tmp_path: Path, factory: Any) -> None:
 def test_names_are_those_of_the_model_and_tied_weights_once(tmp_path: Path) -> None:
     model, optimizer = trained()
     saved = save(tmp_path, 1, model, optimizer)
-    weights = load_file(saved.path / "model.safetensors")
-    assert weights.keys() == dict(model.named_parameters()).keys()
-    assert "lm_head.weight" not in weights
-    states = load_file(saved.path / "optimizer.safetensors")
-    assert {key.rpartition("|")[2] for key in states} == {"exp_avg", "exp_avg_sq", "step"}
-    assert {key.rpartition("|")[0] for key in states} == set(weights)
+    names = dict(model.named_parameters()).keys()
+    assert saved.shapes.keys() == names
+    assert "lm_head.weight" not in names
+    (shard,) = saved.path.glob("shard-*.safetensors")
+    keys = {tuple(key.split("|")) for key in load_file(shard)}
+    assert keys == {(name, field, "0") for name in names for field in ("weight", "exp_avg", "exp_avg_sq", "step")}
     assert [group["weight_decay"] for group in saved.state["groups"]] == [0.1, 0.0]
 
 
 def test_another_models_checkpoint_is_refused(tmp_path: Path) -> None:
     saved = save(tmp_path, 1, *trained())
     with pytest.raises(UserError, match=r"another model: .* has shape"):
-        saved.restore_model(tiny_llama(hidden_size=64))
+        saved.restore(*trained(hidden_size=64))
     with pytest.raises(UserError, match=r"another model: lm_head\.weight differ"):
-        saved.restore_model(tiny_llama(tie_word_embeddings=False))
+        saved.restore(*trained(tie_word_embeddings=False))
 
 
 def test_last_ones_and_the_best_stay(tmp_path: Path) -> None:
@@ -80,7 +81,7 @@ def test_half_written_is_never_seen_and_goes(tmp_path: Path, monkeypatch: pytest
         raise RuntimeError
 
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoints, "flush", fail)
+        patch.setattr(saving, "flush", fail)
         with pytest.raises(RuntimeError):
             save(tmp_path, 2, model, optimizer)
     assert [path.name for path in tmp_path.iterdir()] == ["step-00000001"]
@@ -89,3 +90,33 @@ def test_half_written_is_never_seen_and_goes(tmp_path: Path, monkeypatch: pytest
     assert latest is not None and latest.step == 1
     save(tmp_path, 4, model, optimizer)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000001", "step-00000004"]
+
+
+def test_a_damaged_file_is_named(tmp_path: Path) -> None:
+    saved = save(tmp_path, 1, *trained())
+    saved.verify()
+    (shard,) = saved.path.glob("shard-*.safetensors")
+    content = bytearray(shard.read_bytes())
+    content[-1] ^= 1  # one bit
+    shard.write_bytes(content)
+    with pytest.raises(UserError, match=r"shard-00000-of-00001.safetensors is damaged.*remove the folder"):
+        saved.verify()
+
+
+def test_pieces_of_any_size_make_the_same_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What five ranks write of a model that each of them holds, read as a whole and in ranges."""
+    model, optimizer = trained()
+    staging = tmp_path / "step-00000001"
+    staging.mkdir()
+    for rank in range(5):
+        saving._write_shard(staging / f"shard-{rank:05d}-of-00005.safetensors", model, optimizer, rank, 5)
+    sizes = [path.stat().st_size for path in staging.iterdir()]
+    assert max(sizes) < 1.2 * min(sizes)
+    document = {"format": checkpoints.FORMAT, **saving._description(model, optimizer)}
+    (staging / "state.json").write_text(json.dumps(document))
+    whole = checkpoints.Checkpoint(staging)
+    for name, parameter in model.named_parameters():
+        assert torch.equal(whole.tensor(name), parameter), name
+        values = torch.empty(7)
+        whole.read(name, "exp_avg", 11, values)
+        assert torch.equal(values, optimizer.state[parameter]["exp_avg"].view(-1)[11:18])

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
 from sft.errors import UserError
 from sft.model.loading import ModelSource
 

@@ -121,9 +121,10 @@ class ModelSource:
         config = self.load_config()
         options = {"dtype": dtype, "attn_implementation": self.attention}
         try:
-            if shard is not None:
+            if shard is not None or not weights:
+                shard = shard or _allocate
                 model = self._load_sharded(config, options, weights, shard)
-            elif self.init == "random" or not weights:
+            elif self.init == "random":
                 model = AutoModelForCausalLM.from_config(config, trust_remote_code=self.trust_remote_code, **options)
             else:
                 assert self.path is not None
@@ -169,6 +170,7 @@ class ModelSource:
             if self.init == "random":
                 whole = AutoModelForCausalLM.from_config(config, **trusted, **options)
             else:
+                assert self.path is not None
                 whole = AutoModelForCausalLM.from_pretrained(
                     self.path, config=config, revision=self.revision, **trusted, **options
                 )
@@ -179,6 +181,16 @@ class ModelSource:
                 part = of_parameter(name, parameter)
                 part.weight.copy_(read(name, part.start, part.start + part.numel))
         return model
+
+
+def _allocate(model: Any) -> None:
+    """The whole model in this process's memory."""
+    import torch
+
+    from sft.model.sharding import allocate
+
+    allocate(model, torch.device("cpu"))
+    model.tie_weights()  # each module got memory of its own
 
 
 def weight_reader(

@@ -54,7 +54,7 @@ class SFTModule(L.LightningModule):
         if self.model is None:
             dtype = torch.bfloat16 if self.trainer.precision == "bf16-true" else torch.float32
             torch.manual_seed(self.seed)  # what weights that no checkpoint has are drawn from, on all ranks alike
-            strategy = self.trainer.strategy
+            strategy: Any = self.trainer.strategy
             shard = strategy.shard if getattr(strategy, "shards_model", False) else None
             self.model = self.source.load(dtype, weights=not self.resumed, shard=shard)
 

@@ -65,7 +65,7 @@ def held(model: nn.Module, optimizer: Any) -> list[Part]:
     return [part for name, parameter in named if (part := of_parameter(name, parameter)).numel]
 
 
-def of_parameter(name: str, parameter: Tensor) -> Part:
+def of_parameter(name: str, parameter: Any) -> Part:
     """The part that is in the parameter itself: all of it, FSDP2's rows of it or ZeRO-3's range of it."""
     if hasattr(parameter, "ds_tensor"):
         start = parameter.ds_tensor.ds_numel * torch.distributed.get_rank(parameter.ds_process_group)
@@ -107,6 +107,15 @@ def _zero3(named: list[tuple[str, nn.Parameter]], optimizer: Any) -> Iterator[Pa
         own = of_parameter(name, parameter)
         if own.numel:
             yield Part(name, own.start, own.numel, optimizer.fp32_partitioned_groups_flat[group], offset)
+
+
+def allocate(model: nn.Module, device: torch.device) -> None:
+    """Gives parameters that hold nothing yet (on the meta device) memory; buffers keep their values."""
+    buffers = dict(model.named_buffers())
+    model.to_empty(device=device)
+    for name, buffer in buffers.items():
+        owner, _, own = name.rpartition(".")
+        model.get_submodule(owner)._buffers[own] = buffer.to(device)
 
 
 def inner(optimizer: Any) -> torch.optim.Optimizer:

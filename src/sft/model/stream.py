@@ -44,12 +44,16 @@ class File:
                 self.layout[name] = BY_NAME[entry["dtype"]], entry["shape"]
                 self._start[name] = 8 + length + entry["data_offsets"][0]
 
+    def __del__(self) -> None:
+        if hasattr(self, "_file"):
+            self._file.close()
+
     def read(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
         """The flat values from `start` to `stop` of a tensor, 1-D."""
         dtype, shape = self.layout[name]
         stop = torch.Size(shape).numel() if stop is None else stop
         values = torch.empty(stop - start, dtype=dtype)
-        left = memoryview(values.view(torch.uint8).numpy())
+        left = values.view(torch.uint8).numpy().data
         self._file.seek(self._start[name] + start * dtype.itemsize)
         while left:
             count = self._file.readinto(left)
@@ -89,7 +93,7 @@ def write(
         for name, (dtype, shape) in layout.items():
             tensor = read(name)
             assert tensor.dtype == dtype and tensor.shape == torch.Size(shape), f"{name} is not as announced"
-            data = memoryview(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+            data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
             file.write(data)
             crc = zlib.crc32(data, crc)
     return {"bytes": len(head) + end, "crc32": crc}

@@ -14,23 +14,19 @@ tensor at a time, and nothing is gathered. A folder is written beside its name, 
 half-written one is never seen.
 """
 
-import io
 import json
-import os
 import shutil
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from sft.errors import UserError
 from sft.model import sharding, stream
-from sft.model.sharding import Part
+from sft.training.ranks import agree, place
 
 FORMAT = 2
 
@@ -87,7 +83,7 @@ class Checkpoint:
 
     def verify(self) -> None:
         """Compares the files with their checksums, each rank its share; `UserError` where one is damaged."""
-        rank, world_size = _place()
+        rank, world_size = place()
         error = None
         for name, recorded in list(self.state["files"].items())[rank::world_size]:
             path = self.path / name
@@ -177,141 +173,6 @@ def persistent_buffers(model: nn.Module) -> list[tuple[str, Tensor]]:
     return [(name, buffer) for name, buffer in model.named_buffers() if name in own_state]
 
 
-def save(
-    folder: Path,
-    step: int,
-    model: nn.Module,
-    optimizer: Any,
-    callbacks: dict[str, Any],
-    state: dict[str, Any],
-    probes: Any,
-) -> Checkpoint:
-    """Publishes `folder/step-{step}` whole, or leaves nothing of that name. Called by every rank."""
-    rank, world_size = _place()
-    final = folder / f"step-{step:08d}"
-    staging = folder / f".unfinished-{final.name}"
-    error: BaseException | None = None
-    files: dict[str, dict[str, int]] = {}
-    try:
-        if rank == 0:
-            folder.mkdir(parents=True, exist_ok=True)
-            discard_unfinished(folder)
-            staging.mkdir()
-    except Exception as failed:
-        error = failed
-    try:
-        agree(error)
-        shard = f"shard-{rank:05d}-of-{world_size:05d}.safetensors"
-        try:
-            files[shard] = _write_shard(staging / shard, model, optimizer, rank, world_size)
-            flush_file(staging / shard)
-        except Exception as failed:
-            error = failed
-        for each in agree(error, files):
-            files |= each
-        if rank == 0:
-            document = {"format": FORMAT, "step": step, **state, **_description(model, optimizer), "files": files}
-            _write_rest(staging, document, callbacks, probes)
-            if final.exists():  # the same step again, after a resume from an earlier one
-                shutil.rmtree(final)
-            staging.rename(final)
-            flush(folder, contents=False)
-    except BaseException:
-        if rank == 0:
-            shutil.rmtree(staging, ignore_errors=True)
-        raise
-    return Checkpoint(final)
-
-
-def _place() -> tuple[int, int]:
-    """(rank, world size)"""
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-
-
-def agree(error: BaseException | None, value: Any = None) -> list[Any]:
-    """Each rank's value; raises on all ranks where one has failed, so that none waits for it for ever."""
-    if not dist.is_initialized():
-        if error is not None:
-            raise error
-        return [value]
-    told: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(told, (None if error is None else f"{type(error).__name__}: {error}", value))
-    if error is not None:
-        raise error
-    for rank, (message, _) in enumerate(told):
-        if message:
-            raise RuntimeError(f"rank {rank} has failed: {message}")
-    return [value for _, value in told]
-
-
-def _write_shard(path: Path, model: nn.Module, optimizer: Any, rank: int, world_size: int) -> dict[str, int]:
-    """Writes this rank's share of weights and optimizer state; size and checksum of the file."""
-    parts = sharding.held(model, optimizer)
-    if sharding.replicated(model, optimizer):
-        parts = _dealt(parts, rank, world_size)
-    states = sharding.inner(optimizer).state
-    values: dict[str, Callable[[], Tensor]] = {}
-    layout: dict[str, tuple[torch.dtype, list[int]]] = {}
-
-    def add(key: str, dtype: torch.dtype, numel: int, read: Callable[[], Tensor]) -> None:
-        values[key], layout[key] = read, (dtype, [numel])
-
-    for part in parts:
-        add(f"{part.name}|weight|{part.start}", part.holder.dtype, part.numel, lambda part=part: part.weight)
-        for field, value in states.get(part.holder, {}).items():
-            if is_scalar(value):
-                if part.start == 0:
-                    number = torch.tensor([float(value)])
-                    add(f"{part.name}|{field}|0", torch.float32, 1, lambda number=number: number)
-            elif isinstance(value, Tensor):
-                if sharding.flat(value).numel() != sharding.flat(part.holder).numel():
-                    raise UserError(f"the optimizer's state {field} of {part.name} isn't shaped like it: use another")
-                key = f"{part.name}|{field}|{part.start}"
-                add(key, value.dtype, part.numel, lambda part=part, value=value: part.of(value))
-    if rank == 0:
-        for name, buffer in persistent_buffers(model):
-            add(f"{name}|weight|0", buffer.dtype, buffer.numel(), lambda buffer=buffer: buffer.reshape(-1))
-    return stream.write(path, layout, lambda key: values[key]())
-
-
-def is_scalar(value: Any) -> bool:
-    """Whether a state is one number for the whole parameter, as the number of steps is."""
-    return isinstance(value, int | float) or (isinstance(value, Tensor) and value.ndim == 0)
-
-
-def _dealt(parts: list[Part], rank: int, world_size: int) -> list[Part]:
-    """This rank's share of what all ranks hold alike: equal ranges of all values laid end to end."""
-    total = sum(part.numel for part in parts)
-    low, high = total * rank // world_size, total * (rank + 1) // world_size
-    dealt, at = [], 0
-    for part in parts:
-        start, stop = max(low, at) - at, min(high, at + part.numel) - at
-        if start < stop:
-            dealt.append(replace(part, start=part.start + start, offset=part.offset + start, numel=stop - start))
-        at += part.numel
-    return dealt
-
-
-def _description(model: nn.Module, optimizer: Any) -> dict[str, Any]:
-    """Shapes, hyperparameters of each group, and which states are single numbers."""
-    shapes = {name: sharding.full_shape(parameter) for name, parameter in sharding.named_trainable(model)}
-    buffers = {name: list(buffer.shape) for name, buffer in persistent_buffers(model)}
-    states = sharding.inner(optimizer).state.values()
-    scalars = sorted({field for state in states for field, value in state.items() if is_scalar(value)})
-    groups = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
-    return {"groups": groups, "shapes": shapes | buffers, "buffers": list(buffers), "scalars": scalars}
-
-
-def _write_rest(staging: Path, document: dict[str, Any], callbacks: dict[str, Any], probes: Any) -> None:
-    # Through memory: torch's own file writer doesn't say that a disk is full.
-    buffer = io.BytesIO()
-    torch.save(callbacks, buffer)
-    (staging / "callbacks.pt").write_bytes(buffer.getvalue())
-    (staging / "state.json").write_text(json.dumps(document, indent=2))
-    (staging / "probes.json").write_text(json.dumps(probes))
-    flush(staging)
-
-
 def complete(folder: Path) -> list[Checkpoint]:
     """The complete checkpoints of a folder, oldest first."""
     return [Checkpoint(path) for path in sorted(folder.glob("step-*"))]
@@ -351,17 +212,3 @@ def discard_unfinished(folder: Path) -> None:
     """Removes what a killed save or removal left behind."""
     for path in folder.glob(".unfinished-*"):
         shutil.rmtree(path)
-
-
-def flush(folder: Path, contents: bool = True) -> None:
-    """Waits until the folder, and by default the files in it, are on the disk."""
-    for path in [*(sorted(folder.iterdir()) if contents else []), folder]:
-        flush_file(path)
-
-
-def flush_file(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -11,6 +11,7 @@ from sft.training import checkpoint as checkpoints
 from sft.training import probes
 from sft.training.checkpoint import Checkpoint
 from sft.training.log import log
+from sft.training.saving import save
 
 
 class Checkpoints(Callback):
@@ -93,7 +94,7 @@ class Checkpoints(Callback):
             **self.facts,
         }
         callbacks = {each.state_key: each.state_dict() for each in trainer.callbacks}  # type: ignore[attr-defined]
-        saved = checkpoints.save(
+        saved = save(
             self.folder,
             step,
             module.model,

@@ -18,7 +18,7 @@ from lightning.pytorch.strategies import DeepSpeedStrategy, ModelParallelStrateg
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from sft.errors import UserError
+from sft.model.sharding import allocate
 
 
 def build(settings: dict[str, Any] | None, accelerator: str) -> Any:
@@ -101,7 +101,7 @@ class DeepSpeed(DeepSpeedStrategy):
     def optimizer_step(self, optimizer: Optimizer, closure: Any, model: Any = None, **kwargs: Any) -> Any:
         result = super().optimizer_step(optimizer, closure, model, **kwargs)
         norm = self.deepspeed_engine.get_global_grad_norm()  # before clipping, of all ranks' gradients
-        if norm is not None:
+        if norm is not None and self.lightning_module is not None:
             self.lightning_module.grad_norm = torch.as_tensor(norm)
         return result
 
@@ -130,14 +130,10 @@ class FSDP2(ModelParallelStrategy):
         mixed = self.precision_plugin.precision == "bf16-mixed"
         # bf16 in the arithmetic and on the network, fp32 in the sums of the gradients and in the optimizer.
         policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32) if mixed else MixedPrecisionPolicy()
-        options = {"mesh": self.device_mesh["data_parallel"], "mp_policy": policy}
-        layers = set(model._no_split_modules or [])
+        options: dict[str, Any] = {"mesh": self.device_mesh["data_parallel"], "mp_policy": policy}
+        layers = set(getattr(model, "_no_split_modules", None) or [])
         for module in list(model.modules()):
             if type(module).__name__ in layers:
                 fully_shard(module, reshard_after_forward=self.reshard_after_forward, **options)
         fully_shard(model, **options)
-        buffers = {name: buffer for name, buffer in model.named_buffers()}
-        model.to_empty(device=self.root_device)
-        for name, buffer in buffers.items():
-            owner, _, own = name.rpartition(".")
-            model.get_submodule(owner)._buffers[own] = buffer.to(self.root_device)
+        allocate(model, self.root_device)
