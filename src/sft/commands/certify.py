@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING, Any
 from omegaconf import OmegaConf
 
 if TYPE_CHECKING:
+    from sft.training.certificate import Certificate
     from sft.training.matrix import Cell, Result
     from sft.training.reference import Reference
     from sft.training.samples import Excerpt
@@ -37,7 +38,6 @@ Key = tuple[str, bool]  # optimizer, packed: what a reference depends on
 def main(config: Any) -> None:
     from rich.console import Console
 
-    from sft.training.certificate import Certificate
     from sft.training.matrix import cells
     from sft.training.pool import processor_alone
     from sft.training.run import identity
@@ -55,13 +55,14 @@ def main(config: Any) -> None:
         raise SystemExit(1)
 
 
-def certify(config: Any, folder: Path, cells: "list[Cell]", before: Callable[[], None] | None = None) -> Any:
+def certify(config: Any, folder: Path, cells: "list[Cell]", before: Callable[[], None] | None = None) -> "Certificate":
     """Runs the cells in `folder` and returns their `Certificate`; `before` is called in each rank's process first."""
     from sft.training.certificate import Certificate
 
     started = time.monotonic()
     config, excerpt = prepare(config, folder)
-    references, clip = make_references(config, folder, excerpt)
+    keys = sorted({(cell.optimizer, cell.packed) for cell in cells})
+    references, clip = make_references(config, folder, excerpt, keys)
     config.trainer.gradient_clip_val = clip
     settings: Any = OmegaConf.to_container(config, resolve=True)
     results: list[Result] = []
@@ -112,8 +113,11 @@ def prepare(config: Any, folder: Path) -> "tuple[Any, Excerpt]":
     return config, samples
 
 
-def make_references(config: Any, folder: Path, excerpt: "Excerpt") -> "tuple[dict[Key, Reference], float]":
-    """The plain loop for each optimizer, packed and not, and the norm that gradients are clipped to in all of them."""
+def make_references(
+    config: Any, folder: Path, excerpt: "Excerpt", keys: list[Key]
+) -> "tuple[dict[Key, Reference], float]":
+    """The plain loop for each of `keys`, and the norm that gradients are clipped to in all of them."""
+    import numpy as np
     from hydra.utils import instantiate
 
     from sft.training import matrix, reference
@@ -134,9 +138,9 @@ def make_references(config: Any, folder: Path, excerpt: "Excerpt") -> "tuple[dic
         return pool(reference.train, folder / "model", samples, make_optimizer, schedule, clip, timeout=600)
 
     pools = [Pool(1, folder / f"reference-{number}") for number in range(min(4, num_cores()))]
-    keys = [(optimizer, packed) for packed in (True, False) for optimizer in ("sgd", "adamw")]
     try:
-        clip = sorted(work(pools[0], ("sgd", False), float("inf")).grad_norms)[matrix.NUM_STEPS // 2]
+        # Between those of the first steps, so that some are clipped and some are not.
+        clip = float(np.median(work(pools[0], ("sgd", False), float("inf"), num_steps=8).grad_norms))
         made = share_out(pools, keys, lambda pool, key: work(pool, key, clip))
     finally:
         for pool in pools:
@@ -157,7 +161,7 @@ def run_group(
     from sft.training import matrix
     from sft.training.pool import Pool, RankError
 
-    def work(pool: Pool, pair: "tuple[Cell, ...]") -> "list[Result]":
+    def work(pool: Pool, pair: "list[Cell]") -> "list[Result]":
         made = []
         for cell in pair:
             begun = time.monotonic()
@@ -171,7 +175,8 @@ def run_group(
             shutil.rmtree(folder / str(cell), ignore_errors=True)
         return made
 
-    pairs = list(zip(cells[::2], cells[1::2], strict=True))  # the resumed one goes on from the other's checkpoint
+    # A resumed fit goes on from a checkpoint of the uninterrupted one before it.
+    pairs = [list(pair) for _, pair in groupby(cells, lambda cell: replace(cell, resumed=False))]
     num_pools = min(len(pairs), max(1, num_cores() // num_ranks))
     pools = [Pool(num_ranks, folder / f"ranks-{number}", before) for number in range(num_pools)]
     try:

@@ -1,6 +1,5 @@
 """How a certificate reads: as JSON with every cell, as a page, and as a table on the terminal."""
 
-import json
 import math
 from dataclasses import dataclass
 from itertools import groupby
@@ -76,9 +75,9 @@ class Certificate:
             [
                 f"# Certificate {self.verdict}",
                 "",
-                f"Each cell is a fit by the code of `sft train`, compared with a plain PyTorch loop that shares no "
-                f"code with it: the loss of each of {NUM_STEPS} steps (tolerance {LOSS_TOLERANCE:g}) and the weights of "
-                "the last checkpoint. A row below shows the largest differences of its cells: accumulation 1, 2, 4, "
+                "Each cell is a fit by the code of `sft train`, compared with a plain PyTorch loop that shares no code "
+                f"with it: the loss of each of {NUM_STEPS} steps (tolerance {LOSS_TOLERANCE:g}) and the weights of the "
+                "last checkpoint. A row below shows the largest differences of its cells: accumulation 1, 2, 4, "
                 f"packed and unpacked, uninterrupted and resumed after step {RESUME_AT}, SGD and AdamW.",
                 "",
                 *_markdown(HEAD, self._rows()),

@@ -64,15 +64,14 @@ class Pool:
         answers: dict[int, Any] = {}
         deadline = monotonic() + timeout
         while len(answers) < self.num_ranks:
-            waiting = {connection: rank for rank, (_, connection) in enumerate(self._ranks) if rank not in answers}
-            ready = wait(list(waiting), max(0.0, deadline - monotonic()))
+            waiting = [rank for rank in range(self.num_ranks) if rank not in answers]
+            ready = wait([self._ranks[rank][1] for rank in waiting], max(0.0, deadline - monotonic()))
             if not ready:
                 self.stop(at_once=True)
-                raise RankError(f"no answer from rank {min(waiting.values())} within {timeout:g} s")
-            for connection in ready:
-                rank = waiting[connection]  # type: ignore[index]
+                raise RankError(f"rank {waiting[0]} gave no answer within {timeout:g} s")
+            for rank in (rank for rank in waiting if self._ranks[rank][1] in ready):
                 try:
-                    failure, answers[rank] = connection.recv()  # type: ignore[union-attr]
+                    failure, answers[rank] = self._ranks[rank][1].recv()
                 except (EOFError, ConnectionError):
                     failure = f"died: {self._tail(rank)}"
                 if failure:  # the others may wait for it in a collective for ever

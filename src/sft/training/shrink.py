@@ -55,6 +55,8 @@ def shrink(config: Any, folder: Path, vocab_size: int | None = None) -> Any:
     small.model.init, small.model.config = "pretrained", {}
     first_rows(small.data)
     on_processor(small)
+    if small.get("adapter"):
+        small.adapter.dropout, small.adapter.quantize = 0.0, False
     return small
 
 

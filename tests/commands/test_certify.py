@@ -1,0 +1,90 @@
+"""A certificate passes what trains right, and finds each fault in the cells where it matters."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from hydra import compose, initialize_config_dir
+
+import faults
+from running import Sft
+from sft.cli import CONF
+from sft.commands.certify import certify
+from sft.training.certificate import Certificate
+from sft.training.matrix import STRATEGIES, Cell, cells
+from sft.training.pool import processor_alone
+
+
+def made(folder: Path, chosen: list[Cell], before: Callable[[], None] | None = None, *overrides: str) -> Certificate:
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        config = compose("certify", overrides=list(overrides))
+    with processor_alone():
+        return certify(config, folder, chosen, before)
+
+
+def cell(
+    strategy: str = "single",
+    num_ranks: int = 1,
+    accumulation: int = 1,
+    packed: bool = True,
+    resumed: bool = False,
+    optimizer: str = "sgd",
+) -> Cell:
+    return Cell(strategy, num_ranks, accumulation, packed, resumed, optimizer)
+
+
+def test_matrix_is_whole() -> None:
+    everything = cells()
+    assert len(set(everything)) == len(everything) == (1 + 5 * 3) * 24
+    quick = cells(quick=True)
+    assert set(quick) <= set(everything)
+    assert {each.strategy for each in quick} == set(STRATEGIES)
+    for name, values in {"num_ranks": {1, 2}, "accumulation": {1, 2}, "packed": {True, False}}.items():
+        assert {getattr(each, name) for each in quick if each.strategy == "ddp"} == values
+
+
+@pytest.mark.timeout(900)
+def test_quick_certificate_passes(sft: Sft, capfd: pytest.CaptureFixture[str]) -> None:
+    assert sft("certify", "quick=true", "output=certificate") == 0
+    assert f"passed: {len(cells(quick=True))} of {len(cells(quick=True))} cells pass" in capfd.readouterr().out
+    document = json.loads(Path("certificate/certificate.json").read_text())
+    assert document["passed"] and all(each["passed"] for each in document["cells"])
+    for reference in document["references"]:
+        assert 0 < reference["num_clipped"] < 20
+        assert reference["movement"] > 5e-3
+    assert "# Certificate passed" in Path("certificate/certificate.md").read_text()
+
+
+FAULTS: dict[Callable[[], None], tuple[list[Cell], list[Cell]]] = {  # fault -> cells that fail, cells that pass
+    faults.mean_of_each_micro_batch: ([cell("ddp", 2), cell(accumulation=2)], [cell()]),
+    faults.divided_by_the_accumulation_again: ([cell(accumulation=4)], [cell()]),
+    faults.divided_by_the_accumulation_again_by_deepspeed: (
+        [cell(f"deepspeed_zero{stage}", accumulation=2) for stage in (1, 2, 3)],
+        [cell("ddp", accumulation=2), cell("deepspeed_zero2")],
+    ),
+    faults.cache_on: ([cell()], []),
+    faults.mask_of_ones: ([cell()], []),
+    faults.positions_go_on: ([cell()], []),
+    faults.shifted_mask: ([cell()], []),
+    faults.small_step_dropped: ([cell()], []),
+    faults.small_step_without_update: ([cell()], []),
+    faults.tokens_without_loss_counted: ([cell()], []),
+    faults.weights_decay_all: ([cell()], [cell(optimizer="adamw")]),
+    faults.optimizer_forgotten_on_resume: (
+        [cell(optimizer="adamw", resumed=True)],
+        [cell(optimizer="adamw"), cell(), cell(resumed=True)],
+    ),
+    faults.raises: ([cell()], []),
+    faults.dies: ([cell("ddp", 2)], []),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.__name__)
+def test_fault_is_found_where_it_matters(fault: Callable[[], None], tmp_path: Path) -> None:
+    failing, passing = FAULTS[fault]
+    order = cells()
+    # transformers' own attention, which is what a cache or a mask confuses.
+    certificate = made(tmp_path, sorted([*failing, *passing], key=order.index), fault, "model.attention=sdpa")
+    assert {result.cell for result in certificate.results if not result.passed} == set(failing)
+    assert not certificate.passed
