@@ -21,6 +21,7 @@ def test_groups_are_those_of_the_design() -> None:
         sorted(
             [
                 "model",
+                "adapter",
                 "data",
                 "strategy",
                 "trainer",

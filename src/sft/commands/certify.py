@@ -124,6 +124,8 @@ def make_references(
     from sft.training.pool import Pool
 
     schedule = instantiate(config.schedule)
+    adapter = instantiate(config.adapter, _convert_="all") or None
+    lora = adapter.lora_config() if adapter else None
     steps = {
         packed: excerpt.steps(matrix.NUM_STEPS, matrix.GLOBAL_BATCH_SIZE, packed, config.seed)
         for packed in (True, False)
@@ -135,7 +137,8 @@ def make_references(
         optimizer, packed = key
         samples = [[excerpt[index] for index in step] for step in steps[packed][:num_steps]]
         make_optimizer = instantiate(config.optimizers[optimizer], _convert_="all")
-        return pool(reference.train, folder / "model", samples, make_optimizer, schedule, clip, timeout=600)
+        arguments = (folder / "model", samples, make_optimizer, schedule, clip, lora, config.seed)
+        return pool(reference.train, *arguments, timeout=600)
 
     pools = [Pool(1, folder / f"reference-{number}") for number in range(min(4, num_cores()))]
     try:

@@ -65,13 +65,14 @@ def answers(
     """
     import torch
     from hydra.utils import instantiate
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoTokenizer
 
     from sft.data.prompt import served_ids
+    from sft.model.loading import load_exported
 
     tokenizer = AutoTokenizer.from_pretrained(folder)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
+    model: Any = load_exported(folder)
     model.to(device).eval()
     make = instantiate(data["conversation"], _convert_="all")
     asked = [served_ids(tokenizer, make, prompt) for prompt in prompts]

@@ -25,12 +25,13 @@ def main(config: Any) -> None:
 
     import torch
     from hydra.utils import instantiate
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoTokenizer
 
     from sft.data.batch import make_batch
     from sft.data.schedule import eval_plan
     from sft.data.tokenization import IGNORE
     from sft.model import attention
+    from sft.model.loading import load_exported
     from sft.model.objective import Objective
     from sft.training.setup import quiet
 
@@ -47,7 +48,7 @@ def main(config: Any) -> None:
         raise UserError(f"{run.folder} has no validation data: name what to score with data=")
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", attn_implementation=attention.NAME)
+    model: Any = load_exported(folder, attn_implementation=attention.NAME)
     model.to(device).eval()
     objective = Objective()
     plan = eval_plan(

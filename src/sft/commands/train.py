@@ -18,6 +18,7 @@ of each row), preview.html, metrics.csv, checkpoints/ and export/, the fine-tune
 import math
 from typing import Any
 
+from hydra.core.hydra_config import HydraConfig
 from omegaconf import OmegaConf
 
 from sft.data.schedule import check_division
@@ -33,6 +34,10 @@ def main(config: Any) -> None:
     accumulation = check_division(config.global_batch_size, num_ranks, config.micro_batch_size)
     if num_ranks > 1 and not config.strategy:
         raise UserError(f"strategy=single is for one device, and the trainer has {num_ranks}: set strategy=ddp")
+    if config.adapter and config.adapter.quantize:
+        from sft.model.adapter import check_quantization
+
+        check_quantization(HydraConfig.get().runtime.choices["strategy"], config.trainer.accelerator)
     run = Run.of(settings)
     if run.status.get("state") == "finished":
         print(f"{run.folder} is finished: nothing to do (another run: run=NAME; anew: remove the folder)")

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from safetensors import SafetensorError
 
 from sft.errors import UserError
+from sft.model.adapter import Adapter, initial, quantization
 
 if TYPE_CHECKING:
     import torch
@@ -29,6 +30,7 @@ class ModelSource:
     attention: str = "packed"
     gradient_checkpointing: bool = False
     trust_remote_code: bool = False
+    adapter: Adapter | None = None  # of conf/adapter/*.yaml; None: every weight is trained
 
     def __post_init__(self) -> None:
         if self.init not in ("pretrained", "random"):
@@ -37,6 +39,8 @@ class ModelSource:
             raise UserError("no model is named: set model.path to a folder or a Hub name, e.g. Qwen/Qwen3-0.6B")
         if self.init == "random" and not self.tokenizer:
             raise UserError("model.init=random needs model.tokenizer: a folder or a Hub name")
+        if self.init == "random" and self.adapter:
+            raise UserError("model.init=random leaves an adapter nothing to adapt: set adapter=none, or model.path")
 
     def load_tokenizer(self) -> Any:
         """The tokenizer, with the chat template of `chat_template` where one is given."""
@@ -111,17 +115,20 @@ class ModelSource:
     ) -> "PreTrainedModel":
         """The model in training mode; `weights=False` leaves them undefined, to be filled from a checkpoint.
 
-        With `shard`, which leaves each rank room for its part of each parameter, no rank ever holds more than that
-        and what is being read.
+        With an adapter it alone can be trained, and what it lies beside is always the pre-trained model. With `shard`,
+        which leaves each rank room for its part of each parameter, no rank ever holds more than that and what is being
+        read.
         """
         from transformers import AutoModelForCausalLM
 
         from sft.model import attention  # noqa: F401  registers `packed`
 
         config = self.load_config()
-        options = {"dtype": dtype, "attn_implementation": self.attention}
+        options: dict[str, Any] = {"dtype": dtype, "attn_implementation": self.attention}
+        if self.adapter and self.adapter.quantize:
+            options |= quantization()
         try:
-            if shard is not None or not weights:
+            if shard is not None or not (weights or self.adapter):
                 shard = shard or _allocate
                 model = self._load_sharded(config, options, weights, shard)
             elif self.init == "random":
@@ -137,6 +144,8 @@ class ModelSource:
                 )
         except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
             raise _not_loaded("model", self.path or "(random)", error) from error
+        if self.adapter and shard is None:
+            self.adapter.add(model)
         if self.gradient_checkpointing:
             # The first of the two names is new in transformers 5.2x and warns of the second.
             enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
@@ -152,15 +161,17 @@ class ModelSource:
         from accelerate import init_empty_weights
         from transformers import AutoModelForCausalLM
 
-        from sft.model.sharding import of_parameter
+        from sft.model.sharding import full_shape, of_parameter
 
         trusted = {"trust_remote_code": self.trust_remote_code}
         with init_empty_weights():  # parameters only: buffers such as RoPE's frequencies keep their fp32 values
             model = AutoModelForCausalLM.from_config(config, **trusted, **options)
         model.tie_weights()
         shapes = {name: list(parameter.shape) for name, parameter in model.named_parameters()}
+        if self.adapter:
+            self.adapter.add(model)
         shard(model)
-        if not weights:
+        if not (weights or self.adapter):
             return model
         read = None
         if self.init == "pretrained":
@@ -174,12 +185,17 @@ class ModelSource:
                 whole = AutoModelForCausalLM.from_pretrained(
                     self.path, config=config, revision=self.revision, **trusted, **options
                 )
-            values = {name: parameter.detach().reshape(-1) for name, parameter in whole.named_parameters()}
-            read = lambda name, start, stop: values[name][start:stop]  # noqa: E731
+            flat = {name: parameter.detach().reshape(-1) for name, parameter in whole.named_parameters()}
+            read = lambda name, start, stop: flat[name][start:stop]  # noqa: E731
         with torch.no_grad():
             for name, parameter in model.named_parameters():
                 part = of_parameter(name, parameter)
-                part.weight.copy_(read(name, part.start, part.start + part.numel))
+                stop = part.start + part.numel
+                if self.adapter and parameter.requires_grad:
+                    values = initial(name, full_shape(parameter)).view(-1)[part.start : stop]
+                else:
+                    values = read(name.replace(".base_layer.", "."), part.start, stop)
+                part.weight.copy_(values)
         return model
 
 
@@ -220,6 +236,22 @@ def weight_reader(
             return None
         keys[name] = key
     return lambda name, start, stop: file_of[keys[name]].read(keys[name], start, stop)
+
+
+def load_exported(folder: Path, **options: Any) -> "PreTrainedModel":
+    """The model of a folder that `sft export` wrote and verified: a whole one, or an adapter over its base model."""
+    from transformers import AutoModelForCausalLM, GenerationConfig
+
+    if not (folder / "adapter_config.json").exists():
+        return AutoModelForCausalLM.from_pretrained(folder, dtype="auto", **options)
+    verified = json.loads((folder / "verified.json").read_text())
+    if verified["quantized"]:
+        options |= quantization()
+    # transformers loads the base model that the adapter names and puts the adapter in.
+    dtype = "bfloat16" if verified["precision"] == "bf16-true" else "float32"
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **options)
+    model.generation_config = GenerationConfig.from_pretrained(folder)
+    return model
 
 
 def _check_folder(source: str, setting: str) -> None:

@@ -92,7 +92,10 @@ class SFTModule(L.LightningModule):
         self.grad_norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
 
     def configure_optimizers(self) -> Any:
-        optimizer = optimizers.build(self.model, self.optimizer)
+        strategy: Any = self.trainer.strategy
+        # A strategy that keeps the states elsewhere brings its own implementation of the same optimizer.
+        choose = getattr(strategy, "optimizer_factory", lambda factory: factory)
+        optimizer = optimizers.build(self.model, choose(self.optimizer))
         scheduler = LambdaLR(optimizer, lambda step: self.schedule(step, self.num_steps))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 

@@ -7,6 +7,7 @@ values from START on. So a checkpoint is written and read without gathering anyt
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -60,8 +61,9 @@ def held(model: nn.Module, optimizer: Any) -> list[Part]:
     named = list(named_trainable(model))
     if hasattr(optimizer, "fp32_partitioned_groups_flat"):
         return list(_zero3(named, optimizer))
-    if hasattr(optimizer, "single_partition_of_fp32_groups"):
+    if _flat_groups(optimizer) is not None:
         return list(_zero12(named, optimizer))
+    assert isinstance(optimizer, torch.optim.Optimizer), f"where {type(optimizer).__name__} keeps weights isn't known"
     return [part for name, parameter in named if (part := of_parameter(name, parameter)).numel]
 
 
@@ -85,16 +87,30 @@ def of_parameter(name: str, parameter: Any) -> Part:
 def replicated(model: nn.Module, optimizer: Any) -> bool:
     """Whether every rank holds everything."""
     sharded = isinstance(model, FSDPModule) or hasattr(optimizer, "fp32_partitioned_groups_flat")
-    return not sharded and not hasattr(optimizer, "single_partition_of_fp32_groups")
+    return not sharded and _flat_groups(optimizer) is None
+
+
+def _flat_groups(optimizer: Any) -> tuple[list[Tensor], list[list[Tensor]], list[list[int]]] | None:
+    """Of ZeRO stages 1 and 2, for each group: this rank's range of the flat buffer, the parameters in the buffer, and
+    where each begins."""
+    if hasattr(optimizer, "single_partition_of_fp32_groups"):
+        groups = optimizer.round_robin_bit16_groups
+        return optimizer.single_partition_of_fp32_groups, groups, optimizer.round_robin_bit16_offsets
+    if hasattr(optimizer, "fp32_groups_flat_partition"):  # stage 1 in bf16 with fp32 gradients is a class of its own
+        groups = optimizer.bf16_groups
+        offsets = [list(accumulate((each.numel() for each in group), initial=0))[:-1] for group in groups]
+        return optimizer.fp32_groups_flat_partition, groups, offsets
+    return None
 
 
 def _zero12(named: list[tuple[str, nn.Parameter]], optimizer: Any) -> Iterator[Part]:
     """Stages 1 and 2: each group of parameters is one flat buffer, cut into as many equal ranges as there are ranks."""
     name_of = {id(parameter): name for name, parameter in named}
-    for group, holder in enumerate(optimizer.single_partition_of_fp32_groups):
-        first = holder.numel() * torch.distributed.get_rank(optimizer.real_dp_process_group[group])
-        offsets = optimizer.round_robin_bit16_offsets[group]
-        for parameter, offset in zip(optimizer.round_robin_bit16_groups[group], offsets, strict=True):
+    buffers = _flat_groups(optimizer)
+    assert buffers is not None
+    for holder, parameters, offsets, ranks in zip(*buffers, optimizer.real_dp_process_group, strict=True):
+        first = holder.numel() * torch.distributed.get_rank(ranks)
+        for parameter, offset in zip(parameters, offsets, strict=True):
             start, stop = max(first, offset), min(first + holder.numel(), offset + parameter.numel())
             if start < stop:
                 yield Part(name_of[id(parameter)], start - offset, stop - start, holder, start - first)
@@ -134,5 +150,5 @@ def publish(optimizer: Any) -> None:
                 parameter.partition()
             optimizer.persistent_parameters[0].all_gather(optimizer.persistent_parameters)
         optimizer.invalidate_secondary_tensor()
-    elif hasattr(optimizer, "single_partition_of_fp32_groups"):
+    elif _flat_groups(optimizer) is not None:
         optimizer.update_lp_params()

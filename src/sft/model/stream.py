@@ -96,4 +96,5 @@ def write(
             data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
             file.write(data)
             crc = zlib.crc32(data, crc)
+            del tensor, data  # before the next is read
     return {"bytes": len(head) + end, "crc32": crc}

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from sft.errors import UserError
 from sft.model import sharding, stream
-from sft.training.ranks import agree, place
+from sft.training.ranks import place, together
 
 FORMAT = 2
 
@@ -84,15 +84,17 @@ class Checkpoint:
     def verify(self) -> None:
         """Compares the files with their checksums, each rank its share; `UserError` where one is damaged."""
         rank, world_size = place()
-        error = None
-        for name, recorded in list(self.state["files"].items())[rank::world_size]:
-            path = self.path / name
-            if not path.exists() or stream.checksum(path) != recorded:
-                error = UserError(
-                    f"{path} is damaged (its checksum is another): remove the folder {self.path}, and the run goes on "
-                    "from the checkpoint before it"
-                )
-        agree(error)
+
+        def compare() -> None:
+            for name, recorded in list(self.state["files"].items())[rank::world_size]:
+                path = self.path / name
+                if not path.exists() or stream.checksum(path) != recorded:
+                    raise UserError(
+                        f"{path} is damaged (its checksum is another): remove the folder {self.path}, and the run "
+                        "goes on from the checkpoint before it"
+                    )
+
+        together(compare)
 
     def restore(self, model: nn.Module, optimizer: Any) -> None:
         """Puts weights, optimizer state and each group's hyperparameters back: each rank its own part, by name."""

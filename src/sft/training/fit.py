@@ -47,7 +47,7 @@ def fit(
     ]
     trainer = instantiate(
         config.trainer,
-        strategy=build(config.strategy, config.trainer.accelerator),
+        strategy=build(config.strategy, config.trainer.accelerator, config.optimizer._target_),
         logger=loggers,
         callbacks=callbacks,
         accumulate_grad_batches=accumulation,
@@ -64,7 +64,7 @@ def fit(
     )
     module = SFTModule(
         source,
-        instantiate(config.optimizer),
+        instantiate(config.optimizer, _convert_="all"),
         instantiate(config.schedule),
         data.num_steps,
         config.seed,

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
 from sft.training.checkpoint import Checkpoint
@@ -109,6 +108,7 @@ def run(config: dict[str, Any], folder: Path, cell: Cell) -> Outcome:
     from sft.training.datamodule import SFTDataModule
     from sft.training.fit import fit
     from sft.training.metrics import MetricsFile
+    from sft.training.setup import model_source
 
     own = OmegaConf.create(config)
     own.strategy, own.optimizer = own.strategies[cell.strategy], own.optimizers[cell.optimizer]
@@ -132,7 +132,7 @@ def run(config: dict[str, Any], folder: Path, cell: Cell) -> Outcome:
     metrics = MetricsFile(here / "metrics.csv")
     fit(
         own,
-        instantiate(own.model, _convert_="all"),
+        model_source(own),
         data,
         accumulation=cell.accumulation,
         checkpoints=here / "checkpoints",

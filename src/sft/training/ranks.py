@@ -1,8 +1,11 @@
 """What the ranks of a run tell each other outside the training step."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch.distributed as dist
+
+from sft.errors import UserError
 
 
 def place() -> tuple[int, int]:
@@ -10,17 +13,23 @@ def place() -> tuple[int, int]:
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
-def agree(error: BaseException | None, value: Any = None) -> list[Any]:
-    """Each rank's value; raises on all ranks where one has failed, so that none waits for it for ever."""
-    if not dist.is_initialized():
-        if error is not None:
-            raise error
-        return [value]
-    told: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(told, (None if error is None else f"{type(error).__name__}: {error}", value))
+def together(action: Callable[[], Any]) -> list[Any]:
+    """Each rank's result of `action`; raises on all ranks where it fails on one, so that none waits for ever."""
+    error, value = None, None
+    try:
+        value = action()
+    except Exception as failed:
+        error = failed
+    if error is not None and not dist.is_initialized():
+        raise error
+    told = [(None, value)]
+    if dist.is_initialized():
+        told = [(None, None)] * dist.get_world_size()
+        dist.all_gather_object(told, (error and (isinstance(error, UserError), str(error)), value))
     if error is not None:
         raise error
-    for rank, (message, _) in enumerate(told):
-        if message:
-            raise RuntimeError(f"rank {rank} has failed: {message}")
+    for rank, (failure, _) in enumerate(told):
+        if failure:
+            kind = UserError if failure[0] else RuntimeError
+            raise kind(f"rank {rank}: {failure[1]}")
     return [value for _, value in told]

@@ -1,6 +1,7 @@
 """What training has to equal: a plain PyTorch loop, one process, one sample at a time, written out in full.
 
-It shares no code with the training path but the learning-rate formula, which is configuration. Which samples form a
+It shares no code with the training path but the learning-rate formula and what an adapter is drawn from, which are
+configuration. Which samples form a
 step is given to it: that is the order of the data, and `check_order` knows by itself what an order must be.
 """
 
@@ -34,15 +35,20 @@ def train(
     make_optimizer: Callable[[list[dict[str, Any]]], torch.optim.Optimizer],
     factor: Callable[[int, int], float],
     clip: float,
+    adapter: Any = None,
+    seed: int = 0,
 ) -> Reference:
     """Trains the model in `folder` on `steps`, each the samples of one optimizer step.
 
-    `make_optimizer` is called with the two parameter groups; `factor(step, num_steps)` scales its learning rate.
+    `make_optimizer` is called with the two parameter groups; `factor(step, num_steps)` scales its learning rate. An
+    `adapter`, in peft's words, is what is trained where there is one, from the weights that the seed means.
     """
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).train()
-    parameters = dict(model.named_parameters())
+    if adapter is not None:
+        inject(model, adapter, seed)
+    parameters = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     first = {name: parameter.detach().numpy().copy() for name, parameter in parameters.items()}
     matrices = [parameter for parameter in parameters.values() if parameter.dim() > 1]
     vectors = [parameter for parameter in parameters.values() if parameter.dim() <= 1]
@@ -72,6 +78,20 @@ def train(
     weights = {name: parameter.detach().numpy() for name, parameter in parameters.items()}
     movement = max(float(np.abs(weights[name] - first[name]).max()) for name in weights)
     return Reference(losses, grad_norms, weights, movement)
+
+
+def inject(model: Any, adapter: Any, seed: int) -> None:
+    """Puts an adapter in. What it is drawn from is defined by the project alone, so that is asked."""
+    from peft import inject_adapter_in_model
+
+    from sft.model.adapter import initial
+
+    inject_adapter_in_model(adapter, model)
+    torch.manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad:
+                parameter.copy_(initial(name, parameter.shape))
 
 
 def check_order(steps: list[list[int]], num_samples: int) -> bool:

@@ -46,6 +46,8 @@ class Checkpoints(Callback):
         step = self.resume.step
         self.resume.verify()
         self.resume.restore(module.model, trainer.optimizers[0])
+        if hasattr(trainer.strategy, "resumed"):
+            trainer.strategy.resumed(step)
         states = self.resume.callbacks()
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
             if callback.state_key in states:

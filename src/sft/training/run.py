@@ -27,6 +27,7 @@ DECIDING = (
     "max_steps",
     "global_batch_size",
     "model",
+    "adapter",
     "data",
     "optimizer",
     "schedule",
@@ -36,6 +37,7 @@ DECIDING = (
 NOT_DECIDING = (
     "model.attention",
     "model.gradient_checkpointing",
+    "adapter.merge",
     "data.num_workers",
     "data.cache_dir",
     "data.max_lost",

@@ -15,7 +15,7 @@ from sft.errors import UserError
 from sft.model import sharding, stream
 from sft.model.sharding import Part
 from sft.training.checkpoint import FORMAT, Checkpoint, discard_unfinished, persistent_buffers
-from sft.training.ranks import agree, place
+from sft.training.ranks import place, together
 
 
 def save(
@@ -31,25 +31,20 @@ def save(
     rank, world_size = place()
     final = folder / f"step-{step:08d}"
     staging = folder / f".unfinished-{final.name}"
-    error: BaseException | None = None
-    files: dict[str, dict[str, int]] = {}
-    try:
+    shard = f"shard-{rank:05d}-of-{world_size:05d}.safetensors"
+
+    def begin() -> None:
         if rank == 0:
             folder.mkdir(parents=True, exist_ok=True)
             discard_unfinished(folder)
             staging.mkdir()
-    except Exception as failed:
-        error = failed
-    try:
-        agree(error)
-        shard = f"shard-{rank:05d}-of-{world_size:05d}.safetensors"
-        try:
-            files[shard] = _write_shard(staging / shard, model, optimizer, rank, world_size)
-            flush_file(staging / shard)
-        except Exception as failed:
-            error = failed
-        for each in agree(error, files):
-            files |= each
+
+    def write() -> dict[str, dict[str, int]]:
+        written = _write_shard(staging / shard, model, optimizer, rank, world_size)
+        flush_file(staging / shard)
+        return {shard: written}
+
+    def finish() -> None:
         if rank == 0:
             document = {"format": FORMAT, "step": step, **state, **_description(model, optimizer), "files": files}
             _write_rest(staging, document, callbacks, probes)
@@ -57,6 +52,11 @@ def save(
                 shutil.rmtree(final)
             staging.rename(final)
             flush(folder, contents=False)
+
+    try:
+        together(begin)
+        files = {name: written for each in together(write) for name, written in each.items()}
+        together(finish)
     except BaseException:
         if rank == 0:
             shutil.rmtree(staging, ignore_errors=True)

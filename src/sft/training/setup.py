@@ -4,7 +4,7 @@ import logging
 import os
 import warnings
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from sft.training.log import log
@@ -35,13 +35,21 @@ def is_main() -> bool:
     return rank_zero_only.rank == 0  # type: ignore[attr-defined]
 
 
+def model_source(config: Any) -> Any:
+    """The `ModelSource` that a configuration's `model` and `adapter` mean."""
+    from hydra.utils import instantiate
+
+    adapter = instantiate(config.get("adapter"), _convert_="all") or None
+    return replace(instantiate(config["model"], _convert_="all"), adapter=adapter)
+
+
 def setup(config: Any, start_step: int = 0) -> Prepared:
     """Checks model, tokenizer and data against each other; builds or opens the token stores."""
     from hydra.utils import instantiate
 
     from sft.training.datamodule import SFTDataModule
 
-    source = instantiate(config.model, _convert_="all")
+    source = model_source(config)
     data_config = instantiate(config.data, _convert_="all")
     tokenizer = source.load_tokenizer()
     source.check(tokenizer, data_config.max_length)

@@ -55,8 +55,6 @@ def shrink(config: Any, folder: Path, vocab_size: int | None = None) -> Any:
     small.model.init, small.model.config = "pretrained", {}
     first_rows(small.data)
     on_processor(small)
-    if small.get("adapter"):
-        small.adapter.dropout, small.adapter.quantize = 0.0, False
     return small
 
 
@@ -69,9 +67,11 @@ def first_rows(data: Any) -> None:
 
 
 def on_processor(config: Any) -> None:
-    """Whatever the machine: one node's processor in fp32, with the attention that every machine has."""
+    """One node's processor, whatever the machine: fp32, the attention that every machine has, no dropout."""
     config.trainer.accelerator, config.trainer.num_nodes = "cpu", 1
     config.trainer.precision = "32-true"
+    if config.adapter:
+        config.adapter.dropout, config.adapter.quantize = 0.0, False
     config.model.attention = "packed" if config.model.attention.startswith("flash") else config.model.attention
 
 

@@ -9,6 +9,7 @@ import os
 import sys
 from collections.abc import Generator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,15 +19,23 @@ from lightning.pytorch.strategies import DeepSpeedStrategy, ModelParallelStrateg
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from sft.errors import UserError
 from sft.model.sharding import allocate
 
 
-def build(settings: dict[str, Any] | None, accelerator: str) -> Any:
-    """The strategy that `conf/strategy/*.yaml` names, as the trainer takes it."""
+def build(settings: Any, accelerator: str, optimizer: str) -> Any:
+    """The strategy that `conf/strategy/*.yaml` names, as the trainer takes it; `optimizer` is the `_target_` of
+    `conf/optimizer/*.yaml`."""
     from hydra.utils import instantiate
 
     if not settings:
         return "auto"
+    offloaded = settings.get("config", {}).get("zero_optimization", {}).get("offload_optimizer")
+    if offloaded and optimizer != "torch.optim.AdamW":
+        raise UserError(
+            f"this strategy keeps the optimizer's states on the {offloaded['device']}, where DeepSpeed's own AdamW "
+            f"steps, and the optimizer is {optimizer}: set optimizer=adamw, or a strategy without offload"
+        )
     if accelerator == "cpu" or (accelerator == "auto" and not torch.cuda.is_available()):
         os.environ["DS_ACCELERATOR"] = "cpu"  # or DeepSpeed looks for one by itself, and says so
     # Ops that DeepSpeed compiles on first use look for ninja here.
@@ -45,6 +54,32 @@ class DeepSpeed(DeepSpeedStrategy):
         # Lightning would ask a loader for its batch size to fill this in; it only labels DeepSpeed's own timers.
         config = {"train_micro_batch_size_per_gpu": 1, "zero_allow_untested_optimizer": True, **config}
         super().__init__(config=config, **options)
+
+        devices = config.get("zero_optimization", {})
+        self.offloads_optimizer = "offload_optimizer" in devices
+
+    def optimizer_factory(self, factory: Any) -> Any:
+        """The optimizer that does what `factory`'s does, where the states are."""
+        if not self.offloads_optimizer:
+            return factory
+        from deepspeed.ops.adam import DeepSpeedCPUAdam
+
+        settings = {
+            key: value for key, value in factory.keywords.items() if key in ("lr", "betas", "eps", "weight_decay")
+        }
+        return partial(DeepSpeedCPUAdam, adamw_mode=True, **settings)
+
+    def resumed(self, step: int) -> None:
+        """Called when a checkpoint of `step` has been restored."""
+        if not self.offloads_optimizer:
+            return
+        # Its kernel multiplies the powers of beta up from step to step; let it do so to the same bits.
+        engine: Any = self.deepspeed_engine
+        adam, nothing = engine.optimizer.optimizer, torch.zeros(1)
+        group = adam.param_groups[0]
+        settings = (*group["betas"], group["eps"], 0.0, group["bias_correction"])
+        for each in range(1, step + 1):
+            adam.ds_opt_adam.adam_update(adam.opt_id, each, 0.0, *settings, nothing, nothing, nothing, nothing)
 
     @property
     def root_device(self) -> torch.device:
@@ -83,14 +118,17 @@ class DeepSpeed(DeepSpeedStrategy):
         """Gives each rank its range of each parameter, one parameter at a time."""
         import deepspeed
 
+        # In bf16 the model's own weights are bf16 and the optimizer holds the fp32 ones.
+        bf16 = str(self.precision_plugin.precision).startswith("bf16")
         tied: dict[int, nn.Parameter] = {}
         for module in model.modules():
             for name, parameter in module.named_parameters(recurse=False):
                 if id(parameter) not in tied:
-                    whole = torch.zeros(parameter.shape, dtype=parameter.dtype, device=self.root_device)
+                    dtype = torch.bfloat16 if bf16 else parameter.dtype
+                    whole = torch.zeros(parameter.shape, dtype=dtype, device=self.root_device)
                     own = nn.Parameter(whole, requires_grad=parameter.requires_grad)
                     holder = nn.ParameterList([own])
-                    deepspeed.zero.Init(module=holder, config_dict_or_path=self.config, dtype=parameter.dtype)
+                    deepspeed.zero.Init(module=holder, config_dict_or_path=self.config, dtype=dtype)
                     tied[id(parameter)] = own
                 setattr(module, name, tied[id(parameter)])
 

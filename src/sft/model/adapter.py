@@ -1,0 +1,164 @@
+"""Which layers get a low-rank adapter (LoRA, arXiv 2106.09685), and how it is put in. The layers are peft's."""
+
+import importlib.util
+import math
+import re
+import warnings
+import zlib
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from sft.errors import UserError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from peft import LoraConfig
+    from torch import Tensor, nn
+
+NAME = "default"  # peft's own for an adapter that is the only one
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """What `conf/adapter/*.yaml` says: W x becomes W x + alpha / r · B A x, W frozen and B A of rank r trained."""
+
+    r: int = 16
+    alpha: int = 32
+    dropout: float = 0.0
+    target_modules: str | list[str] = "all-linear"  # or names, or one regular expression for whole names
+    use_rslora: bool = False  # alpha / sqrt(r) instead
+    quantize: bool = False  # W in 4 bits (QLoRA, arXiv 2305.14314)
+    merge: bool = True  # into the base model when it is exported
+
+    def __post_init__(self) -> None:
+        if not (isinstance(self.r, int) and self.r > 0):
+            raise UserError(f"adapter.r={self.r} is not a whole number from 1 on")
+        if not 0 <= self.dropout < 1:
+            raise UserError(f"adapter.dropout={self.dropout} is not from 0 to below 1")
+        if not self.target_modules:
+            raise UserError("adapter.target_modules is empty: set all-linear, or names like [q_proj,v_proj]")
+        self.check_merge(self.merge, "adapter.merge")
+
+    def check_merge(self, merge: bool, setting: str) -> None:
+        """Refuses a merged export where it would be another model."""
+        if not isinstance(merge, bool):
+            raise UserError(f"{setting}={merge} is unknown: set true or false")
+        if self.quantize and merge:
+            raise UserError(
+                f"{setting}=true: the adapter was made for weights in 4 bits, and merged into others it would be "
+                f"another model: set {setting}=false"
+            )
+
+    def lora_config(self) -> "LoraConfig":
+        """The same in peft's words."""
+        from peft import LoraConfig, TaskType
+
+        return LoraConfig(
+            r=self.r,
+            lora_alpha=self.alpha,
+            lora_dropout=self.dropout,
+            target_modules=self.target_modules,
+            use_rslora=self.use_rslora,
+            task_type=TaskType.CAUSAL_LM,
+        )
+
+    def add(self, model: Any) -> None:
+        """Puts the adapter in and freezes all else. It is in the dtype of the layers that it lies beside.
+
+        At first it adds nothing, since B is zero; of a model without weights its own are left to be made as well.
+        """
+        import torch
+        from peft import inject_adapter_in_model
+
+        self.check_targets(model)
+        with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
+            warnings.simplefilter("ignore")  # peft's remarks on what it does about kinds of layers
+            inject_adapter_in_model(self.lora_config(), model, adapter_name=NAME)
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad and not parameter.is_meta:
+                parameter.data.copy_(initial(name, parameter.shape))
+
+    def check_targets(self, model: Any) -> None:
+        """Refuses a target that names no layer, one that isn't linear, or the input embeddings by another name."""
+        targets = self.target_modules
+        if targets == "all-linear":
+            return
+        linear = linear_layers(model)
+        known = f"its linear layers are {', '.join(dict.fromkeys(name.rpartition('.')[2] for name in linear))}"
+        head = model.get_output_embeddings()
+        tied = head is not None and head.weight is model.get_input_embeddings().weight
+        for target in [targets] if isinstance(targets, str) else targets:
+            if isinstance(targets, str):
+                try:
+                    pattern = re.compile(target)
+                except re.error as error:
+                    raise UserError(
+                        f"adapter.target_modules={target} is no regular expression ({error}): {known}"
+                    ) from error
+            else:
+                pattern = re.compile(rf"(.*\.)?{re.escape(target)}")
+            found = {name: module for name, module in model.named_modules() if pattern.fullmatch(name)}
+            if not found:
+                raise UserError(f"adapter.target_modules: {target} is no layer of {type(model).__name__}: {known}")
+            for name, module in found.items():
+                if name not in linear:
+                    raise UserError(
+                        f"adapter.target_modules: {target} means {name or 'the model'}, no linear layer: {known}"
+                    )
+                if tied and module is head:
+                    raise UserError(
+                        f"adapter.target_modules: {target} means {name}, which shares its weight with the input "
+                        "embeddings: leave it out"
+                    )
+
+
+def initial(name: str, shape: "Sequence[int]") -> "Tensor":
+    """What an adapter's weight is at first: zero for B, and A drawn as peft does, from ±1 / sqrt(number of inputs).
+
+    A function of its name and the seed that torch was given last, so that A is the same on all ranks and however the
+    model is loaded and shared out.
+    """
+    import torch
+
+    if ".lora_A." not in name:
+        return torch.zeros(*shape)
+    generator = torch.Generator().manual_seed(torch.initial_seed() ^ zlib.crc32(name.encode()))
+    return (torch.rand(*shape, generator=generator) * 2 - 1) / math.sqrt(shape[1])
+
+
+def linear_layers(model: Any) -> "dict[str, nn.Module]":
+    """The model's linear layers by name, the head among them."""
+    from torch import nn
+    from transformers.pytorch_utils import Conv1D
+
+    return {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)}
+
+
+def check_quantization(strategy: str = "", accelerator: str = "auto") -> None:
+    """Refuses 4-bit weights where they can't be: without CUDA or bitsandbytes, or where a strategy shards weights."""
+    import torch
+
+    if not torch.cuda.is_available() or accelerator == "cpu":
+        raise UserError("adapter=qlora holds weights in 4 bits, which needs a CUDA device: set adapter=lora")
+    if strategy.startswith(("deepspeed_zero3", "fsdp")):
+        raise UserError(
+            f"adapter=qlora: strategy={strategy} can't shard weights in 4 bits: set strategy=ddp or adapter=lora"
+        )
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise UserError("adapter=qlora needs bitsandbytes: pip install bitsandbytes")
+
+
+def quantization() -> dict[str, Any]:
+    """What `from_pretrained` is given so that a model is held in 4 bits, on this process's device."""
+    import torch
+    from transformers import BitsAndBytesConfig
+
+    check_quantization()
+    config = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.bfloat16,
+    )
+    return {"quantization_config": config, "device_map": {"": torch.cuda.current_device()}}

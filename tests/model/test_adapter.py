@@ -1,0 +1,248 @@
+"""Adapters: what is trained, what merging makes of the weights, and what is refused."""
+
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from model.test_export import SIZE, Weights
+from sft.errors import UserError
+from sft.model import adapter as adapters
+from sft.model.adapter import Adapter
+from sft.model.loading import ModelSource
+from sft.model.merging import merged, stored_weights, write_weights
+
+# Any kind of model whose linear layers differ from the others' in something that merging has to know.
+KINDS = {
+    "tied": {"model_type": "llama", "tie_word_embeddings": True},
+    "transposed": {"model_type": "gpt2", "n_embd": 32, "n_layer": 2, "n_head": 2, "vocab_size": 264},
+    "other names on disk": {"model_type": "gpt_neox"},
+    "experts joined in memory": {"model_type": "mixtral", "num_local_experts": 4},
+}
+
+
+def base_folder(folder: Path, kind: str) -> Path:
+    config = dict(KINDS[kind])
+    config = AutoConfig.for_model(config.pop("model_type"), **(SIZE if kind != "transposed" else {}) | config)
+    torch.manual_seed(1)
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder, max_shard_size=40_000)
+    return folder
+
+
+def trained(source: ModelSource, dtype: torch.dtype = torch.float32) -> Any:
+    """The model with an adapter that changes it."""
+    torch.manual_seed(0)
+    model: Any = source.load(dtype)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    return model
+
+
+def adapter_of(model: Any) -> Weights:
+    weights = Weights(model)
+    weights.tensors = {name: tensor for name, tensor in weights.tensors.items() if "lora_" in name}
+    weights.layout = {name: weights.layout[name] for name in weights.tensors}
+    return weights
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_the_adapter_alone_gets_a_gradient_and_adds_nothing_at_first(model_folder: Path, checkpointing: bool) -> None:
+    bare = ModelSource(path=str(model_folder), attention="eager", gradient_checkpointing=checkpointing)
+    model: Any = replace(bare, adapter=Adapter(r=4)).load(torch.float32)
+    ids = torch.arange(20)[None]
+    assert torch.equal(model(ids).logits, bare.load(torch.float32)(ids).logits)
+    model(ids, labels=ids).loss.backward()
+    with_grad = {name for name, parameter in model.named_parameters() if parameter.grad is not None}
+    # 2 layers, 7 linear layers in each, 2 matrices beside each.
+    assert len(with_grad) == 28
+    assert all("lora_" in name for name in with_grad)
+    assert sum(float(p.grad.abs().sum()) for n, p in model.named_parameters() if "lora_B" in n) > 0
+
+
+def test_gradient_checkpointing_changes_no_gradient(model_folder: Path) -> None:
+    ids = torch.arange(20)[None]
+    gradients = []
+    for checkpointing in (False, True):
+        source = ModelSource(path=str(model_folder), attention="eager", adapter=Adapter(r=4, dropout=0.1))
+        model = trained(replace(source, gradient_checkpointing=checkpointing))
+        torch.manual_seed(5)
+        model(ids, labels=ids).loss.backward()
+        gradients.append([parameter.grad for parameter in model.parameters() if parameter.requires_grad])
+    assert all(torch.equal(one, other) for one, other in zip(*gradients, strict=True))
+
+
+def test_it_is_drawn_from_the_seed_alone(model_folder: Path) -> None:
+    def drawn(seed: int, before: int) -> torch.Tensor:
+        source = ModelSource(path=str(model_folder))
+        torch.manual_seed(seed)
+        model = source.load(torch.float32)
+        torch.rand(before)  # as another way of loading the model might
+        Adapter(r=4).add(model)
+        return model.model.layers[1].mlp.up_proj.lora_A.default.weight.detach()
+
+    first = drawn(3, before=0)
+    assert torch.equal(first, drawn(3, before=7))
+    assert not torch.equal(first, drawn(4, before=0))
+    # Uniform in ±1 / sqrt(32), as peft draws it: 4 × 32 values.
+    assert float(first.abs().max()) <= 1 / math.sqrt(32)
+    assert float(first.std()) == pytest.approx(1 / math.sqrt(3 * 32), rel=0.15)
+    assert abs(float(first.mean())) < 0.04
+
+
+def test_no_two_layers_are_drawn_alike_and_no_other_draw_moves(model_folder: Path) -> None:
+    model = ModelSource(path=str(model_folder)).load(torch.float32)
+    torch.manual_seed(3)
+    expected = torch.rand(1)
+    torch.manual_seed(3)
+    Adapter(r=4).add(model)
+    assert torch.equal(torch.rand(1), expected)
+    layers: Any = model.model.layers
+    drawn = [layer.self_attn.q_proj.lora_A.default.weight for layer in layers]
+    assert not torch.equal(*drawn)
+
+
+@pytest.mark.filterwarnings("ignore")  # peft's, of what it does about kinds of layers
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("rslora", [False, True])
+def test_merged_weights_are_those_of_peft(kind: str, rslora: bool, tmp_path: Path) -> None:
+    adapter = Adapter(r=4, alpha=6, use_rslora=rslora)
+    source = ModelSource(path=str(base_folder(tmp_path / "base", kind)), attention="eager", adapter=adapter)
+    weights = adapter_of(trained(source))
+    layout, read = merged(source, weights.layout, weights.read)
+
+    (tmp_path / "adapter").mkdir()
+    write_weights(tmp_path / "adapter", source, weights.layout, weights.read, None)
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float32)
+    before = {name: parameter.detach().clone() for name, parameter in base.named_parameters()}
+    expected = PeftModel.from_pretrained(base, tmp_path / "adapter").merge_and_unload()
+    after = dict(expected.named_parameters())
+    assert layout.keys() == after.keys()
+    changed = 0
+    for name, parameter in after.items():
+        assert torch.equal(read(name), parameter), name
+        changed += not torch.equal(parameter, before[name])
+    assert changed == len(weights.tensors) // 2 > 0
+
+
+def test_merging_is_in_fp32_and_holds_one_weight(tmp_path: Path) -> None:
+    source = ModelSource(path=str(base_folder(tmp_path, "tied")), attention="eager", adapter=Adapter(r=4, alpha=6))
+    model = trained(source, torch.bfloat16)
+    weights = adapter_of(model)
+    layout, read = merged(source, weights.layout, weights.read)
+    assert {dtype for dtype, _ in layout.values()} == {torch.bfloat16}
+    layer = model.model.layers[0].mlp.down_proj
+    a, b = layer.lora_A.default.weight.double(), layer.lora_B.default.weight.double()
+    exact = layer.base_layer.weight.double() + 6 / 4 * b @ a
+    assert torch.equal(read("model.layers.0.mlp.down_proj.weight"), exact.bfloat16())
+    for name in layout:
+        read(name)
+    assert weights.most_held <= 2 * a.numel() + 2 * b.numel()
+
+
+def test_files_that_are_not_the_model_as_it_is_are_left_to_peft(tmp_path: Path) -> None:
+    from sft.model.merging import empty_model, weights
+
+    for kind, streams in (("tied", True), ("other names on disk", True), ("experts joined in memory", False)):
+        source = ModelSource(path=str(base_folder(tmp_path / kind, kind)))
+        model = empty_model(source)
+        layout = {name: (tensor.dtype, list(tensor.shape)) for name, tensor in weights(model).items()}
+        assert (stored_weights(source, model, layout) is not None) == streams
+
+
+def test_rslora_and_rank_scale(model_folder: Path) -> None:
+    for rslora, scale in ((False, 32 / 4), (True, 32 / math.sqrt(4))):
+        model: Any = ModelSource(path=str(model_folder), adapter=Adapter(r=4, use_rslora=rslora)).load(torch.float32)
+        assert model.model.layers[0].self_attn.q_proj.scaling == {"default": scale}
+
+
+@pytest.mark.parametrize(
+    ("targets", "layers"),
+    [
+        ("all-linear", 14),
+        (["q_proj", "v_proj"], 4),
+        (["layers.1.mlp.up_proj"], 1),
+        (r".*\.1\.self_attn\.[qk]_proj", 2),
+    ],
+    ids=str,
+)
+def test_targets(model_folder: Path, targets: Any, layers: int) -> None:
+    model = ModelSource(path=str(model_folder), adapter=Adapter(target_modules=targets)).load(torch.float32)
+    assert sum("lora_A" in name for name, _ in model.named_parameters()) == layers
+
+
+KNOWN = "its linear layers are q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj, lm_head"
+
+
+@pytest.mark.parametrize(
+    ("targets", "message"),
+    [
+        (["q_proj", "query"], f"query is no layer of LlamaForCausalLM: {KNOWN}"),
+        ("q_proj", f"q_proj is no layer of LlamaForCausalLM: {KNOWN}"),
+        ("(", "no regular expression"),
+        (["mlp"], f"mlp means model.layers.0.mlp, no linear layer: {KNOWN}"),
+        (["embed_tokens"], "embed_tokens means model.embed_tokens, no linear layer"),
+        (["lm_head"], "shares its weight with the input embeddings"),
+    ],
+    ids=str,
+)
+def test_wrong_targets_are_refused(model_folder: Path, targets: Any, message: str) -> None:
+    with pytest.raises(UserError) as caught:
+        ModelSource(path=str(model_folder), adapter=Adapter(target_modules=targets)).load(torch.float32)
+    assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"r": 0}, "adapter.r=0"),
+        ({"dropout": 1.0}, "adapter.dropout=1.0"),
+        ({"target_modules": []}, "adapter.target_modules is empty"),
+        ({"merge": "whole"}, "adapter.merge=whole is unknown"),
+        ({"quantize": True}, "set adapter.merge=false"),
+    ],
+    ids=str,
+)
+def test_wrong_settings_are_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        Adapter(**options)
+
+
+def test_random_weights_are_not_adapted() -> None:
+    with pytest.raises(UserError, match="set adapter=none"):
+        ModelSource(init="random", tokenizer="x", adapter=Adapter())
+
+
+@pytest.fixture
+def cuda(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_four_bits_need_cuda(model_folder: Path) -> None:
+    source = ModelSource(path=str(model_folder), adapter=Adapter(quantize=True, merge=False))
+    with pytest.raises(UserError, match="needs a CUDA device: set adapter=lora"):
+        source.load(torch.float32)
+
+
+@pytest.mark.usefixtures("cuda")
+@pytest.mark.parametrize(
+    ("strategy", "accelerator", "message"),
+    [
+        ("single", "cpu", "needs a CUDA device: set adapter=lora"),
+        ("deepspeed_zero3", "gpu", "strategy=deepspeed_zero3 can't shard"),
+        ("fsdp2", "gpu", "strategy=fsdp2 can't shard"),
+        ("ddp", "gpu", "pip install bitsandbytes"),
+    ],
+)
+def test_where_four_bits_are_not(
+    strategy: str, accelerator: str, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(adapters.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match=message):
+        adapters.check_quantization(strategy, accelerator)
