@@ -137,8 +137,13 @@ def hangs() -> None:
     SFTModule.training_step = lambda self, batch, batch_idx: time.sleep(600)
 
 
-def raises() -> None:
+def second_rank_raises_without_accumulation() -> None:
+    """Where a rank's share of a step is one micro-batch, the second rank raises and leaves the first waiting."""
+    original = SFTModule.training_step
+
     def training_step(self: SFTModule, batch: Batch, batch_idx: int) -> torch.Tensor:
-        raise RuntimeError("out of luck")
+        if self.trainer.accumulate_grad_batches == 1 and self.global_rank == 1:
+            raise RuntimeError("out of luck")
+        return original(self, batch, batch_idx)
 
     SFTModule.training_step = training_step

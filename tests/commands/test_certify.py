@@ -11,6 +11,7 @@ import faults
 from running import Sft
 from sft.cli import CONF
 from sft.commands.certify import certify
+from sft.training import matrix
 from sft.training.certificate import Certificate
 from sft.training.matrix import STRATEGIES, Cell, cells
 from sft.training.pool import processor_alone
@@ -75,7 +76,6 @@ FAULTS: dict[Callable[[], None], tuple[list[Cell], list[Cell]]] = {  # fault -> 
         [cell(optimizer="adamw", resumed=True)],
         [cell(optimizer="adamw"), cell(), cell(resumed=True)],
     ),
-    faults.raises: ([cell()], []),
     faults.dies: ([cell("ddp", 2)], []),
 }
 
@@ -88,3 +88,52 @@ def test_fault_is_found_where_it_matters(fault: Callable[[], None], tmp_path: Pa
     certificate = made(tmp_path, sorted([*failing, *passing], key=order.index), fault, "model.attention=sdpa")
     assert {result.cell for result in certificate.results if not result.passed} == set(failing)
     assert not certificate.passed
+
+
+def test_rank_that_fails_says_why_and_the_others_go_on(tmp_path: Path) -> None:
+    chosen = [cell("ddp", 2), cell("ddp", 2, accumulation=2)]
+    certificate = made(tmp_path, chosen, faults.second_rank_raises_without_accumulation)
+    failed, passed = certificate.results
+    assert failed.error is not None and "raised RuntimeError: out of luck" in failed.error
+    assert passed.passed
+    assert "out of luck" in certificate.page() and "FAILED: 1 of 2 cells pass" in certificate.page()
+
+
+def test_rank_that_hangs_is_stopped(tmp_path: Path) -> None:
+    certificate = made(tmp_path, [cell("ddp", 2)], faults.hangs, "cell_timeout=10")
+    assert "gave no answer within 10 s" in str(certificate.results[0].error)
+
+
+def test_own_model_and_data(sft: Sft, model_folder: Path, data_file: Path, tmp_path: Path) -> None:
+    # Its vocabulary shrinks to the bytes that occur, its two heads a group stay two.
+    settings = (f"model.path={model_folder}", f"data.path={data_file}", "data.max_length=256", "data.num_workers=1")
+    chosen = [cell("ddp", 2, 2, packed, optimizer="adamw") for packed in (True, False)]
+    certificate = made(tmp_path, chosen, None, *settings)
+    assert certificate.passed
+    assert certificate.model["vocab_size"] < 100
+    assert certificate.model["num_attention_heads"] == 2 * certificate.model["num_key_value_heads"]
+    assert certificate.model["tie_word_embeddings"]
+    assert len(certificate.excerpt) in (51, 50, 49)  # of 60: three steps of 16 and a small one
+
+
+def test_adapter_is_certified(tmp_path: Path) -> None:
+    certificate = made(tmp_path, [cell("ddp", 2), cell("fsdp2")], None, "adapter=lora", "adapter.r=3")
+    assert certificate.passed
+
+
+def test_weights_that_hardly_move_prove_nothing(tmp_path: Path) -> None:
+    certificate = made(tmp_path, [cell()], None, "optimizers.sgd.lr=1e-6")
+    assert "raise the learning rate" in str(certificate.results[0].error)
+
+
+def test_exit_code_is_1_where_a_cell_fails(sft: Sft, capsys: pytest.CaptureFixture[str]) -> None:
+    sft.monkeypatch.setattr(matrix, "cells", lambda quick: [cell()])
+    assert sft("certify", "optimizers.sgd.lr=1e-6") == 1
+    assert "FAILED: 0 of 1 cells pass" in capsys.readouterr().out
+    assert len(list(Path("certificates").glob("*/certificate.md"))) == 1
+
+
+def test_too_little_data_is_refused(sft: Sft, model_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("few.jsonl").write_text('{"prompt": "a", "response": "b"}\n' * 9)
+    assert sft("certify", f"model.path={model_folder}", "data.path=few.jsonl", "data.max_length=256") == 2
+    assert "too few to certify with" in capsys.readouterr().err

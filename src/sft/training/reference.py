@@ -1,8 +1,7 @@
 """What training has to equal: a plain PyTorch loop, one process, one sample at a time, written out in full.
 
-It shares no code with the training path but the learning-rate formula and what an adapter is drawn from, which are
-configuration. Which samples form a
-step is given to it: that is the order of the data, and `check_order` knows by itself what an order must be.
+It shares no code with the training path but the learning-rate formula, and what an adapter is drawn from: both are
+configuration. Which samples form a step is given to it, and `check_order` knows by itself what an order must be.
 """
 
 from collections.abc import Callable
