@@ -196,6 +196,8 @@ class ModelSource:
                 else:
                     values = read(name.replace(".base_layer.", "."), part.start, stop)
                 part.weight.copy_(values)
+                if hasattr(parameter, "ds_secondary_tensor"):  # ZeRO++'s second copy is of before
+                    parameter.ds_secondary_tensor = None
         return model
 
 

@@ -120,16 +120,15 @@ class DeepSpeed(DeepSpeedStrategy):
 
         # In bf16 the model's own weights are bf16 and the optimizer holds the fp32 ones.
         bf16 = str(self.precision_plugin.precision).startswith("bf16")
+        partition = deepspeed.zero.Init(config_dict_or_path=self.config)._convert_to_zero_parameters
         tied: dict[int, nn.Parameter] = {}
         for module in model.modules():
             for name, parameter in module.named_parameters(recurse=False):
                 if id(parameter) not in tied:
                     dtype = torch.bfloat16 if bf16 else parameter.dtype
                     whole = torch.zeros(parameter.shape, dtype=dtype, device=self.root_device)
-                    own = nn.Parameter(whole, requires_grad=parameter.requires_grad)
-                    holder = nn.ParameterList([own])
-                    deepspeed.zero.Init(module=holder, config_dict_or_path=self.config, dtype=dtype)
-                    tied[id(parameter)] = own
+                    tied[id(parameter)] = nn.Parameter(whole, requires_grad=parameter.requires_grad)
+                    partition([tied[id(parameter)]])
                 setattr(module, name, tied[id(parameter)])
 
     def backward(self, closure_loss: Tensor, optimizer: Optimizer | None, *args: Any, **kwargs: Any) -> Tensor:
