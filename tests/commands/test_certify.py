@@ -36,6 +36,7 @@ def cell(
 
 
 def test_matrix_is_whole() -> None:
+    assert set(STRATEGIES) <= {path.stem for path in (CONF / "strategy").glob("*.yaml")}
     everything = cells()
     assert len(set(everything)) == len(everything) == (1 + 5 * 3) * 24
     quick = cells(quick=True)

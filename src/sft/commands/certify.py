@@ -45,7 +45,8 @@ def main(config: Any) -> None:
 
     quiet()
     settings: Any = OmegaConf.to_container(config, resolve=True)
-    output = Path(config.output or f"certificates/{config.name}-{identity(settings)}")
+    quick = "-quick" if config.quick else ""
+    output = Path(config.output or f"certificates/{config.name}-{identity(settings)}{quick}")
     with processor_alone(), tempfile.TemporaryDirectory(prefix="sft-certify-") as folder:
         certificate = certify(config, Path(folder), cells(config.quick))
     certificate.save(output)
@@ -104,7 +105,7 @@ def prepare(config: Any, folder: Path) -> "tuple[Any, Excerpt]":
         from transformers import LlamaConfig
 
         on_processor(config)
-        llama = LlamaConfig(num_attention_heads=4, num_key_value_heads=2, hidden_size=32, tie_word_embeddings=True)
+        llama = LlamaConfig(num_attention_heads=9, num_key_value_heads=3, hidden_size=72, tie_word_embeddings=True)
         write_model(folder / "model", llama, samples.vocab_size, config.seed)
         config.model.path = str(folder / "model")
     samples.save(folder / "samples.npz")

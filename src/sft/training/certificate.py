@@ -1,6 +1,7 @@
 """How a certificate reads: as JSON with every cell, as a page, and as a table on the terminal."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
@@ -12,7 +13,7 @@ from sft.training.reference import Reference
 from sft.training.run import write_atomically, write_json
 from sft.training.samples import Excerpt
 
-HEAD = ("strategy", "ranks", "pass", "loss", "gradient norm", "weights", "tolerance", "seconds")
+HEAD = ("strategy", "ranks", "pass", "loss", "|grad|", "weights", "tolerance", "seconds")
 
 
 @dataclass(frozen=True)
@@ -56,10 +57,10 @@ class Certificate:
     def table(self) -> Any:
         """A row for each strategy and number of ranks, and a line for each cell that fails."""
         from rich.console import Group
-        from rich.table import Table
+        from rich.table import Column, Table
         from rich.text import Text
 
-        table = Table(*HEAD, box=None, padding=(0, 2, 0, 0))
+        table = Table(*(Column(name, no_wrap=True) for name in HEAD), box=None, padding=(0, 2, 0, 0))
         for row in self._rows():
             table.add_row(*row)
         lines = [Text(line, "red") for line in self._failures()[:10]]
@@ -77,10 +78,9 @@ class Certificate:
                 "",
                 "Each cell is a fit by the code of `sft train`, compared with a plain PyTorch loop that shares no code "
                 f"with it: the loss of each of {NUM_STEPS} steps (tolerance {LOSS_TOLERANCE:g}) and the weights of the "
-                "last checkpoint. A row below shows the largest differences of its cells: accumulation 1, 2, 4, "
-                f"packed and unpacked, uninterrupted and resumed after step {RESUME_AT}, SGD and AdamW.",
+                f"last checkpoint. A row below shows the largest differences of its cells: {self._axes()}.",
                 "",
-                *_markdown(HEAD, self._rows()),
+                *_markdown([name.replace("|", "\\|") for name in HEAD], self._rows()),
                 "",
                 *(failures if self._failures() else []),
                 "## What was trained",
@@ -113,6 +113,18 @@ class Certificate:
                 "",
             ]
         )
+
+    def _axes(self) -> str:
+        """What differs among the cells of a row."""
+        cells = [result.cell for result in self.results]
+        starts = {True: f"resumed after step {RESUME_AT}", False: "uninterrupted"}
+        values = [
+            [f"accumulation {number}" for number in sorted({cell.accumulation for cell in cells})],
+            [{True: "packed", False: "unpacked"}[packed] for packed in sorted({cell.packed for cell in cells})],
+            [starts[resumed] for resumed in sorted({cell.resumed for cell in cells})],
+            sorted({cell.optimizer for cell in cells}),
+        ]
+        return "; ".join(", ".join(each) for each in values)
 
     def _rows(self) -> list[tuple[str, ...]]:
         rows = []
@@ -157,5 +169,5 @@ def _worst(numbers: list[float]) -> str:
     return "none" if any(map(math.isnan, numbers)) else f"{max(numbers):.1e}"
 
 
-def _markdown(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> list[str]:
+def _markdown(head: Sequence[str], rows: list[tuple[str, ...]]) -> list[str]:
     return [f"| {' | '.join(row)} |" for row in (head, ("---",) * len(head), *rows)]
