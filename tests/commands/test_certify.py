@@ -28,7 +28,7 @@ def cell(
     strategy: str = "single",
     num_ranks: int = 1,
     accumulation: int = 1,
-    packed: bool = True,
+    packed: bool = False,  # the plain loop has fewer samples to go through
     resumed: bool = False,
     optimizer: str = "sgd",
 ) -> Cell:

@@ -26,6 +26,8 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf import OmegaConf
 
+from sft.errors import UserError
+
 if TYPE_CHECKING:
     from sft.training.certificate import Certificate
     from sft.training.matrix import Cell, Result
@@ -122,7 +124,7 @@ def make_references(
     from hydra.utils import instantiate
 
     from sft.training import matrix, reference
-    from sft.training.pool import Pool
+    from sft.training.pool import Pool, RankError
 
     schedule = instantiate(config.schedule)
     adapter = instantiate(config.adapter, _convert_="all") or None
@@ -146,6 +148,8 @@ def make_references(
         # Between those of the first steps, so that some are clipped and some are not.
         clip = float(np.median(work(pools[0], ("sgd", False), float("inf"), num_steps=8).grad_norms))
         made = share_out(pools, keys, lambda pool, key: work(pool, key, clip))
+    except RankError as error:
+        raise UserError(f"the plain loop can't train this model ({error}): name another with model.path") from error
     finally:
         for pool in pools:
             pool.stop()
@@ -206,8 +210,11 @@ def share_out(pools: list[Any], tasks: list[Any], work: Callable[[Any, Any], Any
         finally:
             idle.put(pool)
 
-    with ThreadPoolExecutor(len(pools)) as threads:
+    threads = ThreadPoolExecutor(len(pools))
+    try:
         return list(threads.map(one, tasks))
+    finally:
+        threads.shutdown(wait=False, cancel_futures=True)  # interrupted, what hasn't begun doesn't
 
 
 def num_cores() -> int:
