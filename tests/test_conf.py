@@ -61,7 +61,7 @@ def test_every_option_composes_and_instantiates(
         assert 0 < made(0, 100) <= 1
 
 
-@pytest.mark.parametrize("command", ["train", "preview", "rehearse", "score", "generate", "export"])
+@pytest.mark.parametrize("command", ["train", "preview", "rehearse", "certify", "score", "generate", "export"])
 def test_every_command_has_a_configuration(command: str) -> None:
     with initialize_config_dir(str(CONF), version_base="1.3"):
         assert compose(command) is not None

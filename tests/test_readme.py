@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from running import Sft
+from sft.training import matrix
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
@@ -55,9 +56,21 @@ def test_training_command(line: str, ready: Sft, model_folder: Path) -> None:
     assert ready(command, *arguments, *SMALL) == 0
 
 
+@pytest.mark.parametrize("line", [line for line in COMMANDS if line.startswith("sft certify")])
+def test_certificate(line: str, ready: Sft, model_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cell = matrix.Cell("ddp", 2, accumulation=2, packed=True, resumed=False, optimizer="adamw")
+    monkeypatch.setattr(matrix, "cells", lambda quick: [cell])
+    arguments = [each.replace("Qwen/Qwen3-0.6B", str(model_folder)) for each in shlex.split(line)[2:]]
+    assert ready("certify", *arguments, "data.max_length=256", "data.num_workers=1") == 0
+
+
 @pytest.mark.parametrize(
     "line",  # sft rehearse: tests/commands/test_rehearse.py
-    [line for line in COMMANDS if line.startswith("sft ") and line.split()[1] not in ("train", "preview", "rehearse")],
+    [
+        line
+        for line in COMMANDS
+        if line.startswith("sft ") and line.split()[1] not in ("train", "preview", "rehearse", "certify")
+    ],
 )
 def test_command_on_a_finished_run(line: str, ready: Sft) -> None:
     settings = [*ready.settings, "data.path=my.jsonl", "run=NAME"]

@@ -22,6 +22,7 @@ COMMANDS = {
     "score": "log-probabilities of samples under a run's model",
     "generate": "answer prompts with a run's model",
     "export": "write a run's checkpoint as a verified Hugging Face folder",
+    "certify": "prove that every way of training makes the numbers of a plain loop",
 }
 FULL_DISK = (errno.ENOSPC, errno.EDQUOT)
 

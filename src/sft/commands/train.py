@@ -37,25 +37,19 @@ def main(config: Any) -> None:
         print(f"{run.folder} is finished: nothing to do (another run: run=NAME; anew: remove the folder)")
         return
 
-    from hydra.utils import instantiate
-
     from sft.commands.export import export
     from sft.commands.preview import write_html
-    from sft.model.module import SFTModule
     from sft.training import checkpoint as checkpoints
+    from sft.training.fit import fit
     from sft.training.log import log
-    from sft.training.metrics import MetricsFile, StepMetrics
-    from sft.training.resume import Checkpoints
+    from sft.training.metrics import MetricsFile
     from sft.training.setup import is_main, quiet, setup
-    from sft.training.strategies import build
     from sft.training.tracking import tracking
 
     quiet()
     resume = checkpoints.latest(run.checkpoints)
     prepared = setup(config, start_step=resume.step if resume else 0)
     data = prepared.data
-    val_every = config.val_every or data.steps_per_epoch
-    save_every = config.checkpoint.save_every or val_every
 
     with run.attempt(settings, prepared.splits.fingerprint, data.num_steps, is_main()), tracking():
         if is_main():
@@ -64,38 +58,17 @@ def main(config: Any) -> None:
         log(f"run {run.folder}: {data.num_steps} steps" + (f", resumed after step {resume.step}" if resume else ""))
         metrics = MetricsFile(run.folder / "metrics.csv")
         metrics.resume(data.start_step)
-        facts = {"seed": config.seed, "stop_token_ids": prepared.stop_token_ids}
-        trainer = instantiate(
-            config.trainer,
-            strategy=build(config.strategy, config.trainer.accelerator, config.optimizer._target_),
-            logger=[metrics, *trackers(config, run)],
-            callbacks=[
-                *(instantiate(config.callbacks) or {}).values(),
-                StepMetrics(),
-                Checkpoints(run.checkpoints, save_every, val_every, config.checkpoint.keep_last, resume, facts),
-            ],
-            accumulate_grad_batches=accumulation,
-            max_epochs=1,  # the loader goes through all epochs
-            val_check_interval=val_every * accumulation,
-            check_val_every_n_epoch=None,
-            limit_val_batches=None if data.val else 0,
-            num_sanity_val_steps=0 if resume else -1,  # the validation before training
-            use_distributed_sampler=False,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-            log_every_n_steps=1,
-        )
         if not (resume and resume.last):  # killed after its last step, all that is left is the export
-            module = SFTModule(
+            fit(
+                config,
                 prepared.source,
-                instantiate(config.optimizer, _convert_="all"),
-                instantiate(config.schedule),
-                data.num_steps,
-                config.seed,
-                resumed=resume is not None,
+                data,
+                accumulation=accumulation,
+                checkpoints=run.checkpoints,
+                resume=resume,
+                loggers=[metrics, *trackers(config, run)],
+                facts={"seed": config.seed, "stop_token_ids": prepared.stop_token_ids},
             )
-            trainer.fit(module, data)
         final = checkpoints.latest(run.checkpoints)
         assert final is not None and final.last
         if is_main() and config.export:

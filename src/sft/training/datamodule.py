@@ -8,6 +8,7 @@ import numpy as np
 from sft.data.batch import Batch, make_batch
 from sft.data.dataset import Split
 from sft.data.schedule import EpochPlan, Step, check_division, epoch_plan, eval_plan, position, share
+from sft.training.samples import Excerpt
 
 
 class SFTDataModule(L.LightningDataModule):
@@ -23,7 +24,7 @@ class SFTDataModule(L.LightningDataModule):
 
     def __init__(
         self,
-        train: Split,
+        train: Split | Excerpt,
         val: Split | None,
         *,
         seed: int,
@@ -45,7 +46,7 @@ class SFTDataModule(L.LightningDataModule):
         self.num_steps = min(epochs * self.steps_per_epoch, max_steps or epochs * self.steps_per_epoch)
 
     @property
-    def probed(self) -> Split:
+    def probed(self) -> Split | Excerpt:
         """The samples that prove an export."""
         return self.val if self.val is not None and len(self.val) else self.train
 

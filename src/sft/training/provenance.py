@@ -16,7 +16,17 @@ def now() -> str:
 
 def collect() -> dict[str, Any]:
     """What one needs to know to make the run again."""
-    packages = ("torch", "lightning", "transformers", "datasets", "tokenizers", "safetensors", "hydra-core")
+    packages = (
+        "torch",
+        "lightning",
+        "deepspeed",
+        "transformers",
+        "peft",
+        "datasets",
+        "tokenizers",
+        "safetensors",
+        "hydra-core",
+    )
     versions = {}
     for package in packages:
         try:

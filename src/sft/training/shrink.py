@@ -117,7 +117,7 @@ def smaller(config: Any, vocab_size: int | None, width: int, intermediate_size: 
     text.num_hidden_layers = len(kept)
     num_groups = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
     ratio = text.num_attention_heads // num_groups
-    num_groups = 1 if num_groups == 1 and ratio > 1 else 3 if ratio <= 2 else 2
+    num_groups = 1 if num_groups == 1 and ratio > 1 else 3 if ratio <= 3 else 2
     _set(text, "num_key_value_heads", num_groups)
     text.num_attention_heads = num_groups * min(ratio, 4)
     text.hidden_size = text.num_attention_heads * width

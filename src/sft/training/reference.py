@@ -1,0 +1,100 @@
+"""What training has to equal: a plain PyTorch loop, one process, one sample at a time, written out in full.
+
+It shares no code with the training path but the learning-rate formula, and what an adapter is drawn from: both are
+configuration. Which samples form a step is given to it, and `check_order` knows by itself what an order must be.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+IGNORE = -100
+
+Sample = tuple[np.ndarray, np.ndarray]  # input_ids and labels, which are IGNORE where there is no loss
+
+
+@dataclass(frozen=True)
+class Reference:
+    """What the loop did: of each step the loss and the gradient's norm before clipping, and the weights at the end."""
+
+    losses: list[float]
+    grad_norms: list[float]
+    weights: dict[str, np.ndarray]
+    movement: float  # largest change of a weight
+
+
+def train(
+    folder: Path,
+    steps: list[list[Sample]],
+    make_optimizer: Callable[[list[dict[str, Any]]], torch.optim.Optimizer],
+    factor: Callable[[int, int], float],
+    clip: float,
+    adapter: Any = None,
+    seed: int = 0,
+) -> Reference:
+    """Trains the model in `folder` on `steps`, each the samples of one optimizer step.
+
+    `make_optimizer` is called with the two parameter groups; `factor(step, num_steps)` scales its learning rate. An
+    `adapter`, in peft's words, is what is trained where there is one, from the weights that the seed means.
+    """
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).train()
+    if adapter is not None:
+        inject(model, adapter, seed)
+    parameters = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    first = {name: parameter.detach().numpy().copy() for name, parameter in parameters.items()}
+    matrices = [parameter for parameter in parameters.values() if parameter.dim() > 1]
+    vectors = [parameter for parameter in parameters.values() if parameter.dim() <= 1]
+    optimizer = make_optimizer([{"params": matrices}, {"params": vectors, "weight_decay": 0.0}])
+    peak = optimizer.param_groups[0]["lr"]
+    losses, grad_norms = [], []
+    for number, samples in enumerate(steps):
+        num_supervised = sum(int((labels[1:] != IGNORE).sum()) for _, labels in samples)
+        loss = 0.0
+        optimizer.zero_grad()
+        for ids, labels in samples:
+            logits = model(input_ids=torch.tensor(ids[None].astype(np.int64)), use_cache=False).logits[0]
+            target = torch.tensor(labels[1:].astype(np.int64))
+            nll = F.cross_entropy(logits[:-1], target, reduction="sum", ignore_index=IGNORE) / num_supervised
+            nll.backward()
+            loss += nll.item()
+        grads = [parameter.grad for parameter in parameters.values() if parameter.grad is not None]
+        norm = torch.cat([grad.flatten() for grad in grads]).norm().item()
+        if norm > clip:
+            for grad in grads:
+                grad.mul_(clip / (norm + 1e-6))  # as torch and DeepSpeed guard against a norm of 0
+        for group in optimizer.param_groups:
+            group["lr"] = peak * factor(number, len(steps))
+        optimizer.step()
+        losses.append(loss)
+        grad_norms.append(norm)
+    weights = {name: parameter.detach().numpy() for name, parameter in parameters.items()}
+    movement = max(float(np.abs(weights[name] - first[name]).max()) for name in weights)
+    return Reference(losses, grad_norms, weights, movement)
+
+
+def inject(model: Any, adapter: Any, seed: int) -> None:
+    """Puts an adapter in. What it is drawn from is defined by the project alone, so that is asked."""
+    from peft import inject_adapter_in_model
+
+    from sft.model.adapter import initial
+
+    inject_adapter_in_model(adapter, model)
+    torch.manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad:
+                parameter.copy_(initial(name, parameter.shape))
+
+
+def check_order(steps: list[list[int]], num_samples: int) -> bool:
+    """Whether the steps take every sample once before any comes again."""
+    order = [sample for step in steps for sample in step]
+    epochs = [order[start : start + num_samples] for start in range(0, len(order), num_samples)]
+    return all(len(set(epoch)) == len(epoch) and set(epoch) <= set(range(num_samples)) for epoch in epochs)

@@ -1,0 +1,140 @@
+"""A certificate passes what trains right, and finds each fault in the cells where it matters."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from hydra import compose, initialize_config_dir
+
+import faults
+from running import Sft
+from sft.cli import CONF
+from sft.commands.certify import certify
+from sft.training import matrix
+from sft.training.certificate import Certificate
+from sft.training.matrix import STRATEGIES, Cell, cells
+from sft.training.pool import processor_alone
+
+
+def made(folder: Path, chosen: list[Cell], before: Callable[[], None] | None = None, *overrides: str) -> Certificate:
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        config = compose("certify", overrides=list(overrides))
+    with processor_alone():
+        return certify(config, folder, chosen, before)
+
+
+def cell(
+    strategy: str = "single",
+    num_ranks: int = 1,
+    accumulation: int = 1,
+    packed: bool = False,  # the plain loop has fewer samples to go through
+    resumed: bool = False,
+    optimizer: str = "sgd",
+) -> Cell:
+    return Cell(strategy, num_ranks, accumulation, packed, resumed, optimizer)
+
+
+def test_matrix_is_whole() -> None:
+    assert set(STRATEGIES) <= {path.stem for path in (CONF / "strategy").glob("*.yaml")}
+    everything = cells()
+    assert len(set(everything)) == len(everything) == (1 + 5 * 3) * 24
+    quick = cells(quick=True)
+    assert set(quick) <= set(everything)
+    assert {each.strategy for each in quick} == set(STRATEGIES)
+    for name, values in {"num_ranks": {1, 2}, "accumulation": {1, 2}, "packed": {True, False}}.items():
+        assert {getattr(each, name) for each in quick if each.strategy == "ddp"} == values
+
+
+@pytest.mark.timeout(900)
+def test_quick_certificate_passes(sft: Sft, capfd: pytest.CaptureFixture[str]) -> None:
+    assert sft("certify", "quick=true", "output=certificate") == 0
+    assert f"passed: {len(cells(quick=True))} of {len(cells(quick=True))} cells pass" in capfd.readouterr().out
+    document = json.loads(Path("certificate/certificate.json").read_text())
+    assert document["passed"] and all(each["passed"] for each in document["cells"])
+    for reference in document["references"]:
+        assert 0 < reference["num_clipped"] < 20
+        assert reference["movement"] > 5e-3
+    assert "# Certificate passed" in Path("certificate/certificate.md").read_text()
+
+
+FAULTS: dict[Callable[[], None], tuple[list[Cell], list[Cell]]] = {  # fault -> cells that fail, cells that pass
+    faults.mean_of_each_micro_batch: ([cell("ddp", 2), cell(accumulation=2)], [cell()]),
+    faults.divided_by_the_accumulation_again: ([cell(accumulation=4)], [cell()]),
+    faults.divided_by_the_accumulation_again_by_deepspeed: (
+        [cell(f"deepspeed_zero{stage}", accumulation=2) for stage in (1, 2, 3)],
+        [cell("ddp", accumulation=2), cell("deepspeed_zero2")],
+    ),
+    faults.cache_on: ([cell()], []),
+    faults.mask_of_ones: ([cell()], []),
+    faults.positions_go_on: ([cell()], []),
+    faults.shifted_mask: ([cell()], []),
+    faults.small_step_dropped: ([cell()], []),
+    faults.small_step_without_update: ([cell()], []),
+    faults.tokens_without_loss_counted: ([cell()], []),
+    faults.weights_decay_all: ([cell()], [cell(optimizer="adamw")]),
+    faults.optimizer_forgotten_on_resume: (
+        [cell(optimizer="adamw", resumed=True)],
+        [cell(optimizer="adamw"), cell(), cell(resumed=True)],
+    ),
+    faults.dies: ([cell("ddp", 2)], []),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.__name__)
+def test_fault_is_found_where_it_matters(fault: Callable[[], None], tmp_path: Path) -> None:
+    failing, passing = FAULTS[fault]
+    order = cells()
+    # transformers' own attention, which is what a cache or a mask confuses.
+    certificate = made(tmp_path, sorted([*failing, *passing], key=order.index), fault, "model.attention=sdpa")
+    assert {result.cell for result in certificate.results if not result.passed} == set(failing)
+    assert not certificate.passed
+
+
+def test_rank_that_fails_says_why_and_the_others_go_on(tmp_path: Path) -> None:
+    chosen = [cell("ddp", 2), cell("ddp", 2, accumulation=2)]
+    certificate = made(tmp_path, chosen, faults.second_rank_raises_without_accumulation)
+    failed, passed = certificate.results
+    assert failed.error is not None and "raised RuntimeError: out of luck" in failed.error
+    assert passed.passed
+    assert "out of luck" in certificate.page() and "FAILED: 1 of 2 cells pass" in certificate.page()
+
+
+def test_rank_that_hangs_is_stopped(tmp_path: Path) -> None:
+    certificate = made(tmp_path, [cell("ddp", 2)], faults.hangs, "cell_timeout=10")
+    assert "gave no answer within 10 s" in str(certificate.results[0].error)
+
+
+def test_own_model_and_data(sft: Sft, model_folder: Path, data_file: Path, tmp_path: Path) -> None:
+    # Its vocabulary shrinks to the bytes that occur, its two heads a group stay two.
+    settings = (f"model.path={model_folder}", f"data.path={data_file}", "data.max_length=256", "data.num_workers=1")
+    chosen = [cell("ddp", 2, 2, packed, optimizer="adamw") for packed in (True, False)]
+    certificate = made(tmp_path, chosen, None, *settings)
+    assert certificate.passed
+    assert certificate.model["vocab_size"] < 100
+    assert certificate.model["num_attention_heads"] == 2 * certificate.model["num_key_value_heads"]
+    assert certificate.model["tie_word_embeddings"]
+    assert len(certificate.excerpt) in (51, 50, 49)  # of 60: three steps of 16 and a small one
+
+
+def test_adapter_is_certified(tmp_path: Path) -> None:
+    certificate = made(tmp_path, [cell("ddp", 2), cell("fsdp2")], None, "adapter=lora", "adapter.r=3")
+    assert certificate.passed
+
+
+def test_weights_that_hardly_move_prove_nothing(tmp_path: Path) -> None:
+    certificate = made(tmp_path, [cell()], None, "optimizers.sgd.lr=1e-6")
+    assert "raise the learning rate" in str(certificate.results[0].error)
+
+
+def test_exit_code_is_1_where_a_cell_fails(sft: Sft, capsys: pytest.CaptureFixture[str]) -> None:
+    sft.monkeypatch.setattr(matrix, "cells", lambda quick: [cell()])
+    assert sft("certify", "optimizers.sgd.lr=1e-6") == 1
+    assert "FAILED: 0 of 1 cells pass" in capsys.readouterr().out
+    assert len(list(Path("certificates").glob("*/certificate.md"))) == 1
+
+
+def test_too_little_data_is_refused(sft: Sft, model_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("few.jsonl").write_text('{"prompt": "a", "response": "b"}\n' * 9)
+    assert sft("certify", f"model.path={model_folder}", "data.path=few.jsonl", "data.max_length=256") == 2
+    assert "too few to certify with" in capsys.readouterr().err

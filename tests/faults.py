@@ -1,0 +1,149 @@
+"""Faults that a certificate must find, each planted in a rank's process before it trains."""
+
+from typing import Any
+
+import torch
+
+from sft.data.batch import Batch
+from sft.data.tokenization import IGNORE
+from sft.model import objective
+from sft.model.module import SFTModule
+from sft.training import datamodule, samples, strategies
+
+
+def mean_of_each_micro_batch() -> None:
+    original = SFTModule.training_step
+
+    def training_step(self: SFTModule, batch: Batch, batch_idx: int) -> torch.Tensor:
+        copies = self.trainer.world_size * self.trainer.accumulate_grad_batches
+        own = max(1, int((batch["labels"] != IGNORE).sum()))
+        return original(self, batch, batch_idx) * (batch["num_supervised"] / (copies * own))
+
+    SFTModule.training_step = training_step
+
+
+def divided_by_the_accumulation_again() -> None:
+    original = SFTModule.training_step
+
+    def training_step(self: SFTModule, batch: Batch, batch_idx: int) -> torch.Tensor:
+        return original(self, batch, batch_idx) / self.trainer.accumulate_grad_batches
+
+    SFTModule.training_step = training_step
+
+
+def divided_by_the_accumulation_again_by_deepspeed() -> None:
+    del strategies.DeepSpeed.backward  # Lightning's own
+
+
+def _with_inputs(**changes: object) -> None:
+    original = objective.model_inputs
+    objective.model_inputs = lambda batch: (
+        original(batch) | {name: value(batch) if callable(value) else value for name, value in changes.items()}
+    )
+
+
+def cache_on() -> None:
+    _with_inputs(use_cache=True)
+
+
+def mask_of_ones() -> None:
+    _with_inputs(attention_mask=lambda batch: torch.ones_like(batch["input_ids"]))
+
+
+def positions_go_on() -> None:
+    _with_inputs(position_ids=lambda batch: torch.arange(batch["input_ids"].shape[1])[None])
+
+
+def shifted_mask() -> None:
+    original = samples.Excerpt.__getitem__
+
+    def shifted(self: samples.Excerpt, index: int) -> tuple[object, object]:
+        ids, labels = original(self, index)
+        moved = ids.copy()
+        moved[1:][labels[:-1] == IGNORE] = IGNORE
+        moved[0] = IGNORE
+        return ids, moved
+
+    samples.Excerpt.__getitem__ = shifted
+
+
+def small_step_dropped() -> None:
+    original = datamodule._Steps.__iter__
+
+    def whole_steps(self: datamodule._Steps) -> object:
+        data = self.data
+        for number, batch in enumerate(original(self)):
+            if len(data.step(data.start_step + number // data.accumulation()).packs) == data.global_batch_size:
+                yield batch
+
+    datamodule._Steps.__iter__ = whole_steps
+
+
+def small_step_without_update() -> None:
+    original = SFTModule.training_step
+
+    def training_step(self: SFTModule, batch: Batch, batch_idx: int) -> torch.Tensor:
+        data = self.trainer.datamodule
+        whole = len(data.step(self.trainer.global_step).packs) == data.global_batch_size
+        return original(self, batch, batch_idx) * float(whole)
+
+    SFTModule.training_step = training_step
+
+
+def tokens_without_loss_counted() -> None:
+    original = samples.Excerpt.__init__
+
+    def __init__(self: samples.Excerpt, *arguments: Any) -> None:
+        original(self, *arguments)
+        self.num_supervised = self.lengths
+
+    samples.Excerpt.__init__ = __init__
+
+
+def weights_decay_all() -> None:
+    """Biases and norms too."""
+    from torch.optim import SGD
+
+    original = SGD.__init__
+
+    def __init__(self: SGD, groups: list[dict[str, Any]], **options: Any) -> None:
+        original(self, [{"params": group["params"]} for group in groups], **options)
+
+    SGD.__init__ = __init__
+
+
+def optimizer_forgotten_on_resume() -> None:
+    from sft.training.checkpoint import Checkpoint
+
+    original = Checkpoint.restore
+
+    def restore(self: Checkpoint, model: torch.nn.Module, optimizer: Any) -> None:
+        original(self, model, optimizer)
+        for state in optimizer.state.values():
+            state["exp_avg_sq"].zero_()
+
+    Checkpoint.restore = restore
+
+
+def dies() -> None:
+    import os
+
+    SFTModule.training_step = lambda self, batch, batch_idx: os._exit(3)
+
+
+def hangs() -> None:
+    import time
+
+    SFTModule.training_step = lambda self, batch, batch_idx: time.sleep(600)
+
+
+def second_rank_raises_without_accumulation() -> None:
+    """Where a rank's share of a step is one micro-batch, the second rank raises and leaves the first waiting."""
+    original = SFTModule.training_step
+
+    def training_step(self: SFTModule, batch: Batch, batch_idx: int) -> torch.Tensor:
+        if self.trainer.accumulate_grad_batches == 1 and self.global_rank == 1:
+            raise RuntimeError("out of luck")
+        return original(self, batch, batch_idx)
+
+    SFTModule.training_step = training_step
