@@ -84,6 +84,12 @@ def check(config: Any) -> tuple[int, int]:
     accumulation = check_division(config.global_batch_size, num_ranks, config.micro_batch_size)
     if num_ranks > 1 and not config.strategy:
         raise UserError(f"strategy=single is for one device, and the trainer has {num_ranks}: set strategy=ddp")
+    offload = OmegaConf.select(config, "strategy.config.zero_optimization.offload_optimizer")
+    if offload and config.optimizer._target_ != "torch.optim.AdamW":
+        raise UserError(
+            f"this strategy keeps the optimizer's states on the {offload.device}, where DeepSpeed's own AdamW steps, "
+            f"and the optimizer is {config.optimizer._target_}: set optimizer=adamw, or a strategy without offload"
+        )
     if config.adapter and config.adapter.quantize:
         from sft.model.adapter import check_quantization
 

@@ -47,7 +47,7 @@ def fit(
     ]
     trainer = instantiate(
         config.trainer,
-        strategy=build(config.strategy, config.trainer.accelerator, config.optimizer._target_),
+        strategy=build(config.strategy, config.trainer.accelerator),
         logger=loggers,
         callbacks=callbacks,
         accumulate_grad_batches=accumulation,

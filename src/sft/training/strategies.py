@@ -19,23 +19,15 @@ from lightning.pytorch.strategies import DeepSpeedStrategy, ModelParallelStrateg
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from sft.errors import UserError
 from sft.model.sharding import allocate
 
 
-def build(settings: Any, accelerator: str, optimizer: str) -> Any:
-    """The strategy that `conf/strategy/*.yaml` names, as the trainer takes it; `optimizer` is the `_target_` of
-    `conf/optimizer/*.yaml`."""
+def build(settings: Any, accelerator: str) -> Any:
+    """The strategy that `conf/strategy/*.yaml` names, as the trainer takes it."""
     from hydra.utils import instantiate
 
     if not settings:
         return "auto"
-    offloaded = settings.get("config", {}).get("zero_optimization", {}).get("offload_optimizer")
-    if offloaded and optimizer != "torch.optim.AdamW":
-        raise UserError(
-            f"this strategy keeps the optimizer's states on the {offloaded['device']}, where DeepSpeed's own AdamW "
-            f"steps, and the optimizer is {optimizer}: set optimizer=adamw, or a strategy without offload"
-        )
     if accelerator == "cpu" or (accelerator == "auto" and not torch.cuda.is_available()):
         os.environ["DS_ACCELERATOR"] = "cpu"  # or DeepSpeed looks for one by itself, and says so
     # Ops that DeepSpeed compiles on first use look for ninja here.
