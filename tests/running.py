@@ -83,22 +83,25 @@ class Sft:
         (ended,) = self._started([{}], before, arguments)
         return ended
 
-    def ranks(self, num: int, *arguments: str, before: str = "") -> "Ended":
+    def ranks(self, num: int, *arguments: str, before: str = "", folder: Path | None = None) -> "Ended":
         """The same on several ranks, started as a cluster does; what the first of them printed."""
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = str(free.getsockname()[1])
         at = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "NODE_RANK": "0", "WORLD_SIZE": str(num)}
         places = [{**at, "LOCAL_RANK": str(rank), "RANK": str(rank)} for rank in range(num)]
-        ended = self._started(places, before, (*arguments, f"trainer.devices={num}"))
+        ended = self._started(places, before, (*arguments, f"trainer.devices={num}"), folder)
         codes = {each.code for each in ended}
         assert len(codes) == 1, "\n".join(each.output for each in ended)
         return ended[0]
 
-    def _started(self, places: list[dict[str, str]], before: str, arguments: tuple[str, ...]) -> "list[Ended]":
+    def _started(
+        self, places: list[dict[str, str]], before: str, arguments: tuple[str, ...], folder: Path | None = None
+    ) -> "list[Ended]":
+        folder = folder or self.folder
         outputs = [self.folder / f"output{number}.txt" for number in range(len(places))]
         children = [
-            PROCESSES.Process(target=_main, args=(str(self.folder), str(output), before, ["sft", *arguments], place))
+            PROCESSES.Process(target=_main, args=(str(folder), str(output), before, ["sft", *arguments], place))
             for place, output in zip(places, outputs, strict=True)
         ]
         for child in children:
