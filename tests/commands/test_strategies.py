@@ -119,7 +119,10 @@ import json, os
 from sft.model.sharding import of_parameter
 from sft.training.resume import Checkpoints
 
+restore = Checkpoints.on_fit_start
+
 def look(self, trainer, module):
+    restore(self, trainer, module)
     model = module.model
     facts = {
         "buffers": {name: str(buffer.dtype) for name, buffer in model.named_buffers()},
@@ -132,7 +135,7 @@ def look(self, trainer, module):
     }
     json.dump(facts, open(f"facts{os.environ['LOCAL_RANK']}.json", "w"))
 
-Checkpoints.on_train_start = look
+Checkpoints.on_fit_start = look
 """
 
 
