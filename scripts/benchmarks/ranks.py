@@ -29,8 +29,7 @@ def run(module: str, folder: Path, num_ranks: int, *arguments: Any) -> list[Any]
         "HF_HUB_OFFLINE": "1",
         "TOKENIZERS_PARALLELISM": "false",
         "MASTER_ADDR": "127.0.0.1",
-        # glibc keeps what is freed in smaller blocks than 32 MB: give it back, so that memory is what is in use.
-        "MALLOC_MMAP_THRESHOLD_": str(2**20),
+        "PYTORCH_NVML_BASED_CUDA_CHECK": "1",  # whether there is a GPU, without touching it before the fork
     }
     if not shutil.which("nvidia-smi"):
         os.environ["DS_ACCELERATOR"] = "cpu"
