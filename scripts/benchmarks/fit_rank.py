@@ -3,6 +3,8 @@
 Its imports are done before the ranks are forked (see `benchmarks.ranks`).
 """
 
+import ctypes
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -29,6 +31,8 @@ from sft.training.strategies import build
 if not torch.cuda.is_available():
     import deepspeed  # noqa: F401  looks at CUDA, which a process that forks must not
 
+M_MMAP_THRESHOLD = -3  # of malloc.h: blocks from this size on go back to the system when they are freed
+
 
 class Steps(Callback):
     """When each optimizer step ended: seconds on the wall, seconds of the processor, bytes sent by then."""
@@ -41,8 +45,14 @@ class Steps(Callback):
             self.ends.append((time.perf_counter(), time.process_time(), bytes_sent()))
 
 
-def main(folder: Path, rank: int, num_ranks: int, strategy: str, options: dict[str, Any]) -> dict[str, Any]:
+def main(
+    folder: Path, rank: int, num_ranks: int, strategy: str, options: dict[str, Any], frugal: bool
+) -> dict[str, Any]:
+    """What `Steps` notes, and the peak of memory. It is what is in use where `frugal`, which takes time: otherwise
+    glibc keeps most of what is freed in blocks below 32 MB."""
     steps = Steps()
+    if frugal and sys.platform == "linux":
+        ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 2**20)
     cuda = torch.cuda.is_available()
     trainer, module, data = parts(folder, num_ranks, strategy, options, [StepMetrics(), steps])
     with Peak(every=0.01) as peak:

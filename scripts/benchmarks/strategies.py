@@ -14,8 +14,6 @@ from benchmarks.conditions import table
 
 def measure(options: Namespace) -> dict[str, Any]:
     settings = {key: value for key, value in vars(options).items() if key != "json"}
-    # glibc keeps most of what is freed in blocks below 32 MB: give it back, so that memory is what is in use.
-    os.environ.setdefault("MALLOC_MMAP_THRESHOLD_", str(2**20))
     with tempfile.TemporaryDirectory(prefix="bench-") as temporary:
         folder = Path(temporary)
         (model,) = ranks.run("benchmarks.prepare_rank", folder, 1, settings)
@@ -27,8 +25,11 @@ def measure(options: Namespace) -> dict[str, Any]:
         results = {}
         for name in options.only:
             num_ranks = 1 if name == "single" else options.ranks
-            run = ranks.run("benchmarks.fit_rank", folder, num_ranks, name, settings)
-            results[name] = {"ranks": num_ranks} | figures(run, options.warmup)
+            arguments = ("benchmarks.fit_rank", folder, num_ranks, name)
+            run = ranks.run(*arguments, settings, False)
+            frugal = run if options.quick else ranks.run(*arguments, settings | {"steps": 2}, True)
+            peak = max(rank["peak"] for rank in frugal)
+            results[name] = {"ranks": num_ranks, "peak_bytes": peak} | figures(run, options.warmup)
             print(f"  {name:16}{results[name]['tokens_per_second']:8,.0f} tokens/s   load {os.getloadavg()[0]:.1f}")
     bf16 = run[0]["cuda"]  # conf/trainer/gpu.yaml computes in bf16, conf/trainer/cpu.yaml in fp32
     show(results, model, options, bf16)
@@ -37,7 +38,7 @@ def measure(options: Namespace) -> dict[str, Any]:
 
 def figures(run: list[dict[str, Any]], warmup: int) -> dict[str, float]:
     """Of the median step after the warm-up: the seconds of the slowest rank, the work of all of them, what one sends on
-    average; and the memory of the one that needs most."""
+    average."""
     steps = [list(pairwise(rank["ends"]))[warmup - 1 :] for rank in run]
     seconds, work, sent = ([[end[field] - begin[field] for begin, end in each] for each in steps] for field in range(3))
     tokens = run[0]["num_tokens"][warmup:]
@@ -45,7 +46,6 @@ def figures(run: list[dict[str, Any]], warmup: int) -> dict[str, float]:
         "tokens_per_second": statistics.median(n / max(each) for n, *each in zip(tokens, *seconds, strict=True)),
         # Depends much less on what else the machine does: a check of the figure above.
         "tokens_per_cpu_second": statistics.median(n / sum(each) for n, *each in zip(tokens, *work, strict=True)),
-        "peak_bytes": max(rank["peak"] for rank in run),
         "bytes_sent": statistics.median(sum(each) / len(each) for each in zip(*sent, strict=True)),
     }
 
