@@ -10,7 +10,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-PACKAGES = ("torch", "lightning", "transformers", "datasets", "tokenizers", "numpy", "trl", "accelerate")
+PACKAGES = ("torch", "lightning", "transformers", "deepspeed", "datasets", "tokenizers", "numpy", "trl", "accelerate")
 
 
 def gather() -> dict[str, Any]:

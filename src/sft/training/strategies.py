@@ -113,12 +113,15 @@ class DeepSpeed(DeepSpeedStrategy):
         # In bf16 the model's own weights are bf16 and the optimizer holds the fp32 ones.
         bf16 = str(self.precision_plugin.precision).startswith("bf16")
         partition = deepspeed.zero.Init(config_dict_or_path=self.config)._convert_to_zero_parameters
+        # Each parameter is whole in the same place: freed in between, the places would not be used again.
+        largest = max(parameter.numel() * parameter.itemsize for parameter in model.parameters())
+        place = torch.zeros(largest, dtype=torch.uint8, device=self.root_device)
         tied: dict[int, nn.Parameter] = {}
         for module in model.modules():
             for name, parameter in module.named_parameters(recurse=False):
                 if id(parameter) not in tied:
                     dtype = torch.bfloat16 if bf16 else parameter.dtype
-                    whole = torch.zeros(parameter.shape, dtype=dtype, device=self.root_device)
+                    whole = place[: parameter.numel() * dtype.itemsize].view(dtype).view(parameter.shape)
                     tied[id(parameter)] = nn.Parameter(whole, requires_grad=parameter.requires_grad)
                     partition([tied[id(parameter)]])
                 setattr(module, name, tied[id(parameter)])

@@ -1,0 +1,62 @@
+"""What the benchmarks of ranks count is what happens, and a sharded model is loaded in its bound of memory."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from benchmarks.ranks import Peak, bytes_sent
+from benchmarks.strategies import volume
+
+SCRIPTS = Path(__file__).resolve().parents[1] / "scripts"
+LOAD = """
+import json, pathlib, sys
+from benchmarks import ranks
+folder = pathlib.Path(sys.argv[1])
+sizes = dict(vocab=2000, hidden=256, layers=12, max_length=16)
+options = dict(**sizes, global_batch=2, steps=1, repeats=1, seed=0, overrides=[])
+(model,) = ranks.run("benchmarks.prepare_rank", folder, 1, options)
+results = ranks.run("benchmarks.checkpoint_rank", folder, 2, sys.argv[2], "project", options)
+print(json.dumps([model, [rank["load"][0]["private"] for rank in results]]))
+"""
+
+
+def test_bytes_sent_are_those_of_this_process() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server, socket.create_connection(server.getsockname()) as client:
+        accepted, _ = server.accept()
+        with accepted:
+            before = bytes_sent()
+            client.sendall(bytes(100_000))
+            assert len(accepted.recv(100_000, socket.MSG_WAITALL)) == 100_000
+            accepted.sendall(bytes(1))
+            client.recv(1)
+            assert bytes_sent() - before == 100_001
+
+
+def test_peak_is_seen_though_it_is_over() -> None:
+    with Peak(every=0.001) as peak:
+        largest = bytearray(b"1" * 64_000_000)
+        del largest
+    assert 64e6 <= peak.resident < 160e6 and 64e6 <= peak.private < 160e6
+
+
+@pytest.mark.parametrize(
+    ("strategy", "models"),
+    # Eight ranks, four micro-batches; a ring sends 7/8 of the model a gather or a reduce-scatter.
+    [("single", 0), ("ddp", 2), ("deepspeed_zero1", 2), ("deepspeed_zero2", 5), ("deepspeed_zero3", 12), ("fsdp2", 12)],
+)
+def test_volume_is_that_of_the_literature(strategy: str, models: int) -> None:
+    assert volume(strategy, 8, 4, scatter=7 / 8) == pytest.approx(models * 7 / 8)
+
+
+@pytest.mark.parametrize("strategy", ["deepspeed_zero3", "fsdp2"])
+def test_a_rank_loads_its_share_and_no_more(strategy: str, tmp_path: Path) -> None:
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(SCRIPTS), os.environ.get("PYTHONPATH", "")])}
+    command = [sys.executable, "-c", LOAD, str(tmp_path), strategy]
+    model, peaks = json.loads(subprocess.run(command, env=environment, check=True, capture_output=True).stdout)
+    bound = 4 * (model["weights"] / 2 + 2 * model["largest_tensor"])
+    assert max(peaks) < bound + 5e6  # what modules and libraries need, whatever the weights
