@@ -108,6 +108,10 @@ class Sft:
             child.start()
         for child in children:
             child.join()
+            if child.exitcode:  # the others would wait for it
+                for other in children:
+                    other.join(timeout=20)
+                    other.kill()
         return [
             Ended(int(child.exitcode or 0), output.read_text()) for child, output in zip(children, outputs, strict=True)
         ]

@@ -1,7 +1,7 @@
 """A model and its tokenizer, by folder or Hub name, checked against each other before any weight is read."""
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any
 from safetensors import SafetensorError
 
 from sft.errors import UserError
-from sft.model.adapter import Adapter, initial, quantization
+from sft.model.adapter import Adapter, quantization
 
 if TYPE_CHECKING:
     import torch
-    from torch import Tensor, nn
+    from torch import nn
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 
@@ -123,6 +123,7 @@ class ModelSource:
         from transformers import AutoModelForCausalLM
 
         from sft.model import attention  # noqa: F401  registers `packed`
+        from sft.model.streaming import load_streamed
 
         config = self.load_config()
         options: dict[str, Any] = {"dtype": dtype, "attn_implementation": self.attention}
@@ -130,8 +131,7 @@ class ModelSource:
             options |= quantization()
         try:
             if shard is not None or not (weights or self.adapter):
-                shard = shard or _allocate
-                model = self._load_sharded(config, options, weights, shard)
+                model = load_streamed(self, config, options, weights, shard)
             elif self.init == "random":
                 model = AutoModelForCausalLM.from_config(config, trust_remote_code=self.trust_remote_code, **options)
             else:
@@ -153,92 +153,6 @@ class ModelSource:
             enable({"use_reentrant": False})
         # from_pretrained leaves it in eval mode, where dropout and gradient checkpointing are off.
         return model.train()
-
-    def _load_sharded(
-        self, config: "PretrainedConfig", options: dict[str, Any], weights: bool, shard: "Callable[[nn.Module], None]"
-    ) -> "PreTrainedModel":
-        """Makes the model without weights, shards it, and reads each rank's part of each weight into its place."""
-        import torch
-        from accelerate import init_empty_weights
-        from transformers import AutoModelForCausalLM
-
-        from sft.model.sharding import full_shape, of_parameter
-
-        trusted = {"trust_remote_code": self.trust_remote_code}
-        with init_empty_weights():  # parameters only: buffers such as RoPE's frequencies keep their fp32 values
-            model = AutoModelForCausalLM.from_config(config, **trusted, **options)
-        model.tie_weights()
-        shapes = {name: list(parameter.shape) for name, parameter in model.named_parameters()}
-        if self.adapter:
-            self.adapter.add(model)
-        shard(model)
-        if not (weights or self.adapter):
-            return model
-        read = None
-        if self.init == "pretrained":
-            assert self.path is not None
-            read = weight_reader(self.path, self.revision, shapes, model.base_model_prefix)
-        if read is None:  # drawn at random, or on disk under other names: this takes the whole model's memory
-            if self.init == "random":
-                whole = AutoModelForCausalLM.from_config(config, **trusted, **options)
-            else:
-                assert self.path is not None
-                whole = AutoModelForCausalLM.from_pretrained(
-                    self.path, config=config, revision=self.revision, **trusted, **options
-                )
-            flat = {name: parameter.detach().reshape(-1) for name, parameter in whole.named_parameters()}
-            read = lambda name, start, stop: flat[name][start:stop]  # noqa: E731
-        with torch.no_grad():
-            for name, parameter in model.named_parameters():
-                part = of_parameter(name, parameter)
-                stop = part.start + part.numel
-                if self.adapter and parameter.requires_grad:
-                    values = initial(name, full_shape(parameter)).view(-1)[part.start : stop]
-                else:
-                    values = read(name.replace(".base_layer.", "."), part.start, stop)
-                part.weight.copy_(values)
-                if hasattr(parameter, "ds_secondary_tensor"):  # ZeRO++'s second copy is of before
-                    parameter.ds_secondary_tensor = None
-        return model
-
-
-def _allocate(model: Any) -> None:
-    """The whole model in this process's memory."""
-    import torch
-
-    from sft.model.sharding import allocate
-
-    allocate(model, torch.device("cpu"))
-    model.tie_weights()  # each module got memory of its own
-
-
-def weight_reader(
-    source: str, revision: str | None, shapes: "Mapping[str, list[int]]", prefix: str
-) -> "Callable[[str, int, int], Tensor] | None":
-    """`read(name, start, stop)` of the flat values of each weight in a model's safetensors files.
-
-    None where the files name or shape their tensors otherwise than the model does.
-    """
-    from sft.model.stream import File
-
-    folder = Path(source).expanduser()
-    if not folder.is_dir():
-        from huggingface_hub import snapshot_download
-
-        folder = Path(snapshot_download(source, revision=revision, allow_patterns=["*.safetensors", "*.json"]))
-    index = folder / "model.safetensors.index.json"
-    names = set(json.loads(index.read_text())["weight_map"].values()) if index.exists() else {"model.safetensors"}
-    if not all((folder / name).exists() for name in names):
-        return None
-    file_of = {key: file for file in (File(folder / name) for name in sorted(names)) for key in file.layout}
-    keys = {}
-    for name, shape in shapes.items():
-        # A file of the bare backbone leaves out the first part of the name.
-        key = name if name in file_of else name.removeprefix(f"{prefix}.")
-        if key not in file_of or file_of[key].layout[key][1] != shape:
-            return None
-        keys[name] = key
-    return lambda name, start, stop: file_of[keys[name]].read(keys[name], start, stop)
 
 
 def load_exported(folder: Path, **options: Any) -> "PreTrainedModel":

@@ -52,6 +52,12 @@ def named_trainable(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     return ((name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad)
 
 
+def persistent_buffers(model: nn.Module) -> list[tuple[str, Tensor]]:
+    """Buffers that belong to the weights, by name; every rank has them whole."""
+    own_state = model.state_dict(keep_vars=True).keys()
+    return [(name, buffer) for name, buffer in model.named_buffers() if name in own_state]
+
+
 def held(model: nn.Module, optimizer: Any) -> list[Part]:
     """This rank's part of each trainable parameter, as the optimizer holds it. Over all ranks they cover everything;
     where `replicated`, each rank's do."""

@@ -132,7 +132,7 @@ class Checkpoint:
                     states[field] = torch.zeros_like(part.holder, requires_grad=False)
                 self.read(part.name, field, part.start, part.of(states[field]))
         with torch.no_grad():
-            for name, buffer in persistent_buffers(model):
+            for name, buffer in saved_buffers(model):
                 whole = torch.empty(buffer.numel(), dtype=buffer.dtype)
                 self.read(name, "weight", 0, whole)
                 buffer.copy_(whole.view(buffer.shape))
@@ -167,12 +167,10 @@ class _Piece(NamedTuple):
     dtype: torch.dtype
 
 
-def persistent_buffers(model: nn.Module) -> list[tuple[str, Tensor]]:
-    """Buffers that belong to the weights; none where only an adapter is trained, since the base model has them."""
-    if not all(parameter.requires_grad for parameter in model.parameters()):
-        return []
-    own_state = model.state_dict(keep_vars=True).keys()
-    return [(name, buffer) for name, buffer in model.named_buffers() if name in own_state]
+def saved_buffers(model: nn.Module) -> list[tuple[str, Tensor]]:
+    """Those of the model; none where only an adapter is trained, since the base model has them."""
+    all_trained = all(parameter.requires_grad for parameter in model.parameters())
+    return sharding.persistent_buffers(model) if all_trained else []
 
 
 def complete(folder: Path) -> list[Checkpoint]:

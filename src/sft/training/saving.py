@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from sft.errors import UserError
 from sft.model import sharding, stream
 from sft.model.sharding import Part
-from sft.training.checkpoint import FORMAT, Checkpoint, discard_unfinished, persistent_buffers
+from sft.training.checkpoint import FORMAT, Checkpoint, discard_unfinished, saved_buffers
 from sft.training.ranks import place, together
 
 
@@ -82,7 +82,7 @@ def _write_shard(path: Path, model: nn.Module, optimizer: Any, rank: int, world_
                     raise UserError(f"the optimizer's state {field} of {part.name} isn't shaped like it: use another")
                 values[f"{part.name}|{field}|{part.start}"] = part.of(value)
     if rank == 0:
-        values |= {f"{name}|weight|0": buffer.reshape(-1) for name, buffer in persistent_buffers(model)}
+        values |= {f"{name}|weight|0": buffer.reshape(-1) for name, buffer in saved_buffers(model)}
     layout = {key: (value.dtype, list(value.shape)) for key, value in values.items()}
     return stream.write(path, layout, values.__getitem__)
 
@@ -108,7 +108,7 @@ def _dealt(parts: list[Part], rank: int, world_size: int) -> list[Part]:
 def _description(model: nn.Module, optimizer: Any) -> dict[str, Any]:
     """Shapes, hyperparameters of each group, and which states are single numbers."""
     shapes = {name: sharding.full_shape(parameter) for name, parameter in sharding.named_trainable(model)}
-    buffers = {name: list(buffer.shape) for name, buffer in persistent_buffers(model)}
+    buffers = {name: list(buffer.shape) for name, buffer in saved_buffers(model)}
     states = sharding.inner(optimizer).state.values()
     scalars = sorted({field for state in states for field, value in state.items() if is_scalar(value)})
     groups = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
