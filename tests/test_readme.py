@@ -90,7 +90,7 @@ def test_benchmark(line: str) -> None:
     options = ["--no-trl"] if command == "train" else []
     bench = [sys.executable, str(ROOT / "scripts" / "bench"), command, "--quick", *options]
     shown = subprocess.run(bench, check=True, capture_output=True, text=True).stdout
-    assert re.search(r"tokens/s|rows/s", shown)
+    assert re.search(r"tokens/s|rows/s|save, s", shown)
 
 
 def test_every_command_is_covered() -> None:
