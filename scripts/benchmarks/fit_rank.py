@@ -102,7 +102,7 @@ def parts(
     return (
         instantiate(
             config.trainer,
-            strategy=build(config.strategy, config.trainer.accelerator, config.optimizer._target_),
+            strategy=build(config.strategy, config.trainer.accelerator),
             logger=False,
             callbacks=callbacks,
             accumulate_grad_batches=check_division(options["global_batch"], num_ranks, 1),
