@@ -83,12 +83,18 @@ def difference(folder: Path, other: Path) -> float:
     return max(float((a.tensor(name) - b.tensor(name)).abs().max()) for name in a.shapes)
 
 
-@pytest.mark.parametrize("strategy", ["ddp", "deepspeed_zero2", "deepspeed_zero3", "fsdp2"])
+@pytest.mark.parametrize("strategy", ["ddp", "deepspeed_zero2_offload", "deepspeed_zero3", "fsdp2"])
 def test_resumed_on_the_same_ranks_is_the_same_to_the_bit(lab: Lab, strategy: str) -> None:
     whole = lab.run((strategy, 2), killed=False)
     again = lab.run((strategy, 2), killed=False, begun=lab.run((strategy, 2), killed=True))
     assert last_files(again) == last_files(whole)
     assert rows(again) == rows(whole)
+
+
+@pytest.mark.parametrize("strategy", ["deepspeed_zero2_offload", "deepspeed_zero3_offload", "deepspeed_zeropp"])
+def test_those_that_a_certificate_leaves_out_make_the_same_numbers(lab: Lab, strategy: str) -> None:
+    whole = lab.run(("single", 1), killed=False)
+    assert difference(whole, lab.run((strategy, 2), killed=False)) < 1e-5
 
 
 @pytest.mark.parametrize(
