@@ -115,17 +115,17 @@ class Checkpoint:
         for group, saved in zip(optimizer.param_groups, state["groups"], strict=True):
             assert group["param_names"] == saved["param_names"], "the optimizer's groups are others"
             group.update({key: value for key, value in saved.items() if key != "param_names"})
+        # DeepSpeed's own optimizers count steps in plain numbers, torch's in tensors: on the device where they're fused.
+        plain = type(inner).__module__.startswith("deepspeed")
+        on_device = any(group.get("fused") or group.get("capturable") for group in inner.param_groups)
         for part in sharding.held(model, optimizer):
             self.read(part.name, "weight", part.start, part.weight)
             # States that the optimizer makes at its first step.
+            states = inner.state[part.holder]
             for field in fields.get(part.name, []):
-                scalar = field in state["scalars"]
-                states = inner.state[part.holder]
-                if scalar:
-                    value = torch.empty(1)
+                if field in state["scalars"]:
+                    value = torch.empty(1, device=part.holder.device if on_device else "cpu")
                     self.read(part.name, field, 0, value)
-                    # DeepSpeed's own optimizers count in plain numbers.
-                    plain = type(inner).__module__.startswith("deepspeed")
                     states[field] = int(value) if plain else value[0].clone()
                     continue
                 if field not in states:
