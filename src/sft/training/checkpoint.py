@@ -115,7 +115,7 @@ class Checkpoint:
         for group, saved in zip(optimizer.param_groups, state["groups"], strict=True):
             assert group["param_names"] == saved["param_names"], "the optimizer's groups are others"
             group.update({key: value for key, value in saved.items() if key != "param_names"})
-        # DeepSpeed's own optimizers count steps in plain numbers, torch's in tensors: on the device where they're fused.
+        # DeepSpeed's own optimizers count steps in plain numbers, torch's in tensors, fused ones on the device.
         plain = type(inner).__module__.startswith("deepspeed")
         on_device = any(group.get("fused") or group.get("capturable") for group in inner.param_groups)
         for part in sharding.held(model, optimizer):
