@@ -165,7 +165,7 @@ def run_group(
     timeout: float,
     before: Callable[[], None] | None,
 ) -> "list[Result]":
-    """The cells of one strategy on so many ranks, in as many process groups at once as there are processors for."""
+    """The cells of one strategy on so many ranks, in several process groups at once."""
     from sft.training import matrix
     from sft.training.pool import Pool, RankError
 
@@ -185,7 +185,8 @@ def run_group(
 
     # A resumed fit goes on from a checkpoint of the uninterrupted one before it.
     pairs = [list(pair) for _, pair in groupby(cells, lambda cell: replace(cell, resumed=False))]
-    num_pools = min(len(pairs), max(1, num_cores() // num_ranks))
+    # At least two: while the ranks of one wait for each other, those of the other work.
+    num_pools = min(len(pairs), max(2, num_cores() // num_ranks))
     pools = [Pool(num_ranks, folder / f"ranks-{number}", before) for number in range(num_pools)]
     try:
         return [result for made in share_out(pools, pairs, work) for result in made]
