@@ -120,9 +120,9 @@ class Checkpoint:
         on_device = any(group.get("fused") or group.get("capturable") for group in inner.param_groups)
         for part in sharding.held(model, optimizer):
             self.read(part.name, "weight", part.start, part.weight)
-            # States that the optimizer makes at its first step.
-            states = inner.state[part.holder]
+            # States that the optimizer makes at its first step; none of them, no entry.
             for field in fields.get(part.name, []):
+                states = inner.state[part.holder]
                 if field in state["scalars"]:
                     value = torch.empty(1, device=part.holder.device if on_device else "cpu")
                     self.read(part.name, field, 0, value)
