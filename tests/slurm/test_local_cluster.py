@@ -96,8 +96,8 @@ def test_what_a_dead_cluster_left_is_no_obstacle(tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     (tmp_path / "cluster.json").write_text("{}")
     # Their numbers are others' by now.
-    for name, pid in (("login", os.getpid()), ("n1", os.getppid()), ("slurmctld", 2**22 - 1)):
-        (tmp_path / "run" / f"{name}.pid").write_text(str(pid))
+    for name, pid in (("login.host", os.getpid()), ("n1.host", os.getppid()), ("slurmctld.pid", 2**22 - 1)):
+        (tmp_path / "run" / name).write_text(str(pid))
     try:
         assert left.start(nodes=1).exec("srun", sys.executable, "-c", "print(6 * 7)").stdout == "42\n"
     finally:

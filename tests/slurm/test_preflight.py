@@ -1,5 +1,6 @@
 """The check of an allocation's nodes: each fault names its node, and so does one that is planted in a cluster."""
 
+import json
 import shutil
 import sys
 from pathlib import Path
@@ -112,6 +113,11 @@ def test_a_tie_goes_to_the_first_node_and_is_told() -> None:
     assert tie.notes == ["torch: 2.8.0 and 2.9.1 are on as many nodes; the first node's is kept"]
 
 
+def test_locks_that_exclude_nobody_are_told() -> None:
+    found = verdict(rank("n2", flock=False), rank("n3", flock=False))
+    assert not found.bad and found.notes == ["flock excludes nobody on n2, n3: trust no lock in the runs' folder"]
+
+
 def test_health_of_gpus() -> None:
     csv = (
         GOOD_GPU
@@ -158,6 +164,9 @@ def test_planted_faults_are_found_on_a_cluster(cluster: Cluster, tmp_path: Path)
         return (tmp_path / "slurm" / "logs" / f"preflight-{job}.out").read_text()
 
     told = preflight()
+    assert "excludes nobody" not in told
+    (seen,) = (tmp_path / "runs").glob(".preflight/*/rank-1.json")
+    assert abs(json.loads(seen.read_text())["clock_s"]) < 1  # they share a clock
     assert "transformers is 0.0.1, not" in told
     assert "all-reduce of 16 MB over 3 ranks" in told
     assert told.splitlines()[-1] == f"bad nodes: --exclude={second}"

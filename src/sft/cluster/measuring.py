@@ -8,6 +8,7 @@ import os
 import shutil
 import statistics
 import time
+from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -66,6 +67,8 @@ class Rank:
         self.note("locks", **self._locks())
         self.note("all-reduce")
         self.note(DONE, **self._reduce())
+        with suppress(RuntimeError):
+            self._barrier()  # the first rank keeps the store, without which others can't finish
 
     def _meet(self, timeout: float) -> None:
         """Makes the process group, once it is known that all are there."""
@@ -161,7 +164,6 @@ class Rank:
             group = dist.new_group(ranks)  # by all ranks, whoever is in it
             if node == self.node and len(ranks) > 1 and self.device.type == "cuda":
                 measured["inside_gb_s"] = self._bandwidth(group, len(ranks), megabytes)
-        self._barrier()
         return measured
 
     def _bandwidth(self, group: Any, num_ranks: int, megabytes: int) -> float:

@@ -26,7 +26,12 @@ def main() -> None:
     from sft.cluster.measuring import Rank
 
     signal.alarm(arguments.timeout)  # ends the process, wherever it hangs
-    rank = Rank(arguments.folder)
+    if "SLURM_PROCID" not in os.environ:
+        sys.exit("preflight: srun starts this on the nodes of an allocation: see slurm/preflight.sbatch")
+    try:
+        rank = Rank(arguments.folder)
+    except OSError as error:
+        sys.exit(f"{os.environ['SLURMD_NODENAME']}: {arguments.folder} can't be written here: {error.strerror}")
     try:
         rank.check(arguments.write_mb, arguments.timeout / 3)
     except Exception as error:
