@@ -9,6 +9,8 @@ from typing import Any
 import lightning as L
 from lightning.pytorch.callbacks import Callback
 
+from sft.training import preemption
+
 
 class AtStep(Callback):
     """Does something at the start of optimizer step `step`, counted from 1."""
@@ -60,3 +62,19 @@ class Mishap(AtStep):
             next(iter(trainer.lightning_module.parameters())).data.fill_(float("nan"))
         else:
             raise ArithmeticError(f"the mishap of rank {self.rank}")
+
+
+class UntilSignal(AtStep):
+    """Waits on each rank until it has got a signal; once."""
+
+    def __init__(self, step: int, once: str) -> None:
+        super().__init__(step)
+        self.once = Path(once)
+
+    def act(self, trainer: L.Trainer) -> None:
+        if self.once.exists():
+            return
+        while not preemption.received():
+            time.sleep(0.1)
+        trainer.strategy.barrier()
+        self.once.touch()
