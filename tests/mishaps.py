@@ -78,3 +78,32 @@ class UntilSignal(AtStep):
             time.sleep(0.1)
         trainer.strategy.barrier()
         self.once.touch()
+
+
+class InValidation(Callback):
+    """Gets SIGUSR1 in the validation after optimizer step `step`; once."""
+
+    def __init__(self, step: int, once: str) -> None:
+        self.step, self.once = step, Path(once)
+
+    def on_validation_batch_start(self, trainer: L.Trainer, *batch: Any) -> None:
+        if trainer.global_step == self.step and not trainer.sanity_checking and not self.once.exists():
+            self.once.touch()
+            os.kill(os.getpid(), signal.SIGUSR1)
+
+
+class InSave(Callback):
+    """Gets SIGUSR1 while the checkpoint of optimizer step `step` is saved; once."""
+
+    def __init__(self, step: int, once: str) -> None:
+        self.step, self.once = step, Path(once)
+        self.trainer: L.Trainer | None = None
+
+    def on_train_start(self, trainer: L.Trainer, module: Any) -> None:
+        self.trainer = trainer
+
+    def state_dict(self) -> dict[str, Any]:
+        if self.trainer and self.trainer.global_step == self.step and not self.once.exists():
+            self.once.touch()
+            os.kill(os.getpid(), signal.SIGUSR1)
+        return {}
