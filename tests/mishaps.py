@@ -41,7 +41,7 @@ class Gate(AtStep):
 
 
 class Mishap(AtStep):
-    """`kill`, `hang`, `memory`, `nan` or `raise` on one rank; with a path, only where it isn't there yet."""
+    """`kill`, `hang`, `memory`, `spoil` (weights that are no numbers) or `raise` on one rank; with a path, only where it isn't there yet."""
 
     def __init__(self, step: int, rank: int, what: str, once: str | None = None) -> None:
         super().__init__(step)
@@ -58,7 +58,7 @@ class Mishap(AtStep):
             time.sleep(1000)
         elif self.what == "memory":
             raise MemoryError("CUDA out of memory. Tried to allocate 3 GiB")
-        elif self.what == "nan":
+        elif self.what == "spoil":
             next(iter(trainer.lightning_module.parameters())).data.fill_(float("nan"))
         else:
             raise ArithmeticError(f"the mishap of rank {self.rank}")
