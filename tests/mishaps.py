@@ -41,7 +41,7 @@ class Gate(AtStep):
 
 
 class Mishap(AtStep):
-    """`kill`, `hang`, `memory`, `spoil` (weights that are no numbers) or `raise` on one rank; with a path, only where it isn't there yet."""
+    """`kill`, `hang`, `memory`, `spoil` (the weights) or `raise` on one rank; with a path, only where it isn't yet."""
 
     def __init__(self, step: int, rank: int, what: str, once: str | None = None) -> None:
         super().__init__(step)

@@ -158,14 +158,16 @@ def test_cancelled_job_saves_and_stays_away(jobs: Jobs) -> None:
 
 def test_time_limit(jobs: Jobs, limited: str) -> None:
     jobs.finished(limited, 200)
-    assert jobs.verdicts("limited") == [("requeue", "signal", 6), ("finish", "", NUM_STEPS)]
+    *stopped, last = jobs.verdicts("limited")
+    assert last == ("finish", "", NUM_STEPS)
+    assert set(stopped) == {("requeue", "signal", 6)}  # on a busy machine the second attempt may be too slow as well
     equals_uninterrupted(jobs, "limited", 4, "ddp")
 
 
 def test_bad_configuration_ends_at_once(jobs: Jobs) -> None:
     job = jobs.submit("bad", 1, 2, "strategy=ddp", "global_batch_size=3")
     assert jobs.cluster.wait(job, "FAILED")["ExitCode"] == "2:0"
-    assert jobs.log(job).splitlines()[-1].startswith("sft: global_batch_size=3")
+    assert jobs.log(job).splitlines()[-1].startswith("sft: a global batch of 3 packs")
     assert not jobs.sft.run_folder("bad").exists()
 
 

@@ -10,8 +10,6 @@ from sft.training import tracking
 
 VALIDATED = {2: "0.5"}
 HISTORY = [{"step": str(k), "train/loss": str(9 - k), "val/loss": VALIDATED.get(k, "")} for k in range(4)]
-    {"step": str(step), "train/loss": str(9 - step), "val/loss": "0.5" if step == 2 else ""} for step in range(4)
-]
 
 
 @pytest.mark.parametrize(("had", "sent"), [(0, [0, 1, 2, 3, 4, 5]), (2, [2, 3, 4, 5]), (5, [5])])
