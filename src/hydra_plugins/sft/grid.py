@@ -37,7 +37,7 @@ class Job:
 class Ended:
     job: Job
     value: Any  # that the command returned: the final validation loss
-    failure: str | None
+    failure: str | None  # why it has failed
 
 
 class Grid(BasicSweeper):
@@ -147,7 +147,7 @@ class Grid(BasicSweeper):
     @staticmethod
     def _tell(future: "Future[Ended]") -> Ended:
         ended = future.result()
-        print(f"{'failed' if ended.failure else 'ended'}: {ended.job.shown}", flush=True)
+        print(f"{'ended' if ended.failure is None else 'failed'}: {ended.job.shown}", flush=True)
         return ended
 
     def result(self, ended: Ended) -> Any:
@@ -158,7 +158,9 @@ class Grid(BasicSweeper):
         run = ended.job.run
         there = (run.folder / "config.yaml").exists()
         result = Result.read(run) if there else Result(run.folder.name, deciding(ended.job.settings))
-        return replace(result, state="failed", error=ended.failure) if ended.failure else result
+        if ended.failure is None:
+            return result
+        return replace(result, state="failed", error=ended.failure or result.error)
 
     def finish(self, results: list[Any]) -> None:
         """The table, the best on top; exit code 1 where something failed."""
