@@ -117,6 +117,10 @@ class Grid(BasicSweeper):
         from sft.cluster.watcher import Watcher
 
         SlurmJob.watcher = Watcher()
+        print(
+            f"the jobs' logs: {self.config.hydra.launcher.submitit_folder.replace('%j', 'JOB/JOB_RANK_log.out')}",
+            flush=True,
+        )
         running: set[Future[Ended]] = set()
         threads = ThreadPoolExecutor(parallel)
         try:
@@ -139,7 +143,8 @@ class Grid(BasicSweeper):
         except Exception as error:
             if not self.queued:
                 raise
-            return Ended(job, None, str(error))  # it was refused or cancelled, or a rank of it died
+            # It was refused or cancelled, or a rank of it died; after two lines follows its log.
+            return Ended(job, None, " ".join(str(error).splitlines()[:2]))
         if ended.status == JobStatus.FAILED:
             return Ended(job, None, str(ended._return_value))
         return Ended(job, ended.return_value, None)
@@ -168,6 +173,6 @@ class Grid(BasicSweeper):
         from sft.training.results import best_first
 
         print(flush=True)
-        show(best_first(results))
+        show(best_first({result.name: result for result in results}.values()))
         if any(result.state == "failed" for result in results):
             sys.exit(1)

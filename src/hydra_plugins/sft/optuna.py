@@ -47,8 +47,10 @@ class Optuna(Grid):
         )
         Path(self.storage).parent.mkdir(parents=True, exist_ok=True)
         optuna.logging.set_verbosity(optuna.logging.WARNING)
-        storage, sampler = journal(self.storage), instantiate(self.sampler)
-        study = optuna.create_study(study_name=name, storage=storage, sampler=sampler, load_if_exists=True)
+        study = optuna.create_study(study_name=name, storage=journal(self.storage), load_if_exists=True)
+        if self.sampler.get("seed") is not None:  # or a study that goes on would begin with its first trials again
+            self.sampler.seed += len(study.trials)
+        study.sampler = instantiate(self.sampler)
 
         def job(number: int, params: dict[str, Any]) -> Job:
             drawn = [f"{key}={value}" for key, value in params.items()]

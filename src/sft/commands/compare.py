@@ -54,7 +54,7 @@ def show(results: list[Result]) -> None:
             f"{result.step}/{result.num_steps or '?'}",
             *(f"{loss:.4f}" if not math.isnan(loss) else "" for loss in (result.last, result.best)),
             f"{result.speed:,.0f}" if not math.isnan(result.speed) else "",
-            *(Text(str(result.settings.get(name))) for name in settings),  # brackets are no markup
+            *(Text(_short(result.settings.get(name))) for name in settings),  # brackets are no markup
         )
     console = Console(highlight=False)
     if not console.is_terminal:  # a log has no width, and a cut number is none
@@ -63,6 +63,10 @@ def show(results: list[Result]) -> None:
     for result in results:
         if result.error:
             print(f"{result.name} failed: {' '.join(result.error.split())[:300]}")
+
+
+def _short(value: Any) -> str:
+    return f"{value:.6g}" if isinstance(value, float) else str(value)
 
 
 def write(results: list[Result], path: Path) -> None:
