@@ -68,13 +68,13 @@ def test_optuna_prunes_and_goes_on(sft: Sft, capsys: pytest.CaptureFixture[str])
     rows = [line.split() for line in capsys.readouterr().out.splitlines() if line.startswith("x-")]
     assert [row[1:3] for row in rows] == [["finished", "4/4"], ["finished", "4/4"], ["pruned", "2/4"]]
     assert float(rows[0][3]) == pytest.approx(second.value, abs=1e-4)
-    # One that was asked for when its sweep was killed is trained, and none is asked for in its place.
+    # One that was asked for when its sweep was killed is trained, and then one that wasn't drawn before.
     study = optuna.load_study(study_name="s", storage=journal("runs/.multirun/optuna.journal"))
     study.ask({"optimizer.lr": optuna.distributions.FloatDistribution(1e-4, 1e-1, log=True)})
-    assert optuna_sweep(sft, 4) == 0
-    assert [each.state.is_finished() for each in trials()] == [True] * 4
-    assert "study s: 3 of 4 trials have ended" in capsys.readouterr().out
-    assert len({each.params["optimizer.lr"] for each in trials()}) == 4
+    assert optuna_sweep(sft, 5) == 0
+    assert [each.state.is_finished() for each in trials()] == [True] * 5
+    assert "study s: 3 of 5 trials have ended" in capsys.readouterr().out
+    assert len({each.params["optimizer.lr"] for each in trials()}) == 5
 
 
 def begun(storage: str, losses: list[float]) -> int:

@@ -1,5 +1,6 @@
 """Sweeps as jobs of a cluster."""
 
+import csv
 import os
 import subprocess
 import sys
@@ -7,8 +8,13 @@ from pathlib import Path
 
 import pytest
 
+from cluster import Cluster
+from running import Sft
 from sft.cluster.sweep import pick
+from sft.cluster.watcher import Watcher
 from sft.errors import UserError
+
+pytestmark = pytest.mark.xdist_group("slurm")
 
 ROOT = Path(__file__).resolve().parents[2]
 SETTINGS = ["optimizer.lr=1e-5,2e-5", "data.path='a b'", "seed=0,1,2"]
@@ -49,3 +55,52 @@ def test_a_job_that_has_no_setting_trains_nothing(tmp_path: Path, index: str, me
     assert ended.returncode
     assert message in ended.stderr
     assert "<" not in ended.stdout
+
+
+def test_a_job_a_setting_goes_on_after_a_signal_and_the_table_ends_it(cluster: Cluster, sft: Sft) -> None:
+    job = ("hydra/launcher=slurm", "hydra.launcher.tasks_per_node=2", "hydra.launcher.cpus_per_task=1")
+    # In one of them the second rank gets a signal in step 3.
+    signal = "{_target_: sft.training.rehearsal.SignalInStep, step: ${seed}, rank: 1, name: SIGUSR1}"
+    command = [
+        str(Path(sys.executable).with_name("sft")),
+        "train",
+        "-m",
+        *sft.settings,
+        *job,
+        "strategy=ddp",
+        "micro_batch_size=1",
+        "max_steps=6",
+        "epochs=2",
+        "export=false",
+        "seed=3,99",
+        "name=x",
+        f"+callbacks.signal={signal}",
+    ]
+    swept = cluster.exec(*command, cwd=sft.folder, timeout=200)
+    assert swept.returncode == 0, swept.stdout + swept.stderr
+    rows = [line.split() for line in swept.stdout.splitlines() if line.startswith("x-")]
+    assert [row[1:3] for row in rows] == [["finished", "6/6"]] * 2, swept.stdout
+    assert sorted(row[-1] for row in rows) == ["3", "99"]
+    assert float(rows[0][3]) <= float(rows[1][3])
+    for row in rows:
+        with (sft.run_folder(row[0]) / "metrics.csv").open(newline="") as file:
+            assert [line["step"] for line in csv.DictReader(file)] == [str(step) for step in range(7)]
+    logs = sorted((sft.folder / "runs" / ".multirun" / ".submitit").glob("*/*_0_log.out"))
+    assert len(logs) == 2
+    stopped = ["stopped by SIGUSR1 after step 3" in log.read_text() for log in logs]
+    assert sorted(stopped) == [False, True]
+    resumed = ["resumed after step 3" in log.read_text() for log in logs]
+    assert resumed == stopped
+
+
+def test_a_job_has_ended_when_the_controller_says_so() -> None:
+    watcher = Watcher()
+    for job in ("1", "2", "3", "4"):
+        watcher.register_job(job)
+    told = watcher.read_info("1|COMPLETING\n2|CANCELLED\n3|CONFIGURING\n9|FAILED\n")
+    assert {job: info["State"] for job, info in told.items()} == {
+        "1": "RUNNING",
+        "2": "CANCELLED",
+        "3": "RUNNING",
+        "4": "GONE",
+    }
