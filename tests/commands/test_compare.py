@@ -37,7 +37,7 @@ def runs(sft: Sft) -> Sft:
     make("a", [3.0, 1.0, 2.0], lr=0.123456789)
     make("b", [3.0, None, 1.5], devices=8, betas=[0.8])
     make("c", [None, None], state="failed", model="n")
-    make("d", [float("nan")], state="running", data="e")
+    make("d", [float("nan")], state="running", data="[e]")
     return sft
 
 
@@ -55,7 +55,7 @@ def test_the_lowest_final_loss_is_on_top(runs: Sft, capsys: pytest.CaptureFixtur
         ["b", "finished", "3/3", "1.5000", "1.5000", "200", "d", "m", "[0.8]", "0.1"],
         ["a", "finished", "3/3", "2.0000", "1.0000", "200", "d", "m", "[0.9,", "0.95]", "0.123457"],
         ["c", "failed", "2/3", "150", "d", "n", "[0.9,", "0.95]", "0.1"],
-        ["d", "running", "1/3", "100", "e", "m", "[0.9,", "0.95]", "0.1"],
+        ["d", "running", "1/3", "100", "[e]", "m", "[0.9,", "0.95]", "0.1"],
     ]
     assert why == "c failed: [disk] on fire"
     with open("table.csv", newline="") as file:

@@ -6,6 +6,7 @@ Hydra takes plugins from packages of this name only.
 
 import os
 import shutil
+import signal
 import sys
 from collections.abc import Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
@@ -20,6 +21,7 @@ from hydra.core.utils import JobStatus
 from omegaconf import OmegaConf, open_dict
 
 from sft.errors import UserError
+from sft.training import preemption
 
 
 @dataclass(frozen=True)
@@ -117,10 +119,10 @@ class Grid(BasicSweeper):
         from sft.cluster.watcher import Watcher
 
         SlurmJob.watcher = Watcher()
-        print(
-            f"the jobs' logs: {self.config.hydra.launcher.submitit_folder.replace('%j', 'JOB/JOB_RANK_log.out')}",
-            flush=True,
-        )
+        for each in preemption.SIGNALS:  # there is nothing to save here
+            signal.signal(each, signal.SIG_DFL)
+        logs = self.config.hydra.launcher.submitit_folder.replace("%j", "JOB/JOB_RANK_log.out")
+        print(f"the jobs' logs: {logs}", flush=True)
         running: set[Future[Ended]] = set()
         threads = ThreadPoolExecutor(parallel)
         try:
