@@ -93,6 +93,15 @@ def test_a_job_a_setting_goes_on_after_a_signal_and_the_table_ends_it(cluster: C
     assert resumed == stopped
 
 
+def test_a_run_that_a_job_in_the_queue_trains_is_not_trained_twice(cluster: Cluster, sft: Sft) -> None:
+    job = cluster.submit("--hold", "--job-name=one", "--wrap=true", cwd=sft.folder)
+    command = [str(Path(sys.executable).with_name("sft")), "train", "-m", *sft.settings, "hydra/launcher=slurm"]
+    swept = cluster.exec(*command, "run=one", cwd=sft.folder)
+    cluster.exec("scancel", job)
+    assert (swept.returncode, swept.stdout) == (2, "")
+    assert f"job {job} trains runs/one and is still in the queue: wait for it, or scancel {job}" in swept.stderr
+
+
 def test_a_job_has_ended_when_the_controller_says_so() -> None:
     watcher = Watcher()
     for job in ("1", "2", "3", "4"):

@@ -7,9 +7,11 @@ Hydra takes plugins from packages of this name only.
 import os
 import shutil
 import signal
+import subprocess
 import sys
 from collections.abc import Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from copy import copy
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -66,6 +68,7 @@ class Grid(BasicSweeper):
                     f"{other.shown} and {job.shown} are the same run, {job.run.folder}: what they differ in decides no "
                     "numbers, or they have one name; vary something else, or add name=A,B"
                 )
+            self.refuse_queued(job)
         return self.finish([self.result(ended) for ended in self.run(jobs, parallel=len(jobs))])
 
     @property
@@ -107,6 +110,18 @@ class Grid(BasicSweeper):
             raise UserError("there is no sbatch here: hydra/launcher=slurm works on a machine that submits Slurm jobs")
         return [f"trainer.num_nodes={launcher.nodes}", f"trainer.devices={launcher.tasks_per_node}"]
 
+    def refuse_queued(self, job: Job) -> None:
+        """`UserError` where the job of an earlier sweep is to train the same run, or trains it."""
+        if not self.queued:
+            return
+        command = ["squeue", "--noheader", f"--user={os.getuid()}", "--format=%i|%j|%Z"]
+        for line in subprocess.run(command, capture_output=True, text=True).stdout.splitlines():
+            number, name, folder = line.split("|", 2)
+            if (name, folder) == (job.run.folder.name, os.getcwd()):
+                raise UserError(
+                    f"job {number} trains {job.run.folder} and is still in the queue: wait for it, or scancel {number}"
+                )
+
     def run(self, jobs: Iterable[Job], parallel: int) -> Iterator[Ended]:
         """What became of each, as they end; a job is taken from `jobs` when there is room for it."""
         if not self.queued:
@@ -140,8 +155,11 @@ class Grid(BasicSweeper):
             os._exit(130)  # the threads wait for the jobs
 
     def _launch(self, job: Job) -> Ended:
+        launcher = copy(self.launcher)
+        if self.queued:
+            launcher.params = self.launcher.params | {"name": job.run.folder.name}
         try:
-            (ended,) = self.launcher.launch([job.overrides], job.number)
+            (ended,) = launcher.launch([job.overrides], job.number)
         except Exception as error:
             if not self.queued:
                 raise

@@ -56,22 +56,31 @@ class Optuna(Grid):
             drawn = [f"{key}={value}" for key, value in params.items()]
             return self.job(number, [*fixed, *drawn, *self._pruning(name, number)], space)
 
+        busy = set()
+
         def jobs() -> Iterator[Job]:
             for trial in study.get_trials(states=[TrialState.RUNNING]):  # what ran them was ended
-                yield job(trial.number, trial.params)
+                begun = job(trial.number, trial.params)
+                self.refuse_queued(begun)
+                busy.add(begun.run.folder)
+                yield begun
             while len(study.trials) < self.n_trials:
                 asked = study.ask(space)
-                yield job(asked.number, asked.params)
+                new = job(asked.number, asked.params)
+                if new.run.folder in busy:  # drawn twice at once: two would train the same run
+                    study.tell(asked, state=TrialState.FAIL)
+                    continue
+                busy.add(new.run.folder)
+                yield new
 
         told = [trial for trial in study.trials if trial.state.is_finished()]
         print(f"study {name}: {len(told)} of {self.n_trials} trials have ended", flush=True)
-        ended = [
-            Ended(job(trial.number, trial.params), trial.value, "" if trial.state == TrialState.FAIL else None)
-            for trial in told
-        ]
+        failed = {trial.number for trial in told if trial.state == TrialState.FAIL}
+        ended = [Ended(job(each.number, each.params), None, "" if each.number in failed else None) for each in told]
         for each in self.run(jobs(), self.n_jobs):
             if each.failure is None and (each.value is None or math.isnan(each.value)):
                 each = replace(each, failure="it has no validation loss")
+            busy.discard(each.job.run.folder)
             self._tell_study(study, each)
             ended.append(each)
         pruned = {trial.number for trial in study.get_trials(states=[TrialState.PRUNED])}
