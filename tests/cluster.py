@@ -6,11 +6,20 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 SCRIPT = Path(__file__).parents[1] / "slurm" / "local-cluster"
+
+
+def eventually(condition: Callable[[], bool], timeout: float = 60) -> None:
+    """Waits until it holds."""
+    end = time.monotonic() + timeout
+    while not condition():
+        assert time.monotonic() < end, f"not within {timeout} s"
+        time.sleep(0.1)
 
 
 class Cluster:
@@ -89,10 +98,5 @@ class Cluster:
 
     def wait_idle(self, timeout: float = 60) -> None:
         """Waits until no job is left and all nodes are idle."""
-        end = time.monotonic() + timeout
-        while True:
-            states = self.exec("sinfo", "--noheader", "--Node", "--partition=main", "--format=%T").stdout.split()
-            if states == ["idle"] * len(self.nodes):
-                return
-            assert time.monotonic() < end, f"the nodes are {' '.join(states)}"
-            time.sleep(0.3)
+        sinfo = ("sinfo", "--noheader", "--Node", "--partition=main", "--format=%T")
+        eventually(lambda: self.exec(*sinfo).stdout.split() == ["idle"] * len(self.nodes), timeout)

@@ -18,7 +18,7 @@ LOAD = """
 import json, pathlib, sys
 from benchmarks import ranks
 folder = pathlib.Path(sys.argv[1])
-sizes = dict(vocab=2000, hidden=256, layers=12, max_length=16)
+sizes = dict(vocab=2000, hidden=512, layers=12, max_length=16)
 options = dict(**sizes, global_batch=2, steps=1, repeats=1, seed=0, overrides=[])
 (model,) = ranks.run("benchmarks.prepare_rank", folder, 1, options)
 results = ranks.run("benchmarks.checkpoint_rank", folder, 2, sys.argv[2], "project", options)
@@ -61,4 +61,5 @@ def test_a_rank_loads_its_share_and_no_more(strategy: str, tmp_path: Path) -> No
     command = [sys.executable, "-c", LOAD, str(tmp_path), strategy]
     model, peaks = json.loads(subprocess.run(command, env=environment, check=True, capture_output=True).stdout)
     bound = 4 * (model["weights"] / 2 + 2 * model["largest_tensor"])
-    assert max(peaks) < bound + 5e6  # what modules and libraries need, whatever the weights
+    # What libraries and the allocator need besides is 5 to 8 MB here; the whole model would be 210 MB, not 113.
+    assert max(peaks) < bound + 30e6

@@ -3,18 +3,19 @@ one line. Nothing heavy is imported before the configuration is known to be righ
 
 import difflib
 import errno
+import faulthandler
 import os
 import re
 import sys
 import traceback
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from importlib import import_module
 from pathlib import Path
 from typing import Any, NoReturn
 
 from sft.cluster import submitted
 from sft.errors import UserError
-from sft.training import preemption
+from sft.training import failure, preemption
 
 CONF = Path(__file__).resolve().parents[2] / "conf"
 COMMANDS = {
@@ -27,7 +28,8 @@ COMMANDS = {
     "export": "write a run's checkpoint as a verified Hugging Face folder",
     "certify": "prove that every way of training makes the numbers of a plain loop",
 }
-FULL_DISK = (errno.ENOSPC, errno.EDQUOT)
+BATCH = ("job",)  # what only batch scripts call
+CONFIGURATION = {"job": "train"}  # of the commands that have none of their own
 
 
 def main() -> None:
@@ -38,14 +40,15 @@ def main() -> None:
     if command in ("-h", "--help", "help"):
         print(_usage())
         return
-    if command not in COMMANDS:
+    if command not in (*COMMANDS, *BATCH):
         nearest = difflib.get_close_matches(command, COMMANDS, n=1)
         _fail(f"there is no command {command}" + (f": did you mean {nearest[0]}?" if nearest else ": see sft --help"))
     if any(argument in ("-h", "--help") for argument in arguments[1:]):
         print(_command_help(command))
         return
-    if command == "train":
+    if command in ("train", "job"):
         preemption.install()  # before all that takes time, in which a signal would be fatal
+        faulthandler.enable(sys.__stderr__ or sys.stderr)
     try:
         _run(command, arguments[1:])
     except Exception as error:
@@ -66,6 +69,11 @@ def _leave(code: int = 0) -> None:
 
 
 def _run(command: str, arguments: list[str]) -> None:
+    if command == "job" and arguments[:1] != ["begin"]:
+        from sft.commands import job
+
+        job.end(arguments)
+        return
     import hydra
 
     # Hydra reads sys.argv; Lightning's launcher of further ranks needs it as the user typed it.
@@ -89,7 +97,8 @@ def _run(command: str, arguments: list[str]) -> None:
             raise RuntimeError(failure)  # and not from the error, which would hold on to all that it has seen
 
     sys.argv = [f"sft {command}", *_hydra_arguments(command, arguments)]
-    hydra.main(version_base="1.3", config_path=str(CONF), config_name=command)(task)()
+    name = CONFIGURATION.get(command, command)
+    hydra.main(version_base="1.3", config_path=str(CONF), config_name=name)(task)()
 
 
 def _is_one_of_several(command: str) -> bool:
@@ -116,6 +125,9 @@ def _report(error: Exception, command: str) -> NoReturn:
     if isinstance(error, preemption.Interrupted):
         _leave(error.exit_code)
         sys.exit()
+    if folder := os.environ.get("SFT_JOB_FOLDER"):
+        with suppress(OSError):  # a full disk must not hide what filled it
+            failure.write(Path(folder), error)
     if isinstance(error, BrokenPipeError):  # sft preview ... | head
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
@@ -129,6 +141,8 @@ def _report(error: Exception, command: str) -> NoReturn:
 def _hydra_arguments(command: str, arguments: list[str]) -> list[str]:
     """What Hydra's grammar can't say: `--prompt TEXT` with commas, braces or `=` in it, `data=FILE` where `data` is the
     name of a configuration group too, and the folders of `compare`."""
+    if command == "job":
+        return arguments[1:]
     if command == "score":
         return [f"path={each.removeprefix('data=')}" if each.startswith("data=") else each for each in arguments]
     if command == "compare":
@@ -157,18 +171,12 @@ def explain(error: BaseException, command: str) -> str | None:
     from hydra.errors import HydraException
     from omegaconf.errors import OmegaConfBaseException
 
-    chain: list[BaseException] = []
-    link: BaseException | None = error
-    while link is not None and link not in chain:
-        chain.append(link)
-        link = link.__cause__ or link.__context__
+    chain = failure.chain(error)
     for link in chain:
         if isinstance(link, UserError):
             return str(link)
     for link in chain:
-        full = isinstance(link, OSError) and link.errno in FULL_DISK
-        # safetensors reports what the system said as text only.
-        if full or "No space left on device" in str(link):
+        if failure.disk_is_full(link):
             name = getattr(link, "filename", None)
             return "the disk is full" + (f" ({name})" if name else "") + ": make room, then give the command again"
         if isinstance(link, PermissionError) or (isinstance(link, OSError) and link.errno == errno.EROFS):
@@ -205,7 +213,8 @@ def _nearest(name: str, command: str) -> str | None:
     from omegaconf import OmegaConf
 
     with initialize_config_dir(str(CONF), version_base="1.3"):
-        known = _names(OmegaConf.to_container(compose(command), resolve=False))
+        name = CONFIGURATION.get(command, command)
+        known = _names(OmegaConf.to_container(compose(name), resolve=False))
     known += [path.name for path in CONF.iterdir() if path.is_dir()]
     leaf = name.rpartition(".")[2]
     same_leaf = [each for each in known if each.rpartition(".")[2] == leaf]

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from cluster import Cluster
+from cluster import Cluster, eventually
 
 pytestmark = pytest.mark.xdist_group("slurm")
 
@@ -42,8 +42,7 @@ def test_a_crashed_nodes_job_goes_on_elsewhere(own: Cluster, tmp_path: Path) -> 
     script.write_text('#!/bin/sh\necho $SLURMD_NODENAME >>nodes\n[ "$SLURM_RESTART_COUNT" ] || exec sleep 100\n')
     job = own.submit("--requeue", "--output=/dev/null", str(script), cwd=tmp_path)
     crashed = own.wait(job, "RUNNING")["NodeList"]
-    while not (tmp_path / "nodes").exists():
-        pass
+    eventually((tmp_path / "nodes").exists)
     own("crash", crashed)
     assert own.wait(job, "COMPLETED", timeout=90)["Restarts"] == "1"
     assert (tmp_path / "nodes").read_text().split() == [crashed, *(node for node in own.nodes if node != crashed)]
@@ -51,7 +50,7 @@ def test_a_crashed_nodes_job_goes_on_elsewhere(own: Cluster, tmp_path: Path) -> 
     own.wait_idle()
 
 
-def test_preemptible_jobs_are_warned_and_requeued(own: Cluster, tmp_path: Path) -> None:
+def test_preemptible_jobs_are_warned(own: Cluster, tmp_path: Path) -> None:
     script = tmp_path / "job.sh"
     # The signal goes to the step. It ends at once; had it not, it would have had 30 seconds.
     script.write_text(
@@ -60,11 +59,11 @@ def test_preemptible_jobs_are_warned_and_requeued(own: Cluster, tmp_path: Path) 
     options = ["--exclusive", "--nodes=2", "--open-mode=append", f"--output={tmp_path}/%j.out"]
     job = own.submit("--partition=preemptible", "--requeue", *options, str(script))
     own.wait(job, "RUNNING")
-    while (tmp_path / f"{job}.out").read_text().count("up") < 2:
-        pass
+    output = tmp_path / f"{job}.out"
+    eventually(lambda: output.exists() and output.read_text().count("up") == 2)
     displacing = own.submit(*options, "--wrap=true")
     own.wait(displacing, "COMPLETED", timeout=90)
-    assert (tmp_path / f"{job}.out").read_text().count("warned") == 2
+    assert output.read_text().count("warned") == 2
     own.exec("scancel", job)
     own.wait_idle()
 
@@ -97,8 +96,8 @@ def test_what_a_dead_cluster_left_is_no_obstacle(tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     (tmp_path / "cluster.json").write_text("{}")
     # Their numbers are others' by now.
-    for name, pid in (("login", os.getpid()), ("n1", os.getppid()), ("slurmctld", 2**22 - 1)):
-        (tmp_path / "run" / f"{name}.pid").write_text(str(pid))
+    for name, pid in (("login.host", os.getpid()), ("n1.host", os.getppid()), ("slurmctld.pid", 2**22 - 1)):
+        (tmp_path / "run" / name).write_text(str(pid))
     try:
         assert left.start(nodes=1).exec("srun", sys.executable, "-c", "print(6 * 7)").stdout == "42\n"
     finally:

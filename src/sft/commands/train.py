@@ -70,7 +70,7 @@ def main(config: Any) -> float | None:
                 accumulation=accumulation,
                 checkpoints=run.checkpoints,
                 resume=resume,
-                loggers=[metrics, *trackers(config, run)],
+                loggers=[metrics, *trackers(config, run, metrics.rows)],
                 facts={"seed": config.seed, "stop_token_ids": prepared.stop_token_ids},
             )
         final = checkpoints.latest(run.checkpoints)
@@ -124,13 +124,13 @@ def world_size(config: Any) -> int:
     return int(devices) * int(config.trainer.num_nodes)
 
 
-def trackers(config: Any, run: Run) -> list[Any]:
+def trackers(config: Any, run: Run, history: list[dict[str, str]]) -> list[Any]:
     """What `logger=` names, besides the metrics.csv that every run has."""
     from hydra.utils import instantiate
 
     if not config.logger:
         return []
-    return [instantiate(config.logger)(run=run.folder.name, folder=run.folder, group=config.name)]
+    return [instantiate(config.logger)(run=run.folder.name, folder=run.folder, group=config.name, history=history)]
 
 
 def summarise(run: Run, metrics: Any) -> None:
@@ -144,3 +144,5 @@ def summarise(run: Run, metrics: Any) -> None:
         print(f"  model             {run.export}")
     print(f"  metrics           {metrics.path}")
     print(f"  what was trained  {run.folder / 'preview.html'}, {run.folder / 'data.json'}", flush=True)
+    for offline in sorted((run.folder / "wandb").glob("offline-run-*")):
+        print(f"  to W&B            wandb sync {offline}", flush=True)

@@ -1,12 +1,15 @@
 """One fit: trainer, module and callbacks of a configuration, put together for every command that trains."""
 
+import os
 from pathlib import Path
 from typing import Any
 
 from hydra.utils import instantiate
+from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch.callbacks import Callback
 
 from sft.model.module import SFTModule
+from sft.training import heartbeat
 from sft.training.checkpoint import Checkpoint
 from sft.training.metrics import StepMetrics
 from sft.training.resume import Checkpoints
@@ -70,4 +73,9 @@ def fit(
         config.seed,
         resumed=resume is not None,
     )
-    trainer.fit(module, data)
+    logs = Path(os.environ.get("SFT_JOB_FOLDER", checkpoints.parent / "logs"))
+    heartbeat.start(logs / f"rank-{rank_zero_only.rank}.stack", config.cluster.hang_after)  # type: ignore[attr-defined]
+    try:
+        trainer.fit(module, data)
+    finally:
+        heartbeat.stop()

@@ -16,6 +16,7 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers.logger import Logger
 from lightning.pytorch.utilities import rank_zero_only
 
+from sft.training.failure import NotFinite
 from sft.training.log import log
 
 # Metrics that depend on the machine and so differ between two runs of the same numbers.
@@ -156,9 +157,14 @@ class StepMetrics(Callback):
         step, data = trainer.global_step, trainer.datamodule  # type: ignore[attr-defined]
         plan = data.step(step - 1)
         nll = trainer.strategy.reduce(module.step_nll, reduce_op="sum")
-        norm, largest = float(module.grad_norm), trainer.gradient_clip_val
+        loss, norm, largest = float(nll) / plan.num_supervised, float(module.grad_norm), trainer.gradient_clip_val
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            raise NotFinite(
+                f"step {step}: the loss is {loss}, the gradient's norm {norm}, so nothing of this step is saved. Set a "
+                "lower optimizer.lr or a longer warm-up, or look at the step's samples"
+            )
         metrics = {
-            "train/loss": float(nll) / plan.num_supervised,
+            "train/loss": loss,
             "train/lr": module.learning_rate,
             "train/grad_norm": norm,
             "train/grad_norm_clipped": norm if largest is None else min(norm, float(largest)),

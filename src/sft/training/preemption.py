@@ -45,6 +45,11 @@ def install() -> None:
         signal.signal(each, remember)
 
 
+def received() -> int:
+    """The signal that this process has got, 0 for none."""
+    return _received
+
+
 def keep_handlers(trainer: "L.Trainer") -> None:
     """Keeps Lightning from putting handlers of its own in their place: on SIGTERM it would broadcast in the handler,
     in the middle of whatever collective is under way, and end the run without a checkpoint."""
@@ -65,9 +70,8 @@ def interrupt(trainer: "L.Trainer", number: int) -> NoReturn:
     """Ends the run on all ranks, once its checkpoint is saved."""
     from sft.training.log import log
 
-    # The ranks that Lightning has started on this machine must end with 0, or it kills the one that started them.
-    interrupted = Interrupted(
-        signal.Signals(number).name, trainer.global_step, EXIT_CODE if trainer.local_rank == 0 else 0
-    )
+    # Others end with 0: launchers take anything else for a failure and kill the first rank, which isn't done yet.
+    code = EXIT_CODE if trainer.is_global_zero else 0
+    interrupted = Interrupted(signal.Signals(number).name, trainer.global_step, code)
     log(str(interrupted))
     raise interrupted

@@ -1,6 +1,9 @@
 """The callback that saves checkpoints during `fit`, ends it on a signal, and puts a run back to where one was saved."""
 
 import math
+import signal
+import socket
+import time
 from pathlib import Path
 from typing import Any
 
@@ -8,18 +11,19 @@ import lightning as L
 from lightning.pytorch.callbacks import Callback
 
 from sft.training import checkpoint as checkpoints
-from sft.training import preemption, probes
+from sft.training import events, heartbeat, preemption, probes
 from sft.training.checkpoint import Checkpoint
 from sft.training.log import log
+from sft.training.ranks import together
 from sft.training.saving import save
 
 
 class Checkpoints(Callback):
     """Saves every `save_every` steps, at the last, and at one in which a signal came; where a step is validated, after
-    that.
+    that. A signal in the validation breaks it off, and the resumed run makes it first.
 
     Args:
-        folder: of the checkpoints.
+        folder: of the checkpoints; beside it lies the story of the run.
         save_every: optimizer steps.
         val_every: optimizer steps; the last step is always validated.
         keep_last: number of newest checkpoints kept besides the best.
@@ -45,10 +49,24 @@ class Checkpoints(Callback):
     def on_fit_start(self, trainer: L.Trainer, module: Any) -> None:
         if trainer.is_global_zero:
             checkpoints.discard_unfinished(self.folder)
+        found = together(lambda: (socket.gethostname(), self.resume.step if self.resume else 0))
+        if len({step for _, step in found}) > 1:
+            seen = ", ".join(f"{host}: {step}" for host, step in dict(found).items())
+            raise RuntimeError(f"the ranks see different checkpoints in {self.folder}, of the steps {seen}")
         if self.resume is not None:
             self._resume(trainer, module, self.resume)
+        hosts = list(dict(found))
+        self._tell(trainer, "start", step=trainer.global_step, hosts=hosts, num_ranks=trainer.world_size)
         if number := preemption.agreed(trainer):  # came while all was made ready: there is nothing to save yet
-            preemption.interrupt(trainer, number)
+            self._interrupt(trainer, number)
+
+    def _tell(self, trainer: L.Trainer, event: str, **details: Any) -> None:
+        if trainer.is_global_zero:
+            events.record(self.folder.parent, event, **details)
+
+    def _interrupt(self, trainer: L.Trainer, number: int) -> None:
+        self._tell(trainer, "signal", signal=signal.Signals(number).name, step=trainer.global_step)
+        preemption.interrupt(trainer, number)
 
     def _resume(self, trainer: L.Trainer, module: Any, saved: Checkpoint) -> None:
         step = saved.step
@@ -71,6 +89,13 @@ class Checkpoints(Callback):
         batches: Any = loop.batch_progress.total
         batches.ready = batches.started = batches.processed = batches.completed = step * trainer.accumulate_grad_batches
 
+    def on_train_start(self, trainer: L.Trainer, module: Any) -> None:
+        if self.resume is not None and not self.resume.state.get("validated", True):
+            # As Lightning does it between two batches.
+            trainer.validating = True
+            trainer.fit_loop.epoch_loop.val_loop.run()
+            trainer.training = True
+
     def on_train_batch_start(self, trainer: L.Trainer, module: Any, batch: Any, batch_idx: int) -> None:
         # Lightning validates at multiples of `val_check_batch` only: make the run's last batch one.
         total = trainer.fit_loop.epoch_loop.total_batch_idx + 1
@@ -78,9 +103,19 @@ class Checkpoints(Callback):
             trainer.val_check_batch = total
 
     def on_train_batch_end(self, trainer: L.Trainer, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        heartbeat.beat(trainer.global_step)
         whole_step = (batch_idx + 1) % trainer.accumulate_grad_batches == 0
         if whole_step and not self._validates(trainer, module):
             self._end_step(trainer, module, val_loss=None)
+
+    def on_validation_batch_end(self, trainer: L.Trainer, module: Any, *batch: Any) -> None:
+        heartbeat.beat()
+        if trainer.state.fn != "fit" or trainer.global_step == module.num_steps:
+            return  # after the last step this is all that a resumed run would have to do
+        if number := preemption.agreed(trainer):
+            if not trainer.sanity_checking:
+                self._save(trainer, module, val_loss=None, validated=False)
+            self._interrupt(trainer, number)
 
     def on_validation_end(self, trainer: L.Trainer, module: Any) -> None:
         if not trainer.sanity_checking and trainer.state.fn == "fit":
@@ -94,11 +129,13 @@ class Checkpoints(Callback):
         step, number = trainer.global_step, preemption.agreed(trainer)
         if number or trainer.should_stop or step == module.num_steps or step % self.save_every == 0:
             self._save(trainer, module, val_loss)
+            number = number or preemption.agreed(trainer)  # may have come during the save
         if number:
-            preemption.interrupt(trainer, number)
+            self._interrupt(trainer, number)
 
-    def _save(self, trainer: L.Trainer, module: Any, val_loss: float | None) -> None:
-        step = trainer.global_step
+    def _save(self, trainer: L.Trainer, module: Any, val_loss: float | None, validated: bool = True) -> None:
+        step, start = trainer.global_step, time.perf_counter()
+        heartbeat.beat()
         for logger in trainer.loggers:
             logger.save()
         log_probs = probes.measure(module, trainer.datamodule)  # type: ignore[attr-defined]
@@ -106,6 +143,7 @@ class Checkpoints(Callback):
             "num_steps": module.num_steps,
             "stopped": trainer.should_stop,  # by a callback, before the last step
             "val_loss": val_loss if val_loss is not None and math.isfinite(val_loss) else None,
+            "validated": validated,
             **self.facts,
         }
         callbacks = {each.state_key: each.state_dict() for each in trainer.callbacks}  # type: ignore[attr-defined]
@@ -121,4 +159,6 @@ class Checkpoints(Callback):
         if trainer.is_global_zero:
             checkpoints.prune(self.folder, self.keep_last)
             log(f"step {step}: saved {saved.path}")
+        self._tell(trainer, "save", step=step, seconds=round(time.perf_counter() - start, 3))
         trainer.strategy.barrier("checkpoint")
+        heartbeat.beat()

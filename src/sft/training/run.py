@@ -16,7 +16,8 @@ import yaml
 from hydra.errors import InstantiationException
 
 from sft.errors import UserError
-from sft.training import provenance
+from sft.training import events, heartbeat, provenance
+from sft.training.failure import NotFinite, cause
 from sft.training.preemption import Interrupted
 from sft.training.provenance import now
 
@@ -121,7 +122,7 @@ class Run:
                     + (f" ({len(differing) - 1} more differ)" if len(differing) > 1 else "")
                     + ": give this one another name with run=NAME"
                 )
-        elif run.folder.is_dir() and any(run.folder.iterdir()):
+        elif run.folder.is_dir() and {path.name for path in run.folder.iterdir()} - {"logs", "events.jsonl"}:
             raise UserError(f"{run.folder} exists and is no run: move it away, or give the run a name with run=NAME")
         existing = next(path for path in (run.folder, *run.folder.absolute().parents) if path.exists())
         if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
@@ -174,14 +175,18 @@ class Run:
             self._mark("interrupted", num_steps=num_steps, step=self._step())
             raise
         except BaseException as error:
-            if new and isinstance(error, UserError | InstantiationException) and not self.checkpoints.exists():
+            mistake = isinstance(error, UserError | InstantiationException) and not isinstance(error, NotFinite)
+            if new and mistake and not self.checkpoints.exists():
                 shutil.rmtree(self.folder)
             else:
                 reason = f"{type(error).__name__}: {error}"[:2000]
                 with suppress(OSError):  # a full disk must not hide what filled it
                     self._mark("failed", num_steps=num_steps, step=self._step(), error=reason)
+                if "SFT_JOB_FOLDER" not in os.environ:  # else the batch script tells, which knows of all ranks
+                    events.record(self.folder, "failure", cause=cause(error), step=heartbeat.step, error=reason)
             raise
         self._mark("finished", num_steps=num_steps, step=self._step())
+        events.record(self.folder, "finish", step=self._step())
 
     def _step(self) -> int:
         """Of the newest checkpoint."""

@@ -79,6 +79,6 @@ def quiet() -> None:
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", ".*LeafSpec.*deprecated.*")
     warnings.filterwarnings("ignore", ".*GPU available but not used.*")
-    warnings.filterwarnings("ignore", ".*`srun` command is available.*")  # on a login node it needn't be used
+    warnings.filterwarnings("ignore", ".*`srun` command is available.*")
     warnings.filterwarnings("ignore", ".*DeepSpeed handles gradient clipping internally.*")
     warnings.filterwarnings("ignore", ".*`torch.distributed.*` is deprecated.*", FutureWarning)

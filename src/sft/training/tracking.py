@@ -2,8 +2,9 @@
 
 import netrc
 import os
+import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,8 +17,14 @@ if TYPE_CHECKING:
     from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
 
 
-def wandb_logger(*, run: str, folder: Path, group: str, project: str, mode: str) -> "WandbLogger":
+def wandb_logger(
+    *, run: str, folder: Path, group: str, history: Sequence[Mapping[str, str]], project: str, mode: str
+) -> "WandbLogger":
     """Weights & Biases; `mode=auto` is online for who is logged in and offline for who is not.
+
+    One W&B run however often this one is resumed, with each step exactly once: a resumed run makes the steps after
+    its checkpoint again, to the same bits, so online those that are there already are left out. Offline, where a W&B
+    run can't be gone on with, it is written anew. What is missing comes from `history`, the rows of metrics.csv.
 
     `WANDB_MODE` in the environment goes before `mode`. Where the service can't be reached the run goes on offline.
     """
@@ -36,7 +43,16 @@ def wandb_logger(*, run: str, folder: Path, group: str, project: str, mode: str)
 
     import wandb
 
+    class Steps(WandbLogger):
+        @rank_zero_only
+        def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+            if int(step or 0) >= first:
+                experiment.log({**metrics, "trainer/global_step": step}, step=step)
+
     def start(mode: str) -> Any:
+        if mode == "offline":
+            for before in (folder / "wandb").glob(f"offline-run-*-{run}"):
+                shutil.rmtree(before)
         return wandb.init(
             project=project,
             name=run,
@@ -55,7 +71,12 @@ def wandb_logger(*, run: str, folder: Path, group: str, project: str, mode: str)
         experiment = start("offline")
     experiment.define_metric("trainer/global_step")
     experiment.define_metric("*", step_metric="trainer/global_step")
-    return WandbLogger(experiment=experiment)
+    first = experiment.starting_step
+    logger = Steps(experiment=experiment)
+    for row in history:
+        values = {name: float(value) for name, value in row.items() if name != "step" and value}
+        logger.log_metrics(values, step=int(row["step"]))
+    return logger
 
 
 @contextmanager
@@ -80,8 +101,11 @@ def _logged_in() -> bool:
         return False
 
 
-def tensorboard_logger(*, run: str, folder: Path, group: str) -> "TensorBoardLogger":
-    """TensorBoard, in `FOLDER/tensorboard`."""
+def tensorboard_logger(
+    *, run: str, folder: Path, group: str, history: Sequence[Mapping[str, str]]
+) -> "TensorBoardLogger":
+    """TensorBoard, in `FOLDER/tensorboard`; a resumed run hides the steps that it makes again."""
     from lightning.pytorch.loggers import TensorBoardLogger
 
-    return TensorBoardLogger(save_dir=folder, name="tensorboard", version="")
+    again = int(history[-1]["step"]) + 1 if history else 0
+    return TensorBoardLogger(save_dir=folder, name="tensorboard", version="", purge_step=again)

@@ -1,0 +1,109 @@
+"""What slurm/train.sbatch asks before the ranks start and after they have ended.
+
+  sft job begin [the settings of sft train]     refuses what can't work; prints the run's folder
+  sft job end FOLDER EXIT_CODE STATE LOG        tells why the ranks ended; exit code 75: requeue the job
+
+EXIT_CODE is that of `srun`, STATE the job's in Slurm, LOG the file that both print to.
+"""
+
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from sft.cluster.verdict import Death, decide, examine
+from sft.commands.train import check
+from sft.errors import UserError
+from sft.training import events, preemption
+from sft.training.run import Run
+
+
+def main(config: Any) -> None:
+    """Prints the run's folder, with the job's folder made in it. Exit code 1 where the job has died too often."""
+    settings: Any = OmegaConf.to_container(config, resolve=True)
+    check(config)
+    run = Run.of(settings)
+    job = events.job()
+    if not job:
+        raise UserError("sft job begin is for batch scripts: submit slurm/train.sbatch, or use sft train")
+    story = events.read(run.folder)
+    logs(run.folder).mkdir(parents=True, exist_ok=True)
+    budgets = settings["cluster"]["max_requeues"]
+    allocation = {name.lower(): os.environ.get(f"SLURM_{name}") for name in ("JOB_NODELIST", "NTASKS")}
+    unfinished = _unexplained(story, job)
+    if unfinished and not _concluded(run.folder, unfinished, story, budgets):
+        sys.exit(1)
+    events.record(run.folder, "job", **allocation, max_requeues=budgets)
+    if preemption.received():
+        events.record(run.folder, "requeue", cause="signal", step=_step(run.folder), why="before the ranks' start")
+        sys.exit(preemption.EXIT_CODE)
+    print(run.folder)
+
+
+def logs(run: Path) -> Path:
+    """Where the ranks of this job leave their errors."""
+    return run / "logs" / os.environ["SLURM_JOB_ID"]
+
+
+def _unexplained(story: list[dict[str, Any]], job: dict[str, Any]) -> Death | None:
+    """Why an earlier attempt of this job ended that nobody has concluded: Slurm itself requeues when a node is lost."""
+    before = [each for each in story if each.get("job") == job["job"] and each["restart"] < job["restart"]]
+    start = max((place for place, each in enumerate(before) if each["event"] == "job"), default=None)
+    if start is None or any(each["event"] in ("requeue", "stop") for each in before[start:]):
+        return None
+    steps = [each["step"] for each in before[start:] if each["event"] in ("start", "save", "signal")]
+    step = max(steps, default=0)
+    if any(each["event"] == "signal" for each in before[start:]):
+        return Death("signal", step, "requeued by Slurm after it had stopped the run")
+    nodes = before[start].get("job_nodelist")
+    return Death("lost", step, f"the attempt on {nodes} ended without a word: a node was lost, or Slurm requeued it")
+
+
+def end(arguments: list[str]) -> None:
+    """Tells in the run's story, and as the last thing in the log, why the ranks ended."""
+    try:
+        verb, folder, exit_code, state, log = arguments
+        assert verb == "end"
+        run, code = Run(Path(folder)), int(exit_code)
+    except (ValueError, AssertionError):
+        raise UserError("sft job is for batch scripts: see slurm/train.sbatch") from None
+    if run.status.get("state") == "finished":
+        return
+    job, story = events.job(), events.read(run.folder)
+    start = max(place for place, each in enumerate(story) if each["event"] == "job" and each["job"] == job["job"])
+    if any(each["event"] == "signal" for each in story[start:]):
+        death = Death("signal", _step(run.folder), "its checkpoint is saved")
+    elif state == "TIMEOUT":
+        error = "killed at the time limit: --signal=USR1@SECONDS must leave time for a step, a save or the export"
+        death = Death("timeout", _step(run.folder), error)
+    else:
+        printed = Path(log).read_text(errors="replace").rpartition(f"restart {job['restart']} ")[2]
+        death = examine(logs(run.folder), job["restart"], code, _step(run.folder), printed)
+    if state == "CANCELLED":
+        events.record(run.folder, "stop", **death.event(), why="the job was cancelled")
+        print(f"stopped at step {death.step}: the job was cancelled; submitted again, it goes on", flush=True)
+    elif _concluded(run.folder, death, story, story[start]["max_requeues"]):
+        sys.exit(preemption.EXIT_CODE)
+
+
+def _concluded(folder: Path, death: Death, story: list[dict[str, Any]], budgets: dict[str, int]) -> bool:
+    """Decides, records and tells; whether to requeue."""
+    requeue, why = decide(death, story, events.job()["job"], budgets)
+    events.record(folder, "requeue" if requeue else "stop", **death.event(), why=why)
+    if death.details:
+        print(death.details.rstrip(), file=sys.stderr)
+    place = f" (rank {death.rank} on {death.host})" if death.rank is not None else ""
+    verdict = "requeued" if requeue else "stopped"
+    print(f"{verdict}: {death.cause} at step {death.step}{place}: {death.error}; {why}", file=sys.stderr, flush=True)
+    return requeue
+
+
+def _step(folder: Path) -> int:
+    """The last optimizer step that is known to be done: the last row of metrics.csv."""
+    try:
+        last = (folder / "metrics.csv").read_text().splitlines()[-1].partition(",")[0]
+    except (OSError, IndexError):
+        return 0
+    return int(last) if last.isdigit() else 0

@@ -1,0 +1,35 @@
+"""The story of a run, a line of JSON an event in `events.jsonl`: starts and where, signals, saves, failures and their
+causes, and what was decided. Only appended to, by the first rank and by the batch script's own steps."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from sft.training.provenance import now
+
+
+def job() -> dict[str, Any]:
+    """The Slurm job that this process is in, and how often it has been requeued; empty outside one."""
+    number = os.environ.get("SLURM_JOB_ID")
+    return {"job": int(number), "restart": int(os.environ.get("SLURM_RESTART_COUNT", 0))} if number else {}
+
+
+def record(folder: Path, event: str, **details: Any) -> None:
+    """Appends one event to the run's story, in a single write."""
+    line = json.dumps({"time": now(), "event": event, **job(), **details}) + "\n"
+    descriptor = os.open(folder / "events.jsonl", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
+    try:
+        os.write(descriptor, line.encode())
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def read(folder: Path) -> list[dict[str, Any]]:
+    """All events so far, oldest first; a line cut short by a crash is left out."""
+    try:
+        lines = (folder / "events.jsonl").read_text().splitlines()
+    except FileNotFoundError:
+        return []
+    return [json.loads(line) for line in lines if line.endswith("}")]
