@@ -2,6 +2,7 @@
 
 import csv
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -55,6 +56,26 @@ def test_a_job_that_has_no_setting_trains_nothing(tmp_path: Path, index: str, me
     assert ended.returncode
     assert message in ended.stderr
     assert "<" not in ended.stdout
+
+
+def test_one_job_of_an_array_requeues_itself_alone(tmp_path: Path) -> None:
+    for name, body in {
+        "sft": "exit 75",  # a signal came before the ranks' start
+        "scontrol": "echo scontrol \"$@\" >>calls; echo '   JobState=RUNNING'",
+    }.items():
+        (tmp_path / name).write_text(f"#!/bin/sh\n{body}\n")
+        (tmp_path / name).chmod(0o755)
+    (tmp_path / "slurm").mkdir()
+    shutil.copy(ROOT / "slurm" / "site.sh", tmp_path / "slurm")
+    # Of the array's last job the two numbers are the same.
+    job = {"SLURM_JOB_ID": "21", "SLURM_ARRAY_JOB_ID": "21", "SLURM_ARRAY_TASK_ID": "1", "SLURM_JOB_NODELIST": "n1"}
+    environment = os.environ | job | {"SLURM_NTASKS": "2", "SLURM_JOB_NUM_NODES": "1"}
+    environment["PATH"] = f"{tmp_path}:{os.environ['PATH']}"
+    ended = subprocess.run(["bash", ROOT / "slurm" / "train.sbatch"], cwd=tmp_path, env=environment)
+    assert ended.returncode == 75
+    calls = (tmp_path / "calls").read_text().splitlines()
+    assert "scontrol requeue 21_1" in calls
+    assert all("21_1" in call for call in calls if "show job" in call)
 
 
 def test_a_job_a_setting_goes_on_after_a_signal_and_the_table_ends_it(cluster: Cluster, sft: Sft) -> None:
