@@ -213,8 +213,8 @@ def _nearest(name: str, command: str) -> str | None:
     from omegaconf import OmegaConf
 
     with initialize_config_dir(str(CONF), version_base="1.3"):
-        name = CONFIGURATION.get(command, command)
-        known = _names(OmegaConf.to_container(compose(name), resolve=False))
+        composed = compose(CONFIGURATION.get(command, command))
+        known = _names(OmegaConf.to_container(composed, resolve=False))
     known += [path.name for path in CONF.iterdir() if path.is_dir()]
     leaf = name.rpartition(".")[2]
     same_leaf = [each for each in known if each.rpartition(".")[2] == leaf]
