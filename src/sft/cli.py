@@ -85,7 +85,6 @@ def _run(command: str, arguments: list[str]) -> None:
 
     def task(config: Any) -> Any:  # pickled where it is a job: it must refer to nothing that only lives here
         sys.argv = typed
-        failure = None
         with submitted.rank() if submitted.is_submitted() else nullcontext():
             try:
                 return import_module(f"sft.commands.{command}").main(config)
@@ -96,8 +95,8 @@ def _run(command: str, arguments: list[str]) -> None:
             except Exception as error:  # here, since Hydra would print a line of its own
                 if not _is_one_of_several(command):
                     _report(error, command)
-                failure = _tell(error, command)
-            raise RuntimeError(failure)  # and not from the error, which would hold on to all that it has seen
+                message = _tell(error, command)
+            raise RuntimeError(message)  # and not from the error, which would hold on to all that it has seen
 
     sys.argv = [f"sft {command}", *_hydra_arguments(command, arguments)]
     name = CONFIGURATION.get(command, command)

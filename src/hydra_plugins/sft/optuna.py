@@ -15,7 +15,6 @@ from typing import Any
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import IntervalSweep, Override, Transformer
 from hydra.utils import instantiate
-from omegaconf import OmegaConf
 
 from hydra_plugins.sft.grid import Ended, Grid, Job
 from sft.errors import UserError
@@ -102,8 +101,7 @@ class Optuna(Grid):
     def _pruning(self, study: str, trial: int) -> list[str]:
         """The callback by which a trial reports, as overrides."""
         callback = {"_target_": "sft.training.pruning.Pruning", "storage": self.storage, "study": study, "trial": trial}
-        pruner: Any = OmegaConf.to_container(self.pruner, resolve=True)
-        values = callback | {f"pruner.{key}": value for key, value in pruner.items()}
+        values = callback | {f"pruner.{key}": value for key, value in self.pruner.items()}
         return [f"++callbacks.pruning.{key}={json.dumps(value)}" for key, value in values.items()]
 
 
@@ -118,5 +116,4 @@ def distribution(override: Override) -> Any:
     low, high, log = interval.start, interval.end, "log" in interval.tags
     if isinstance(low, int) and isinstance(high, int):
         return IntDistribution(low, high, log=log)
-    assert low is not None and high is not None
-    return FloatDistribution(low, high, log=log)
+    return FloatDistribution(low, high, log=log)  # type: ignore[arg-type]
