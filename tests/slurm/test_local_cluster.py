@@ -75,8 +75,7 @@ def test_mistakes_are_told_in_one_line(own: Cluster, tmp_path: Path, tmp_path_fa
         assert done.stderr.startswith("local-cluster: ") and done.stderr.count("\n") == 1, done.stderr
         return done.stderr.removeprefix("local-cluster: ")
 
-    empty = tmp_path / "empty"
-    empty.mkdir()
+    empty = tmp_path_factory.mktemp("e")  # short
     none = Cluster(tmp_path / "none")
     assert "is not installed" in (line := told("start", cluster=none, env={"PATH": str(empty)}))
     assert line.endswith("sudo apt-get install --no-install-recommends slurmctld slurmd slurm-client munge\n")
@@ -91,13 +90,13 @@ def test_mistakes_are_told_in_one_line(own: Cluster, tmp_path: Path, tmp_path_fa
     assert "--nodes" in told("start", "--nodes=0", cluster=none)
 
 
-def test_what_a_dead_cluster_left_is_no_obstacle(tmp_path: Path) -> None:
-    left = Cluster(tmp_path)
-    (tmp_path / "run").mkdir()
-    (tmp_path / "cluster.json").write_text("{}")
+def test_what_a_dead_cluster_left_is_no_obstacle(tmp_path_factory: pytest.TempPathFactory) -> None:
+    left = Cluster(tmp_path_factory.mktemp("left"))
+    (left.folder / "run").mkdir()
+    (left.folder / "cluster.json").write_text("{}")
     # Their numbers are others' by now.
     for name, pid in (("login.host", os.getpid()), ("n1.host", os.getppid()), ("slurmctld.pid", 2**22 - 1)):
-        (tmp_path / "run" / name).write_text(str(pid))
+        (left.folder / "run" / name).write_text(str(pid))
     try:
         assert left.start(nodes=1).exec("srun", sys.executable, "-c", "print(6 * 7)").stdout == "42\n"
     finally:
