@@ -6,6 +6,7 @@ import errno
 import faulthandler
 import os
 import re
+import socket
 import sys
 import traceback
 from contextlib import suppress
@@ -47,6 +48,8 @@ def main() -> None:
     if command in ("train", "job"):
         preemption.install()  # before all that takes time, in which a signal would be fatal
         faulthandler.enable(sys.__stderr__ or sys.stderr)
+        if command == "train" and "SFT_JOB_FOLDER" in os.environ:  # a rank's file holds all attempts of a job
+            print(f"restart {os.environ.get('SLURM_RESTART_COUNT', 0)} on {socket.gethostname()}", file=sys.stderr)
     try:
         _run(command, arguments[1:])
     except Exception as error:

@@ -75,7 +75,7 @@ def examine(folder: Path, restart: int, exit_code: int, step: int, log: str) -> 
         return _reported(reports[0])
     if cause is None:
         cause, end = ("failed", f"exit code {exit_code}") if exit_code < 128 else ("killed", end)
-    return Death(cause, step, f"a rank ended: {end}", rank, host, _tail(folder, rank))
+    return Death(cause, step, f"a rank ended: {end}", rank, host, _tail(folder, rank, restart))
 
 
 def _reported(report: dict[str, Any]) -> Death:
@@ -86,10 +86,13 @@ def _signal(number: int) -> str:
     return (signal.strsignal(number) if 0 < number < signal.NSIG else None) or ""
 
 
-def _tail(folder: Path, rank: int | None) -> str:
-    """The end of what a rank has written to stderr."""
+def _tail(folder: Path, rank: int | None, restart: int) -> str:
+    """The end of what a rank has written to stderr in this attempt, without torch's warnings."""
     path = folder / f"rank-{rank}.err"
-    return path.read_text(errors="replace")[-4000:] if path.exists() else ""
+    if not path.exists():
+        return ""
+    written = path.read_text(errors="replace").rpartition(f"restart {restart} ")[2]
+    return "\n".join([line for line in written.splitlines()[1:] if not line.startswith("[W")][-40:])
 
 
 def decide(
