@@ -12,6 +12,7 @@ import json
 import os
 import signal
 import sys
+from contextlib import suppress
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -35,7 +36,8 @@ def main() -> None:
     try:
         rank.check(arguments.write_mb, arguments.timeout / 3)
     except Exception as error:
-        rank.note(error=f"{type(error).__name__}: {' '.join(str(error).split())[:300]}")
+        with suppress(OSError):  # such as a full disk, which may be what is told
+            rank.note(error=f"{type(error).__name__}: {' '.join(str(error).split())[:300]}")
         print(f"{rank.node}: {rank.stage}: {error}", file=sys.stderr, flush=True)
     os._exit(rank.stage != DONE)  # threads of a process group can crash or hang an interpreter's own end
 
@@ -80,14 +82,14 @@ def show(verdict: Verdict, leaders: dict[str, dict[str, Any]]) -> None:
         cells = [
             str(known["gpus"]["visible"]) if "gpus" in known else "",
             *(
-                f"{known[name]:.3g} {unit}" if known.get(name) is not None else ""
-                for name, unit in (
-                    ("runs_gb", "GB"),
-                    ("tmp_gb", "GB"),
-                    ("shm_gb", "GB"),
-                    ("write_mb_s", "MB/s"),
-                    ("clock_s", "s"),
-                    ("inside_gb_s", "GB/s"),
+                f"{known[name]:{form}} {unit}" if known.get(name) is not None else ""
+                for name, form, unit in (
+                    ("runs_gb", ".3g", "GB"),
+                    ("tmp_gb", ".3g", "GB"),
+                    ("shm_gb", ".3g", "GB"),
+                    ("write_mb_s", ".3g", "MB/s"),
+                    ("clock_s", "+.3f", "s"),
+                    ("inside_gb_s", ".3g", "GB/s"),
                 )
             ),
         ]
