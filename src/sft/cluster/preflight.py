@@ -50,6 +50,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--timeout", type=int, default=300, help="seconds for all of a rank's checks")
     parser.add_argument("--limit", action="append", default=[], metavar="NAME=VALUE")
     parser.add_argument("--nodes", nargs="+", default=[])
+    parser.add_argument("--lost", nargs="*", default=[])
     parser.add_argument("--ranks-a-node", type=int, default=1)
     arguments = parser.parse_args()
     known = {each.name for each in fields(Limits)}
@@ -65,8 +66,10 @@ def parse() -> argparse.Namespace:
 
 def report(arguments: argparse.Namespace) -> int:
     """Prints the verdict; 1 where something is wrong."""
+    for path in arguments.folder.glob("written-*"):  # by ranks that were killed while they wrote
+        path.unlink()
     reports = [json.loads(path.read_text()) for path in sorted(arguments.folder.glob("rank-*.json"))]
-    verdict = judge(reports, arguments.nodes, arguments.ranks_a_node, arguments.limits)
+    verdict = judge(reports, arguments.nodes, arguments.ranks_a_node, arguments.limits, arguments.lost)
     show(verdict, {each["node"]: each for each in reports if each["local_rank"] == 0})
     return 1 if verdict.bad or verdict.troubles else 0
 
@@ -87,7 +90,7 @@ def show(verdict: Verdict, leaders: dict[str, dict[str, Any]]) -> None:
                     ("runs_gb", ".3g", "GB"),
                     ("tmp_gb", ".3g", "GB"),
                     ("shm_gb", ".3g", "GB"),
-                    ("write_mb_s", ".3g", "MB/s"),
+                    ("write_mb_s", ".0f", "MB/s"),
                     ("clock_s", "+.3f", "s"),
                     ("inside_gb_s", ".3g", "GB/s"),
                 )
