@@ -36,9 +36,9 @@ def test_cause_of_an_exception(error: Exception, cause: str) -> None:
 
 
 def report(folder: Path, rank: int, error: str, at: float, cause: str = "failed", following: bool = False) -> None:
-    known: dict[str, Any] = {"rank": rank, "host": f"n{rank}", "restart": 1, "time": at, "step": 7, "cause": cause}
+    known: dict[str, Any] = {"rank": rank, "host": f"n{rank}", "time": at, "step": 7, "cause": cause}
     known |= {"following": following, "error": error, "traceback": f"Traceback of {error}"}
-    (folder / f"rank-{rank}.json").write_text(json.dumps(known))
+    (folder / f"attempt-1-rank-{rank}.json").write_text(json.dumps(known))
 
 
 def test_first_error_of_the_first_rank_counts_not_what_followed_from_it(tmp_path: Path) -> None:
@@ -80,8 +80,8 @@ def test_rank_that_left_no_word(tmp_path: Path, log: str, code: int, cause: str,
 
 
 def test_ranks_that_hung_left_their_stacks(tmp_path: Path) -> None:
-    (tmp_path / "rank-0.stack").write_text("Thread 0x1 (most recent call first): all_reduce")
-    (tmp_path / "rank-1.stack").touch()
+    (tmp_path / "attempt-1-rank-0.stack").write_text("Thread 0x1 (most recent call first): all_reduce")
+    (tmp_path / "attempt-1-rank-1.stack").touch()
     report(tmp_path, 1, "RuntimeError: Connection reset by peer", at=1.0, following=True)
     death = examine(tmp_path, 1, 137, 6, "srun: error: n1: task 0: Alarm clock\n")
     assert death.cause == "hung" and "all_reduce" in death.details
