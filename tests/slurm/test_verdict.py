@@ -12,7 +12,7 @@ from sft.errors import UserError
 from sft.training import failure
 from sft.training.failure import NotFinite
 
-BUDGETS = yaml.safe_load((Path(__file__).parents[2] / "conf" / "train.yaml").read_text())["cluster"]["max_requeues"]
+BUDGETS = yaml.safe_load((Path(__file__).parents[2] / "conf" / "cluster" / "default.yaml").read_text())["max_requeues"]
 
 
 @pytest.mark.parametrize(
