@@ -3,6 +3,7 @@
 import json
 import os
 import random
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from cluster import Cluster
 from running import Sft
 
 CHATML = (
@@ -87,3 +89,11 @@ def data_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def sft(tmp_path: Path, model_folder: Path, data_file: Path, monkeypatch: pytest.MonkeyPatch) -> Sft:
     """The command line in an empty folder, with settings for a run of seconds."""
     return Sft(tmp_path, model_folder, data_file, monkeypatch)
+
+
+@pytest.fixture(scope="session")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    """A Slurm cluster of 3 nodes that claim 2 processors each. Leave it idle."""
+    cluster = Cluster(tmp_path_factory.mktemp("slurm"))
+    yield cluster.start(nodes=3, cpus=2)
+    cluster.stop()

@@ -1,0 +1,102 @@
+"""A Slurm cluster on this machine for tests, by slurm/local-cluster. Tests that use one are in the group "slurm", so
+that one worker has it: `pytestmark = pytest.mark.xdist_group("slurm")`."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+SCRIPT = Path(__file__).parents[1] / "slurm" / "local-cluster"
+
+
+def eventually(condition: Callable[[], bool], timeout: float = 60) -> None:
+    """Waits until it holds."""
+    end = time.monotonic() + timeout
+    while not condition():
+        assert time.monotonic() < end, f"not within {timeout} s"
+        time.sleep(0.1)
+
+
+class Cluster:
+    """In `folder`, where `start` has put it. Its nodes are hosts of their own where `hosts` is true, else one."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.nodes: list[str] = []
+        self.hosts = False
+
+    def start(self, **options: int) -> "Cluster":
+        """Options as of slurm/local-cluster: nodes, cpus, memory, gpus. Skips the test where Slurm isn't installed,
+        and fails it where it must be, in CI."""
+        started = self("start", *(f"--{name}={value}" for name, value in options.items()))
+        if "is not installed" in started.stderr and not os.environ.get("CI"):
+            pytest.skip(started.stderr.strip())
+        assert started.returncode == 0, started.stderr
+        known = json.loads((self.folder / "cluster.json").read_text())
+        self.nodes, self.hosts = known["nodes"], known["hosts"]
+        return self
+
+    def stop(self) -> None:
+        self("stop")
+
+    def __call__(
+        self,
+        verb: str,
+        *arguments: str,
+        timeout: float = 60,
+        cwd: Path | None = None,
+        env: dict[str, str] | None = None,
+    ) -> "subprocess.CompletedProcess[str]":
+        """`slurm/local-cluster VERB ARGUMENTS`, with additions to the environment."""
+        return subprocess.run(
+            [sys.executable, str(SCRIPT), verb, "--dir", str(self.folder), *arguments],
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+            cwd=cwd,
+            env=os.environ | (env or {}),
+        )
+
+    def exec(
+        self, *command: str, timeout: float = 60, cwd: Path | None = None, env: dict[str, str] | None = None
+    ) -> "subprocess.CompletedProcess[str]":
+        """`command` on the login node."""
+        return self("exec", *command, timeout=timeout, cwd=cwd, env=env)
+
+    def submit(self, *arguments: str, cwd: Path | None = None, env: dict[str, str] | None = None) -> str:
+        """The number of the job that sbatch made."""
+        done = self.exec("sbatch", "--parsable", *arguments, cwd=cwd, env=env)
+        assert done.returncode == 0, done.stderr
+        return done.stdout.strip()
+
+    def job(self, job: str) -> dict[str, str]:
+        """What `scontrol show job` says: JobState, Restarts, NodeList, ExitCode ..."""
+        shown = self.exec("scontrol", "--oneliner", "show", "job", job)
+        assert shown.returncode == 0, shown.stderr
+        return dict(field.partition("=")[::2] for field in shown.stdout.split())
+
+    def wait(self, job: str, state: str, timeout: float = 60, **fields: str) -> dict[str, str]:
+        """Waits for the job's state, and for other fields where they are named (Restarts="1"); returns all fields."""
+        wanted = {"JobState": state, **fields}
+        end = time.monotonic() + timeout
+        while True:
+            known = self.job(job)
+            if wanted.items() <= known.items():
+                return known
+            last = known["JobState"] in ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY")
+            if time.monotonic() > end or last:
+                output = Path(known.get("StdOut", "?"))
+                raise AssertionError(
+                    f"job {job} is not {wanted} but {known}\n" + (output.read_text() if output.is_file() else "")
+                )
+            time.sleep(0.3)
+
+    def wait_idle(self, timeout: float = 60) -> None:
+        """Waits until no job is left and all nodes are idle."""
+        sinfo = ("sinfo", "--noheader", "--Node", "--partition=main", "--format=%T")
+        eventually(lambda: self.exec(*sinfo).stdout.split() == ["idle"] * len(self.nodes), timeout)
