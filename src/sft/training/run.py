@@ -17,7 +17,6 @@ from hydra.errors import InstantiationException
 
 from sft.errors import UserError
 from sft.training import events, heartbeat, provenance
-from sft.training.checkpoint import latest
 from sft.training.failure import NotFinite, cause
 from sft.training.preemption import Interrupted
 from sft.training.provenance import now
@@ -191,6 +190,8 @@ class Run:
 
     def _step(self) -> int:
         """Of the newest checkpoint."""
+        from sft.training.checkpoint import latest  # imports torch, which who only asks for a run has no need of
+
         checkpoint = latest(self.checkpoints)
         return checkpoint.step if checkpoint else 0
 
