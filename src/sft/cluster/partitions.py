@@ -99,10 +99,9 @@ def _problem(job: Job, name: str, there: Sequence[Nodes]) -> str | None:
 def _wait(job: Job, name: str, there: Sequence[Nodes]) -> str | None:
     if not there[0].up:
         return f"partition {name} is down, so the job waits"
-    fitting = [each for each in there if _fits(job, each)]
-    away = sum(each.num for each in fitting if each.away)
-    if sum(each.num for each in fitting) - away < job.nodes:
-        return f"{_several(away, 'node')} of partition {name} are down or drained, so the job waits for them"
+    up = sum(each.num for each in there if _fits(job, each) and not each.away)
+    if up < job.nodes:
+        return f"{up} of the {_several(job.nodes, 'node')} that it needs are up in partition {name}, so the job waits"
     return None
 
 

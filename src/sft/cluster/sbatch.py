@@ -134,6 +134,12 @@ def split(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
     options, settings = list(arguments[:at]), list(arguments[at + 1 :])
     if {"-m", "--multirun"} & set(settings):
         raise UserError("-m is not for sft submit: a job trains one run, and a sweep is sft train -m")
+    # Hydra's parser takes overrides in one piece only, and the job puts its own behind them.
+    first = next(
+        (place for place, each in enumerate(settings) if "=" in each and not each.startswith("-")), len(settings)
+    )
+    if flags := [each for each in settings[first:] if each.startswith("-")]:
+        raise UserError(f"{flags[0]} goes before the settings: sft submit ... -- {flags[0]} ... experiment=gsm8k")
     return options, settings
 
 

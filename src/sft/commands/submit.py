@@ -23,6 +23,7 @@ from contextlib import chdir, suppress
 from pathlib import Path
 from typing import Any
 
+from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
@@ -52,7 +53,7 @@ def request(arguments: list[str]) -> tuple[list[str], Job]:
 
 def _submit(config: Any, job: Job, dry_run: bool, rehearse: bool) -> None:
     settings: Any = OmegaConf.to_container(config, resolve=True)
-    num_ranks, accumulation = check(config)
+    num_ranks, accumulation = check_settings(config)
     notes = check_devices(job, config.trainer.accelerator)
     run = Run.of(settings)
     state = run.status.get("state", "new")
@@ -90,6 +91,16 @@ def _submit(config: Any, job: Job, dry_run: bool, rehearse: bool) -> None:
         return
     number = _queue(command, job, run)
     _tell(number, log.replace("%j", str(number)).replace("%%", "%"), config, run)
+
+
+def check_settings(config: Any) -> tuple[int, int]:
+    """As `check`, for machines other than this one, which may have no GPU."""
+    if not (config.adapter and config.adapter.quantize):
+        return check(config)
+    from sft.model.adapter import check_quantization
+
+    check_quantization(HydraConfig.get().runtime.choices["strategy"], config.trainer.accelerator, here=False)
+    return check(OmegaConf.merge(config, {"adapter": {"quantize": False}}))
 
 
 def check_devices(job: Job, accelerator: str) -> list[str]:
