@@ -3,11 +3,14 @@ are scripts of the tests' own, but for the last test, which has a cluster."""
 
 import json
 import os
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+from huggingface_hub import constants
 
 from cluster import Cluster
 from running import Sft
@@ -111,6 +114,14 @@ def story(*events: tuple[str, str, int]) -> Prepare:
         (
             nothing,
             [],
+            ["model.path=org/missing"],
+            "model.path=org/missing is neither here nor in CACHE, and HF_HUB_OFFLINE is set: give a folder, or download "
+            "it first",
+        ),
+        (nothing, [], ["model.path=FOLDER/slurm"], "model.path=FOLDER/slurm: the folder holds no model (config.json)"),
+        (
+            nothing,
+            [],
             ["data.path=missing.jsonl"],
             f"missing.jsonl: no such file or folder (looking from {PROJECT})",
         ),
@@ -201,11 +212,23 @@ def test_refused_before_the_queue(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     prepare(slurm)
+    for name, path in (("FOLDER", str(sft.folder)), ("CACHE", constants.HF_HUB_CACHE)):
+        message, more = message.replace(name, path), [each.replace(name, path) for each in more]
     before = sorted(sft.folder.rglob("*"))
     assert sft("submit", *FITTING, *options, "--", *settings(sft, *GPU, *more)) == 2
-    assert capsys.readouterr().err == f"sft: {message.replace('FOLDER', str(sft.folder))}\n"
+    assert capsys.readouterr().err == f"sft: {message}\n"
     assert [path for path in sorted(sft.folder.rglob("*")) if path != slurm.asked] == before
     assert not slurm.asked.exists() or "--test-only" in slurm.asked.read_text().splitlines()
+
+
+def test_a_full_disk(
+    sft: Sft, slurm: FalseSlurm, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    weights = next(Path(sft.settings[0].partition("=")[2]).glob("*.safetensors")).stat().st_size
+    for free, code in ((3 * weights - 1, 2), (3 * weights, 0)):
+        monkeypatch.setattr(shutil, "disk_usage", lambda path, free=free: SimpleNamespace(free=free))
+        assert sft("submit", "--dry-run", *FITTING, "--", *settings(sft, *GPU)) == code
+    assert f"{sft.folder}/runs/run has 0.0 GB free, and a checkpoint of" in capsys.readouterr().err
 
 
 def test_without_the_two_dashes(sft: Sft, capsys: pytest.CaptureFixture[str]) -> None:

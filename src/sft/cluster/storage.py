@@ -1,4 +1,4 @@
-"""Whether what a job reads and writes is where its nodes see it, and whether a checkpoint fits."""
+"""Whether what a job reads and writes is there, is where its nodes see it, and fits."""
 
 import shutil
 from collections.abc import Mapping
@@ -27,6 +27,25 @@ def notes(places: Mapping[str, Path]) -> list[str]:
     """A note where some of the paths, by what sets them, are on this machine's own disk."""
     own = [f"{name} ({path})" for name, path in places.items() if is_own(path)]
     return [f"on this machine's own disk, which the nodes may not see: {', '.join(own)}"] if own else []
+
+
+def check_hub(setting: str, name: str, kind: str) -> list[str]:
+    """A note where there is no copy of a Hub repository yet; refuses that where the environment, which the job
+    inherits, forbids the download. `kind`: models or datasets."""
+    from huggingface_hub import constants
+
+    hub = Path(constants.HF_HUB_CACHE)
+    copies = [hub / f"{kind}--{name.replace('/', '--')}"]
+    if kind == "datasets":
+        copies.append(Path(constants.HF_HOME) / "datasets" / name.replace("/", "___"))
+    if any(copy.exists() for copy in copies):
+        return []
+    if constants.HF_HUB_OFFLINE:
+        raise UserError(
+            f"{setting}={name} is neither here nor in {hub}, and HF_HUB_OFFLINE is set: give a folder, or download it "
+            "first"
+        )
+    return [f"{setting}={name} comes from the Hub: the nodes need the network, or download it first"]
 
 
 def check_space(runs: Path, model: Path) -> None:

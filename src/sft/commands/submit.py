@@ -133,21 +133,28 @@ def check_files(config: Any, run: Run) -> list[str]:
     places = {"runs_dir": run.folder, "data.cache_dir": Path(config.data.cache_dir)}
     for setting, folder in places.items():
         check_writable(folder, setting)
+    notes = []
     for setting, source in (("model.path", model.path), ("model.tokenizer", model.tokenizer)):
         if source:
             check_folder(source, setting)
-            if Path(source).expanduser().exists():  # else a Hub name
+            if Path(source).expanduser().exists():
                 places[setting] = Path(source).expanduser()
+            else:
+                notes += storage.check_hub(setting, source, "models")
+    if "model.path" in places and not (places["model.path"] / "config.json").is_file():
+        raise UserError(f"model.path={model.path}: the folder holds no model (config.json)")
     if model.chat_template:
-        if not Path(model.chat_template).expanduser().is_file():
-            raise UserError(f"model.chat_template={model.chat_template}: there is no such file")
         places["model.chat_template"] = Path(model.chat_template).expanduser()
+        if not places["model.chat_template"].is_file():
+            raise UserError(f"model.chat_template={model.chat_template}: there is no such file")
     for source in [*training, *validation]:
         if local_files(source):
             places[f"data {source}"] = Path(source.path).expanduser()
-    if model.path and not config.adapter:
-        storage.check_space(run.folder, Path(model.path).expanduser())
-    return storage.notes(places)
+        else:
+            notes += storage.check_hub("data.path", source.path, "datasets")
+    if "model.path" in places and not config.adapter:
+        storage.check_space(run.folder, places["model.path"])
+    return [*dict.fromkeys(notes), *storage.notes(places)]
 
 
 def _queue(command: list[str], job: Job, run: Run) -> int:
