@@ -115,8 +115,8 @@ def story(*events: tuple[str, str, int]) -> Prepare:
             nothing,
             [],
             ["model.path=org/missing"],
-            "model.path=org/missing is neither here nor in CACHE, and HF_HUB_OFFLINE is set: give a folder, or download "
-            "it first",
+            "model.path=org/missing is neither here nor in CACHE, and HF_HUB_OFFLINE is set: give a folder, or "
+            "download it first",
         ),
         (nothing, [], ["model.path=FOLDER/slurm"], "model.path=FOLDER/slurm: the folder holds no model (config.json)"),
         (
@@ -132,6 +132,19 @@ def story(*events: tuple[str, str, int]) -> Prepare:
             ["global_batch_size=32"],
             "the job needs 8 nodes with 8 CPUs and 2 GPUs, and partition main has 4 with 16 CPUs and 2 GPUs: set "
             "--nodes, --ntasks-per-node, --gpus-per-node, --cpus-per-task",
+        ),
+        (
+            nothing,
+            ["--ntasks-per-node=3", "--gpus-per-node=3"],
+            ["global_batch_size=6"],
+            "the job needs 2 nodes with 12 CPUs and 3 GPUs, and partition main has 4 with 16 CPUs and 2 GPUs: set "
+            "--nodes, --ntasks-per-node, --gpus-per-node, --cpus-per-task",
+        ),
+        (
+            nothing,
+            [],
+            ["adapter=qlora", "strategy=fsdp2"],
+            "adapter=qlora: strategy=fsdp2 can't shard weights in 4 bits: set strategy=ddp or adapter=lora",
         ),
         (
             nothing,
@@ -261,6 +274,10 @@ def test_what_sbatch_gets(sft: Sft, slurm: FalseSlurm, capsys: pytest.CaptureFix
     assert (run / "logs").is_dir()
     (event,) = [json.loads(line) for line in (run / "events.jsonl").read_text().splitlines()]
     assert (event["event"], event["job"], event["options"], event["settings"]) == ("submit", 7, FITTING, given)
+
+
+def test_four_bits_need_a_gpu_on_the_nodes_alone(sft: Sft, slurm: FalseSlurm) -> None:
+    assert sft("submit", "--dry-run", *FITTING, "--", *settings(sft, *GPU, "adapter=qlora")) == 0
 
 
 def test_notes(sft: Sft, slurm: FalseSlurm, capsys: pytest.CaptureFixture[str]) -> None:

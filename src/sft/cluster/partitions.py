@@ -33,7 +33,7 @@ class Nodes:
 def nodes() -> list[Nodes]:
     """All that sinfo shows."""
     found = []
-    for line in ask("sinfo", "--noheader", "--exact", "--format=%P|%D|%c|%G|%l|%L|%a|%T").splitlines():
+    for line in ask("sinfo", "--noheader", "--all", "--exact", "--format=%P|%D|%c|%G|%l|%L|%a|%T").splitlines():
         name, num, cpus, gres, max_time, default_time, available, state = line.split("|")
         gpus = [re.sub(r"\(.*", "", each) for each in re.split(r",(?![^(]*\))", gres) if each.startswith("gpu")]
         found.append(
