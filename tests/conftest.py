@@ -93,7 +93,7 @@ def sft(tmp_path: Path, model_folder: Path, data_file: Path, monkeypatch: pytest
 
 @pytest.fixture(scope="session")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    """A Slurm cluster of 3 nodes that claim 2 processors each. Leave it idle."""
+    """A Slurm cluster of 3 nodes that claim 4 processors each. Leave it idle."""
     cluster = Cluster(tmp_path_factory.mktemp("slurm"))
-    yield cluster.start(nodes=3, cpus=2)
+    yield cluster.start(nodes=3, cpus=4)
     cluster.stop()

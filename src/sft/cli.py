@@ -6,13 +6,15 @@ import errno
 import faulthandler
 import os
 import re
+import socket
 import sys
 import traceback
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from importlib import import_module
 from pathlib import Path
 from typing import Any, NoReturn
 
+from sft.cluster import submitted
 from sft.errors import UserError
 from sft.training import failure, preemption
 
@@ -20,6 +22,7 @@ CONF = Path(__file__).resolve().parents[2] / "conf"
 COMMANDS = {
     "train": "fine-tune a model; started again, resume it",
     "preview": "show what would be trained, token by token",
+    "compare": "runs side by side, the best first, with what differs",
     "rehearse": "run a small form of a job through all its stages before it is queued",
     "submit": "queue training on a Slurm cluster, once all is checked",
     "score": "log-probabilities of samples under a run's model",
@@ -48,6 +51,8 @@ def main() -> None:
     if command in ("train", "job"):
         preemption.install()  # before all that takes time, in which a signal would be fatal
         faulthandler.enable(sys.__stderr__ or sys.stderr)
+        if command == "train" and "SFT_JOB_FOLDER" in os.environ:  # a rank's file holds all attempts of a job
+            print(f"restart {os.environ.get('SLURM_RESTART_COUNT', 0)} on {socket.gethostname()}", file=sys.stderr)
     try:
         _run(command, arguments[1:])
     except Exception as error:
@@ -79,16 +84,42 @@ def _run(command: str, arguments: list[str]) -> None:
     typed = list(sys.argv)
     os.environ["HYDRA_FULL_ERROR"] = "1"  # its errors come here instead of to the terminal
 
-    def task(config: Any) -> None:
+    def task(config: Any) -> Any:  # pickled where it is a job: it must refer to nothing that only lives here
         sys.argv = typed
-        try:
-            import_module(f"sft.commands.{command}").main(config)
-        except Exception as error:  # here, since Hydra would print a line of its own
-            _report(error, command)
+        with submitted.rank() if submitted.is_submitted() else nullcontext():
+            try:
+                return import_module(f"sft.commands.{command}").main(config)
+            except preemption.Interrupted as stopped:
+                if submitted.is_submitted():
+                    raise
+                _report(stopped, command)
+            except Exception as error:  # here, since Hydra would print a line of its own
+                if not _is_one_of_several(command):
+                    _report(error, command)
+                message = _tell(error, command)
+            raise RuntimeError(message)  # and not from the error, which would hold on to all that it has seen
 
     sys.argv = [f"sft {command}", *_hydra_arguments(command, arguments)]
     name = CONFIGURATION.get(command, command)
     hydra.main(version_base="1.3", config_path=str(CONF), config_name=name)(task)()
+
+
+def _is_one_of_several(command: str) -> bool:
+    """Whether this is a setting of `sft train -m`, whose others go on when it fails."""
+    from hydra.core.hydra_config import HydraConfig
+    from omegaconf import OmegaConf
+
+    return command == "train" and not OmegaConf.is_missing(HydraConfig.get().job, "num")
+
+
+def _tell(error: Exception, command: str) -> str:
+    """Prints what `_report` would, and returns it in one line."""
+    message = None if os.environ.get("SFT_TRACEBACK") else explain(error, command)
+    if message is None:
+        traceback.print_exception(error)
+        return f"{type(error).__name__}: {error}"
+    print(f"sft: {message}", file=sys.stderr, flush=True)
+    return message
 
 
 def _report(error: Exception, command: str) -> NoReturn:
@@ -111,8 +142,8 @@ def _report(error: Exception, command: str) -> NoReturn:
 
 
 def _hydra_arguments(command: str, arguments: list[str]) -> list[str]:
-    """What Hydra's grammar can't say: `--prompt TEXT` with commas, braces or `=` in it, and `data=FILE` where `data`
-    is the name of a configuration group too."""
+    """What Hydra's grammar can't say: `--prompt TEXT` with commas, braces or `=` in it, `data=FILE` where `data` is the
+    name of a configuration group too, and the folders of `compare`."""
     if command == "job":
         return arguments[1:]
     if command == "submit":
@@ -121,13 +152,25 @@ def _hydra_arguments(command: str, arguments: list[str]) -> list[str]:
         return request(arguments)[1].overrides
     if command == "score":
         return [f"path={each.removeprefix('data=')}" if each.startswith("data=") else each for each in arguments]
+    if command == "compare":
+        folders: list[str] = []
+        others: list[str] = []
+        for before, each in zip(["", *arguments], arguments, strict=False):
+            setting = each.startswith("-") or before == "--cfg" or ("=" in each and not Path(each).is_dir())
+            (others if setting else folders).append(each)
+        return [*others, f"runs=[{','.join(map(_quoted, folders))}]"] if folders else others
     if command != "generate" or "--prompt" not in arguments:
         return arguments
     at = arguments.index("--prompt")
     if at + 1 == len(arguments):
         _fail('--prompt needs a text: sft generate run=NAME --prompt "..."')
-    text = arguments[at + 1].replace("\\", "\\\\").replace('"', '\\"').replace("${", "\\${")
-    return [*arguments[:at], f'prompt="{text}"', *arguments[at + 2 :]]
+    return [*arguments[:at], f"prompt={_quoted(arguments[at + 1])}", *arguments[at + 2 :]]
+
+
+def _quoted(text: str) -> str:
+    """As Hydra's grammar wants a text that means what it says."""
+    escaped = text.replace("\\", "\\\\").replace('"', '\\"').replace("${", "\\${")
+    return f'"{escaped}"'
 
 
 def explain(error: BaseException, command: str) -> str | None:
@@ -177,8 +220,8 @@ def _nearest(name: str, command: str) -> str | None:
     from omegaconf import OmegaConf
 
     with initialize_config_dir(str(CONF), version_base="1.3"):
-        name = CONFIGURATION.get(command, command)
-        known = _names(OmegaConf.to_container(compose(name), resolve=False))
+        composed = compose(CONFIGURATION.get(command, command))
+        known = _names(OmegaConf.to_container(composed, resolve=False))
     known += [path.name for path in CONF.iterdir() if path.is_dir()]
     leaf = name.rpartition(".")[2]
     same_leaf = [each for each in known if each.rpartition(".")[2] == leaf]

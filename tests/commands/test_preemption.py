@@ -60,6 +60,21 @@ def test_one_rank(sft: Sft, step: int, whole: Path) -> None:
     assert rows(sft.run_folder()) == rows(whole)
 
 
+@pytest.mark.parametrize(("where", "validated"), [("InValidation", False), ("InSave", True)])
+def test_signal_in_a_validation_or_a_save(sft: Sft, where: str, validated: bool, whole: Path) -> None:
+    stops = f"+callbacks.stops={{_target_: mishaps.{where}, step: 4, once: {sft.folder}/stopped}}"
+    stopped = sft.process("train", *sft.settings, *SETTINGS, "run=run", stops)
+    assert stopped.code == 75, stopped.output
+    check(sft, 4, stopped.output)
+    assert ("step 4: validation loss" in stopped.output) is validated
+    assert complete(sft.run_folder() / "checkpoints")[-1].state["validated"] is validated
+    again = sft.process("train", *sft.settings, *SETTINGS, "run=run")
+    assert again.code == 0, again.output
+    assert ("step 4: validation loss" in again.output) is not validated
+    assert rows(sft.run_folder()) == rows(whole)
+    assert final_files(sft.run_folder()) == final_files(whole)
+
+
 @pytest.mark.parametrize(("strategy", "rank", "name"), [("ddp", 1, "SIGTERM"), ("deepspeed_zero2", 0, "SIGUSR1")])
 def test_two_ranks_of_which_one_gets_the_signal(sft: Sft, strategy: str, rank: int, name: str) -> None:
     ranks = (f"strategy={strategy}", "trainer.devices=2")

@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM
 
 from commands.test_resume import rows
 from running import Sft
+from sft.training import events
 from sft.training.checkpoint import complete
 
 SGD = ("optimizer=sgd", "optimizer.lr=0.5", "trainer.gradient_clip_val=null", "schedule=constant")
@@ -238,3 +239,18 @@ def test_multirun_makes_runs_of_their_own_in_the_tracker_too(sft: Sft) -> None:
     assert len(folders) == 2
     tracked = [path.name for folder in folders for path in folder.rglob("run-*.wandb")]
     assert sorted(tracked) == sorted(f"run-{folder.name}.wandb" for folder in folders)
+
+
+def test_loss_that_is_no_number_ends_the_run_and_is_never_saved(sft: Sft, capsys: pytest.CaptureFixture[str]) -> None:
+    breaks = "+callbacks.breaks={_target_: mishaps.Mishap, step: 3, rank: 0, what: spoil}"
+    assert sft.train("run=run", "checkpoint.save_every=1", breaks) == 2
+    assert "sft: step 3: the loss is nan, the gradient's norm nan, so nothing of this step is saved" in (
+        capsys.readouterr().err
+    )
+    folder = sft.run_folder()
+    assert [path.name for path in sorted((folder / "checkpoints").iterdir())] == ["step-00000001", "step-00000002"]
+    assert (folder / "metrics.csv").read_text().splitlines()[-1].startswith("2,")
+    status = json.loads((folder / "status.json").read_text())
+    assert (status["state"], status["step"]) == ("failed", 2)
+    (told,) = [each for each in events.read(folder) if each["event"] == "failure"]
+    assert (told["cause"], told["step"]) == ("not_finite", 2)

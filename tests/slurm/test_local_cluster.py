@@ -1,6 +1,6 @@
 """slurm/local-cluster: nodes of their own, fake GPUs, a node's crash, and what is told of mistakes."""
 
-import os
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -52,10 +52,9 @@ def test_a_crashed_nodes_job_goes_on_elsewhere(own: Cluster, tmp_path: Path) -> 
 
 def test_preemptible_jobs_are_warned(own: Cluster, tmp_path: Path) -> None:
     script = tmp_path / "job.sh"
-    # The signal goes to the step. It ends at once; had it not, it would have had 30 seconds.
-    script.write_text(
-        "#!/bin/sh\nexec srun sh -c 'trap \"echo warned; exit 0\" TERM; echo up; while :; do sleep 0.1; done'\n"
-    )
+    # The signal goes to the step, which needs longer than KillWait (5 s) to put its things in order.
+    step = 'trap "sleep 7; echo saved; exit 0" TERM; echo up; while :; do sleep 0.1; done'
+    script.write_text(f"#!/bin/sh\nexec srun sh -c '{step}'\n")
     options = ["--exclusive", "--nodes=2", "--open-mode=append", f"--output={tmp_path}/%j.out"]
     job = own.submit("--partition=preemptible", "--requeue", *options, str(script))
     own.wait(job, "RUNNING")
@@ -63,7 +62,7 @@ def test_preemptible_jobs_are_warned(own: Cluster, tmp_path: Path) -> None:
     eventually(lambda: output.exists() and output.read_text().count("up") == 2)
     displacing = own.submit(*options, "--wrap=true")
     own.wait(displacing, "COMPLETED", timeout=90)
-    assert output.read_text().count("warned") == 2
+    assert output.read_text().count("saved") == 2
     own.exec("scancel", job)
     own.wait_idle()
 
@@ -75,8 +74,7 @@ def test_mistakes_are_told_in_one_line(own: Cluster, tmp_path: Path, tmp_path_fa
         assert done.stderr.startswith("local-cluster: ") and done.stderr.count("\n") == 1, done.stderr
         return done.stderr.removeprefix("local-cluster: ")
 
-    empty = tmp_path / "empty"
-    empty.mkdir()
+    empty = tmp_path_factory.mktemp("e")  # short
     none = Cluster(tmp_path / "none")
     assert "is not installed" in (line := told("start", cluster=none, env={"PATH": str(empty)}))
     assert line.endswith("sudo apt-get install --no-install-recommends slurmctld slurmd slurm-client munge\n")
@@ -91,14 +89,16 @@ def test_mistakes_are_told_in_one_line(own: Cluster, tmp_path: Path, tmp_path_fa
     assert "--nodes" in told("start", "--nodes=0", cluster=none)
 
 
-def test_what_a_dead_cluster_left_is_no_obstacle(tmp_path: Path) -> None:
-    left = Cluster(tmp_path)
-    (tmp_path / "run").mkdir()
-    (tmp_path / "cluster.json").write_text("{}")
-    # Their numbers are others' by now.
-    for name, pid in (("login.host", os.getpid()), ("n1.host", os.getppid()), ("slurmctld.pid", 2**22 - 1)):
-        (tmp_path / "run" / name).write_text(str(pid))
-    try:
-        assert left.start(nodes=1).exec("srun", sys.executable, "-c", "print(6 * 7)").stdout == "42\n"
-    finally:
-        left.stop()
+def test_what_a_dead_cluster_left_is_no_obstacle(tmp_path_factory: pytest.TempPathFactory) -> None:
+    left = Cluster(tmp_path_factory.mktemp("left"))
+    (left.folder / "run").mkdir()
+    (left.folder / "cluster.json").write_text("{}")
+    with subprocess.Popen(["sleep", "60"]) as other:  # which has got their numbers since
+        for name in ("login.host", "n1.host", "slurmctld.pid"):
+            (left.folder / "run" / name).write_text(str(other.pid))
+        try:
+            assert left.start(nodes=1).exec("srun", sys.executable, "-c", "print(6 * 7)").stdout == "42\n"
+        finally:
+            left.stop()
+            assert other.poll() is None
+            other.kill()

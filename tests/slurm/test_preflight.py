@@ -96,6 +96,14 @@ def test_who_did_not_come_is_blamed_and_not_who_waited() -> None:
     assert verdict(*failing).bad == ["n3"]
 
 
+def test_a_node_that_is_lost_on_the_way_is_blamed() -> None:
+    hanging = [rank(node, at, stage="all-reduce") for node in NODES for at in (0, 1)]
+    lost = judge(hanging, NODES, 2, Limits(), lost=["n2"])
+    assert lost.bad == ["n2"] and not lost.troubles
+    writing = [rank(node, stage="write speed") for node in NODES]
+    assert judge(writing, NODES, 1, Limits(), lost=["n2"]).bad == ["n2"]
+
+
 def test_what_is_wrong_everywhere_is_of_no_single_node() -> None:
     hanging = verdict(*(rank(node, at, stage="all-reduce") for node in NODES for at in (0, 1)))
     assert hanging.troubles == ["on every node: all-reduce: did not end in time"]

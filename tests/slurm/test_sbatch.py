@@ -119,7 +119,10 @@ def test_duration(text: str, seconds: float) -> None:
             "--signal=INT@60",
             "--signal=INT@60 is no signal that the ranks save on (USR1 or TERM): set --signal=USR1@300",
         ),
-        ("-a 0-3", "--array is not for sft submit: a job trains one run: submit each by itself"),
+        (
+            "-a 0-3",
+            "--array is not for sft submit: a job trains one run; for many, sbatch --array with slurm/sweep.sbatch",
+        ),
         ("--nodes", "of the options of sbatch, argument -N/--nodes: expected one argument: see sbatch --help"),
     ],
 )

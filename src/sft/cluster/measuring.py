@@ -63,8 +63,10 @@ class Rank:
             self.note("write speed")
             self.note(write_mb_s=write_speed(self.folder / f"written-{self.rank}", write_mb))
         self._meet(timeout)
-        self.note("clock", **self._clock())
-        self.note("locks", **self._locks())
+        self.note("clock")
+        self.note(**self._clock())
+        self.note("locks")
+        self.note(**self._locks())
         self.note("all-reduce")
         self.note(DONE, **self._reduce())
         with suppress(RuntimeError):
@@ -109,7 +111,7 @@ class Rank:
 
         dist.all_reduce(torch.zeros(1))
 
-    def _clock(self) -> dict[str, float]:
+    def _clock(self) -> dict[str, Any]:
         """Seconds by which this node's clock is ahead of the first one's, by the round trip that took least."""
         import torch
         import torch.distributed as dist
@@ -135,7 +137,7 @@ class Rank:
         self._barrier()
         return measured
 
-    def _locks(self) -> dict[str, bool]:
+    def _locks(self) -> dict[str, Any]:
         """Whether a lock that the first node holds is refused to this one."""
         first, others = self.leaders[0], self.leaders[1:]
         measured = {}
@@ -153,12 +155,12 @@ class Rank:
                     self._barrier()
         return measured
 
-    def _reduce(self) -> dict[str, float]:
+    def _reduce(self) -> dict[str, Any]:
         """Bus bandwidths over all ranks and between those of this node, in GB/s."""
         import torch.distributed as dist
 
         megabytes = REDUCED_MB[self.device.type]
-        measured: dict[str, float] = {"all_mb": megabytes, "all_gb_s": self._bandwidth(None, self.num_ranks, megabytes)}
+        measured: dict[str, Any] = {"all_mb": megabytes, "all_gb_s": self._bandwidth(None, self.num_ranks, megabytes)}
         for node in dict.fromkeys(self.nodes):
             ranks = [rank for rank, each in enumerate(self.nodes) if each == node]
             group = dist.new_group(ranks)  # by all ranks, whoever is in it

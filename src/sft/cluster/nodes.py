@@ -51,15 +51,22 @@ class Verdict:
         return "no single node is to blame" if self.troubles else f"all {len(self.faults)} nodes are good"
 
 
-def judge(reports: Sequence[Report], nodes: Sequence[str], ranks_a_node: int, limits: Limits) -> Verdict:
-    """Args:
-    reports: of all ranks that left one.
-    nodes: of the allocation, the first one's first.
+def judge(
+    reports: Sequence[Report], nodes: Sequence[str], ranks_a_node: int, limits: Limits, lost: Sequence[str] = ()
+) -> Verdict:
+    """What is wrong with an allocation.
+
+    Args:
+        reports: of all ranks that left one.
+        nodes: of the allocation, the first one's first.
+        lost: those of them that Slurm has down or drained by now.
     """
     verdict = Verdict({node: [] for node in nodes})
     by_node = {node: [each for each in reports if each["node"] == node] for node in nodes}
     leaders = {node: each for node in nodes for each in by_node[node] if each["local_rank"] == 0}
     absent = [node for node in nodes if len(by_node[node]) < ranks_a_node]
+    for node in lost:
+        verdict.faults[node].append("Slurm has it down or drained")
     for node in absent:
         num = len(by_node[node])
         verdict.faults[node].append(
@@ -67,7 +74,8 @@ def judge(reports: Sequence[Report], nodes: Sequence[str], ranks_a_node: int, li
             if num
             else "no answer: it starts no tasks, hangs, or doesn't see the folder"
         )
-    _stopped(verdict, reports, bool(absent))
+    # With a lost node srun ends all tasks: what they had not done by then says nothing of them.
+    _stopped(verdict, [each for each in reports if each.get("error") or not lost], bool(absent or lost))
     for node, leader in leaders.items():
         verdict.faults[node] += _gpu_faults(leader, limits) + _beyond(leader, limits)
         if "shared_s" in leader and leader["shared_s"] is None and by_node[nodes[0]]:

@@ -12,6 +12,7 @@ import json
 import os
 import signal
 import sys
+from contextlib import suppress
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -35,7 +36,8 @@ def main() -> None:
     try:
         rank.check(arguments.write_mb, arguments.timeout / 3)
     except Exception as error:
-        rank.note(error=f"{type(error).__name__}: {' '.join(str(error).split())[:300]}")
+        with suppress(OSError):  # such as a full disk, which may be what is told
+            rank.note(error=f"{type(error).__name__}: {' '.join(str(error).split())[:300]}")
         print(f"{rank.node}: {rank.stage}: {error}", file=sys.stderr, flush=True)
     os._exit(rank.stage != DONE)  # threads of a process group can crash or hang an interpreter's own end
 
@@ -48,6 +50,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--timeout", type=int, default=300, help="seconds for all of a rank's checks")
     parser.add_argument("--limit", action="append", default=[], metavar="NAME=VALUE")
     parser.add_argument("--nodes", nargs="+", default=[])
+    parser.add_argument("--lost", nargs="*", default=[])
     parser.add_argument("--ranks-a-node", type=int, default=1)
     arguments = parser.parse_args()
     known = {each.name for each in fields(Limits)}
@@ -63,8 +66,10 @@ def parse() -> argparse.Namespace:
 
 def report(arguments: argparse.Namespace) -> int:
     """Prints the verdict; 1 where something is wrong."""
+    for path in arguments.folder.glob("written-*"):  # by ranks that were killed while they wrote
+        path.unlink()
     reports = [json.loads(path.read_text()) for path in sorted(arguments.folder.glob("rank-*.json"))]
-    verdict = judge(reports, arguments.nodes, arguments.ranks_a_node, arguments.limits)
+    verdict = judge(reports, arguments.nodes, arguments.ranks_a_node, arguments.limits, arguments.lost)
     show(verdict, {each["node"]: each for each in reports if each["local_rank"] == 0})
     return 1 if verdict.bad or verdict.troubles else 0
 
@@ -80,14 +85,14 @@ def show(verdict: Verdict, leaders: dict[str, dict[str, Any]]) -> None:
         cells = [
             str(known["gpus"]["visible"]) if "gpus" in known else "",
             *(
-                f"{known[name]:.3g} {unit}" if known.get(name) is not None else ""
-                for name, unit in (
-                    ("runs_gb", "GB"),
-                    ("tmp_gb", "GB"),
-                    ("shm_gb", "GB"),
-                    ("write_mb_s", "MB/s"),
-                    ("clock_s", "s"),
-                    ("inside_gb_s", "GB/s"),
+                f"{known[name]:{form}} {unit}" if known.get(name) is not None else ""
+                for name, form, unit in (
+                    ("runs_gb", ".3g", "GB"),
+                    ("tmp_gb", ".3g", "GB"),
+                    ("shm_gb", ".3g", "GB"),
+                    ("write_mb_s", ".0f", "MB/s"),
+                    ("clock_s", "+.3f", "s"),
+                    ("inside_gb_s", ".3g", "GB/s"),
                 )
             ),
         ]

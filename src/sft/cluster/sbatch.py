@@ -57,7 +57,7 @@ VARIABLES = {
     "ARRAY_INX": "array",
 }
 REFUSED = {
-    "array": "a job trains one run: submit each by itself",
+    "array": "a job trains one run; for many, sbatch --array with slurm/sweep.sbatch",
     "wrap": f"the job is {SCRIPT}: give the settings of sft train after --",
 }
 DEFAULT_LEAD = 60  # seconds, where --signal names none
@@ -133,7 +133,7 @@ def split(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
     at = list(arguments).index("--")
     options, settings = list(arguments[:at]), list(arguments[at + 1 :])
     if {"-m", "--multirun"} & set(settings):
-        raise UserError("-m is not for sft submit: a job trains one run, and a sweep is sft train -m")
+        raise UserError("-m is not for sft submit: a job trains one run; sweeps: sft train -m hydra/launcher=slurm")
     # Hydra's parser takes overrides in one piece only, and the job puts its own behind them.
     first = next(
         (place for place, each in enumerate(settings) if "=" in each and not each.startswith("-")), len(settings)

@@ -54,16 +54,16 @@ def examine(folder: Path, restart: int, exit_code: int, step: int, log: str) -> 
     """Why an attempt died whose ranks ended with `exit_code` (of `srun`).
 
     Args:
-        folder: of the job, with `rank-N.json`, `rank-N.stack` and `rank-N.err`.
+        folder: of the job, with `attempt-M-rank-N.json`, `attempt-M-rank-N.stack` and `rank-N.err`.
         step: the last one known to be done.
         log: what Slurm and the first rank have printed in this attempt.
     """
     reports = failure.read(folder, restart)
     if reports and not reports[0]["following"]:
         return _reported(reports[0])
-    stacks = [path for path in folder.glob("rank-*.stack") if path.stat().st_size]
+    stacks = [path for path in folder.glob(f"attempt-{restart}-rank-*.stack") if path.stat().st_size]
     if stacks:
-        error = f"{len(stacks)} ranks gave no sign of life for too long: their stacks are in {folder}/rank-*.stack"
+        error = f"{len(stacks)} ranks gave no sign of life for too long: their stacks are {folder}/*.stack"
         return Death("hung", step, error, details=min(stacks).read_text(errors="replace")[-4000:])
     # What srun tells of the first rank that ended badly: "srun: error: n2: task 3: Killed".
     told = re.search(r"srun: error: (\S+): tasks? (\d+)[\d,-]*: (.+)", log)
@@ -75,7 +75,7 @@ def examine(folder: Path, restart: int, exit_code: int, step: int, log: str) -> 
         return _reported(reports[0])
     if cause is None:
         cause, end = ("failed", f"exit code {exit_code}") if exit_code < 128 else ("killed", end)
-    return Death(cause, step, f"a rank ended: {end}", rank, host, _tail(folder, rank))
+    return Death(cause, step, f"a rank ended: {end}", rank, host, _tail(folder, rank, restart))
 
 
 def _reported(report: dict[str, Any]) -> Death:
@@ -86,10 +86,13 @@ def _signal(number: int) -> str:
     return (signal.strsignal(number) if 0 < number < signal.NSIG else None) or ""
 
 
-def _tail(folder: Path, rank: int | None) -> str:
-    """The end of what a rank has written to stderr."""
+def _tail(folder: Path, rank: int | None, restart: int) -> str:
+    """The end of what a rank has written to stderr in this attempt, without torch's warnings."""
     path = folder / f"rank-{rank}.err"
-    return path.read_text(errors="replace")[-4000:] if path.exists() else ""
+    if not path.exists():
+        return ""
+    written = path.read_text(errors="replace").rpartition(f"restart {restart} ")[2]
+    return "\n".join([line for line in written.splitlines()[1:] if not line.startswith("[W")][-40:])
 
 
 def decide(

@@ -1,12 +1,13 @@
 """What slurm/train.sbatch asks before the ranks start and after they have ended.
 
   sft job begin [the settings of sft train]     refuses what can't work; prints the run's folder
-  sft job end FOLDER EXIT_CODE STATE LOG        tells why the ranks ended; exit code 75: requeue the job
+  sft job end FOLDER EXIT_CODE LOG              tells why the ranks ended; exit code 75: requeue the job
 
-EXIT_CODE is that of `srun`, STATE the job's in Slurm, LOG the file that both print to.
+EXIT_CODE is that of `srun`, LOG the file in which it and Slurm tell of errors.
 """
 
 import os
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -37,9 +38,9 @@ def main(config: Any) -> None:
         sys.exit(1)
     events.record(run.folder, "job", **allocation, max_requeues=budgets)
     if preemption.received():
-        events.record(run.folder, "requeue", cause="signal", step=_step(run.folder), why="before the ranks' start")
-        sys.exit(preemption.EXIT_CODE)
-    print(run.folder)
+        events.record(run.folder, "signal", step=_step(run.folder))
+    print(run.folder, flush=True)
+    sys.exit(preemption.EXIT_CODE if preemption.received() else 0)
 
 
 def logs(run: Path) -> Path:
@@ -64,7 +65,7 @@ def _unexplained(story: list[dict[str, Any]], job: dict[str, Any]) -> Death | No
 def end(arguments: list[str]) -> None:
     """Tells in the run's story, and as the last thing in the log, why the ranks ended."""
     try:
-        verb, folder, exit_code, state, log = arguments
+        verb, folder, exit_code, log = arguments
         assert verb == "end"
         run, code = Run(Path(folder)), int(exit_code)
     except (ValueError, AssertionError):
@@ -73,15 +74,17 @@ def end(arguments: list[str]) -> None:
         return
     job, story = events.job(), events.read(run.folder)
     start = max(place for place, each in enumerate(story) if each["event"] == "job" and each["job"] == job["job"])
+    printed = Path(log).read_text(errors="replace").rpartition(f"job {job['job']} restart {job['restart']} ")[2]
+    # "*** JOB 3 ON n1 CANCELLED AT 2026-11-20T18:58:19 DUE TO TIME LIMIT ***", or without a reason: by a user.
+    ended = re.search(r"\*\*\* JOB \S+ ON \S+ CANCELLED AT \S+ (.*)\*\*\*", printed)
     if any(each["event"] == "signal" for each in story[start:]):
         death = Death("signal", _step(run.folder), "its checkpoint is saved")
-    elif state == "TIMEOUT":
+    elif ended and "TIME LIMIT" in ended[1]:
         error = "killed at the time limit: --signal=USR1@SECONDS must leave time for a step, a save or the export"
         death = Death("timeout", _step(run.folder), error)
     else:
-        printed = Path(log).read_text(errors="replace").rpartition(f"restart {job['restart']} ")[2]
         death = examine(logs(run.folder), job["restart"], code, _step(run.folder), printed)
-    if state == "CANCELLED":
+    if ended and not ended[1]:
         events.record(run.folder, "stop", **death.event(), why="the job was cancelled")
         print(f"stopped at step {death.step}: the job was cancelled; submitted again, it goes on", flush=True)
     elif _concluded(run.folder, death, story, story[start]["max_requeues"]):

@@ -7,7 +7,9 @@
   sft train experiment=gsm8k optimizer.lr=1e-5 epochs=2
       a recipe of conf/experiment/ with changes of your own
   sft train -m optimizer.lr=1e-5,2e-5 ...
-      several runs, one after the other
+      several runs, one after the other, and a table of them; at once in a cluster's queue: hydra/launcher=slurm
+  sft train -m hydra/sweeper=optuna 'optimizer.lr=tag(log, interval(1e-5, 1e-3))' ...
+      the setting with the lowest validation loss, looked for by Optuna; trials that do badly are ended early
   sft train ... --cfg job
       prints every setting with its value, and trains nothing
 
@@ -26,16 +28,18 @@ from omegaconf import OmegaConf
 
 from sft.data.schedule import check_division
 from sft.errors import UserError
+from sft.training.results import Result
 from sft.training.run import Run, write_json
 
 
-def main(config: Any) -> None:
+def main(config: Any) -> float | None:
+    """Trains; the final validation loss, which a sweep compares, on the first rank."""
     settings: Any = OmegaConf.to_container(config, resolve=True)
     _, accumulation = check(config)
     run = Run.of(settings)
     if run.status.get("state") == "finished":
         print(f"{run.folder} is finished: nothing to do (another run: run=NAME; anew: remove the folder)")
-        return
+        return Result.read(run).last
 
     from sft.commands.export import export
     from sft.commands.preview import write_html
@@ -73,8 +77,10 @@ def main(config: Any) -> None:
         assert final is not None and final.last
         if is_main() and config.export:
             export(run, final)
-    if is_main():
-        summarise(run, metrics)
+    if not is_main():
+        return None
+    summarise(run, metrics)
+    return Result.read(run).last
 
 
 def check(config: Any) -> tuple[int, int]:

@@ -61,12 +61,11 @@ def _of_configuration(error: BaseException) -> bool:
 
 
 def write(folder: Path, error: BaseException) -> None:
-    """Leaves this rank's failure in the job's folder, as `rank-N.json`; OSError where that can't be."""
+    """Leaves this rank's failure in the job's folder, as `attempt-M-rank-N.json`; OSError where that can't be."""
     rank = int(os.environ.get("SLURM_PROCID", 0))
     report: dict[str, Any] = {
         "rank": rank,
         "host": socket.gethostname(),
-        "restart": int(os.environ.get("SLURM_RESTART_COUNT", 0)),
         "time": time.time(),
         "step": heartbeat.step,
         "cause": cause(error),
@@ -74,11 +73,11 @@ def write(folder: Path, error: BaseException) -> None:
         "error": f"{type(error).__name__}: {error}"[:2000],
         "traceback": "".join(traceback.format_exception(error))[-20_000:],
     }
-    (folder / f"rank-{rank}.json").write_text(json.dumps(report, indent=1))
+    restart = os.environ.get("SLURM_RESTART_COUNT", 0)
+    (folder / f"attempt-{restart}-rank-{rank}.json").write_text(json.dumps(report, indent=1))
 
 
 def read(folder: Path, restart: int) -> list[dict[str, Any]]:
     """The failures of one attempt of a job: what came first, and what only followed from another rank's end, last."""
-    reports = [json.loads(path.read_text()) for path in folder.glob("rank-*.json")]
-    now = [report for report in reports if report["restart"] == restart]
-    return sorted(now, key=lambda report: (report["following"], report["time"]))
+    reports = [json.loads(path.read_text()) for path in folder.glob(f"attempt-{restart}-rank-*.json")]
+    return sorted(reports, key=lambda report: (report["following"], report["time"]))

@@ -9,7 +9,7 @@ from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch.callbacks import Callback
 
 from sft.model.module import SFTModule
-from sft.training import heartbeat
+from sft.training import events, heartbeat
 from sft.training.checkpoint import Checkpoint
 from sft.training.metrics import StepMetrics
 from sft.training.resume import Checkpoints
@@ -74,7 +74,8 @@ def fit(
         resumed=resume is not None,
     )
     logs = Path(os.environ.get("SFT_JOB_FOLDER", checkpoints.parent / "logs"))
-    heartbeat.start(logs / f"rank-{rank_zero_only.rank}.stack", config.cluster.hang_after)  # type: ignore[attr-defined]
+    stack = f"attempt-{events.job().get('restart', 0)}-rank-{rank_zero_only.rank}.stack"  # type: ignore[attr-defined]
+    heartbeat.start(logs / stack, config.cluster.hang_after)
     try:
         trainer.fit(module, data)
     finally:

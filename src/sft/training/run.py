@@ -190,7 +190,7 @@ class Run:
 
     def _step(self) -> int:
         """Of the newest checkpoint."""
-        from sft.training.checkpoint import latest  # imports torch, which who only asks for a run has no need of
+        from sft.training.checkpoint import latest  # torch, which those who only read the folder can do without
 
         checkpoint = latest(self.checkpoints)
         return checkpoint.step if checkpoint else 0

@@ -3,6 +3,7 @@
 import netrc
 import os
 import shutil
+import signal
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -12,6 +13,7 @@ from urllib.parse import urlparse
 
 from sft.errors import UserError
 from sft.training.log import log
+from sft.training.preemption import SIGNALS
 
 if TYPE_CHECKING:
     from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
@@ -44,25 +46,37 @@ def wandb_logger(
     import wandb
 
     class Steps(WandbLogger):
+        lost = False
+
         @rank_zero_only
         def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
-            if int(step or 0) >= first:
+            if self.lost or int(step or 0) < first:
+                return
+            try:
                 experiment.log({**metrics, "trainer/global_step": step}, step=step)
+            except Exception as error:  # whatever it is, a run doesn't end for its tracker
+                log(f"W&B is lost, so it gets no more until the run is resumed: {error}")
+                self.lost = True
 
     def start(mode: str) -> Any:
         if mode == "offline":
-            for before in (folder / "wandb").glob(f"offline-run-*-{run}"):
-                shutil.rmtree(before)
-        return wandb.init(
-            project=project,
-            name=run,
-            group=group,
-            id=run,
-            resume="allow",
-            dir=str(folder),
-            mode=mode,  # type: ignore[arg-type]
-            settings=wandb.Settings(silent=True, console="off", init_timeout=30),
-        )
+            for earlier in (folder / "wandb").glob(f"offline-run-*-{run}"):
+                shutil.rmtree(earlier)
+        # A scheduler's signals go to W&B's own process too, which must outlive them: it inherits the mask.
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+        try:
+            return wandb.init(
+                project=project,
+                name=run,
+                group=group,
+                id=run,
+                resume="allow",
+                dir=str(folder),
+                mode=mode,  # type: ignore[arg-type]
+                settings=wandb.Settings(silent=True, console="off", init_timeout=30),
+            )
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
     try:
         experiment = start(mode)
@@ -87,7 +101,10 @@ def tracking() -> Iterator[None]:
     finally:
         wandb = sys.modules.get("wandb")
         if wandb is not None and wandb.run is not None:
-            wandb.finish()
+            try:
+                wandb.finish()
+            except Exception as error:
+                log(f"W&B couldn't be ended: {error}")
 
 
 def _logged_in() -> bool:

@@ -1,0 +1,45 @@
+"""The callback that reports a sweep's trial to Optuna at each validation, and ends it where it does badly."""
+
+import math
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.callbacks import Callback
+
+from sft.training.log import log
+
+
+def journal(path: str) -> Any:
+    """A study's file. Its lock is a symbolic link, which shared file systems make atomically, too."""
+    from optuna.storages import JournalStorage
+    from optuna.storages.journal import JournalFileBackend
+
+    return JournalStorage(JournalFileBackend(path))
+
+
+class Pruning(Callback):
+    """Args: `storage` and `study` of the sweep, the number of this `trial`, and the `pruner` that compares it."""
+
+    def __init__(self, storage: str, study: str, trial: int, pruner: Any) -> None:
+        self.storage, self.study, self.trial, self.pruner = storage, study, trial, pruner
+
+    def on_validation_end(self, trainer: L.Trainer, module: Any) -> None:
+        if trainer.sanity_checking or trainer.global_step == module.num_steps:  # there is nothing to end
+            return
+        bad = trainer.is_global_zero and self._is_bad(trainer.global_step, module.val_loss)
+        if trainer.strategy.reduce_boolean_decision(bad, all=False):
+            trainer.should_stop = True  # the step is saved as the run's last
+
+    def _is_bad(self, step: int, loss: float) -> bool:
+        import optuna
+
+        storage = journal(self.storage)
+        study = optuna.load_study(study_name=self.study, storage=storage)
+        trial = storage.get_trial_id_from_study_id_trial_number(storage.get_study_id_from_name(self.study), self.trial)
+        if step not in storage.get_trial(trial).intermediate_values:  # a resumed run makes a step twice
+            storage.set_trial_intermediate_value(trial, step, loss)
+        bad = math.isnan(loss) or bool(self.pruner.prune(study, storage.get_trial(trial)))
+        if bad:
+            storage.set_trial_user_attr(trial, "pruned", step)
+            log(f"step {step}: ended early, since other trials do better")
+        return bad

@@ -1,0 +1,178 @@
+"""Batch jobs on a real cluster: whatever happens to them, the run ends as if nothing had, bit for bit."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cluster import Cluster, eventually
+from commands.test_resume import final_files, rows
+from offline import history
+from running import Sft
+from sft.training import events
+
+pytestmark = [pytest.mark.xdist_group("slurm"), pytest.mark.timeout(400)]
+
+PROJECT = Path(__file__).parents[2]
+SETTINGS = ("epochs=6", "val_every=4", "checkpoint.save_every=4", "micro_batch_size=1", "logger=wandb")
+NUM_STEPS = 18
+
+
+class Jobs:
+    """Batch jobs of slurm/train.sbatch in a folder of the test's."""
+
+    def __init__(self, cluster: Cluster, sft: Sft) -> None:
+        self.cluster, self.sft = cluster, sft
+
+    def settings(self, run: str, *overrides: str) -> list[str]:
+        runs = [f"runs_dir={self.sft.folder}/runs", f"data.cache_dir={self.sft.folder}/cache", f"run={run}"]
+        return [*self.sft.settings, *SETTINGS, *runs, *overrides]
+
+    def submit(self, run: str, nodes: int, tasks: int, *overrides: str, **options: str) -> str:
+        given = {"nodes": nodes, "ntasks-per-node": tasks, "gpus-per-node": 0, "cpus-per-task": 1, **options}
+        log = f"--output={self.sft.folder}/%j.out"
+        sbatch = [f"--{name.replace('_', '-')}={value}" for name, value in given.items()]
+        path = {"PYTHONPATH": f"{PROJECT}/tests"}
+        return self.cluster.submit(
+            *sbatch, log, "slurm/train.sbatch", *self.settings(run, *overrides), cwd=PROJECT, env=path
+        )
+
+    def gate(self, name: str, step: int) -> str:
+        return f"+callbacks.{name}={{_target_: mishaps.Gate, step: {step}, path: {self.sft.folder}/{name}}}"
+
+    def mishap(self, name: str, what: str, step: int, rank: int, once: bool) -> str:
+        flag = f", once: {self.sft.folder}/{name}" if once else ""
+        return f"+callbacks.{name}={{_target_: mishaps.Mishap, step: {step}, rank: {rank}, what: {what}{flag}}}"
+
+    def reached(self, gate: str) -> None:
+        path = self.sft.folder / f"{gate}.reached"
+        eventually(path.exists, 120)
+        path.unlink()
+
+    def open(self, gate: str) -> None:
+        (self.sft.folder / gate).touch()
+
+    def finished(self, job: str, timeout: float = 120) -> str:
+        """The job's log, when it has completed."""
+        self.cluster.wait(job, "COMPLETED", timeout)
+        return self.log(job)
+
+    def log(self, job: str) -> str:
+        return (self.sft.folder / f"{job}.out").read_text()
+
+    def story(self, run: str) -> list[dict[str, Any]]:
+        return events.read(self.sft.run_folder(run))
+
+    def verdicts(self, run: str) -> list[tuple[str, str, int]]:
+        kinds = ("requeue", "stop", "finish")
+        return [(e["event"], e.get("cause", ""), e["step"]) for e in self.story(run) if e["event"] in kinds]
+
+
+@pytest.fixture(scope="module")
+def jobs(cluster: Cluster, tmp_path_factory: Any, model_folder: Path, data_file: Path) -> Any:
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        yield Jobs(cluster, Sft(tmp_path_factory.mktemp("jobs"), model_folder, data_file, monkeypatch))
+    cluster.exec("scancel", "--state=RUNNING")
+    cluster.exec("scancel", "--state=PENDING")
+    cluster.wait_idle()
+
+
+@pytest.fixture(scope="module")
+def limited(jobs: Jobs) -> str:
+    """A job that waits for its time limit while other tests go on."""
+    waits = f"+callbacks.waits={{_target_: mishaps.UntilSignal, step: 6, once: {jobs.sft.folder}/waits}}"
+    return jobs.submit("limited", 2, 2, "strategy=ddp", waits, time="2", signal="USR1@60")
+
+
+def equals_uninterrupted(jobs: Jobs, run: str, num_ranks: int, strategy: str) -> None:
+    """The last checkpoint, the export and the metrics, to the byte; each step once in metrics.csv and in W&B."""
+    name = f"whole-{strategy}"
+    ended = jobs.sft.ranks(num_ranks, "train", *jobs.settings(name, f"strategy={strategy}"))
+    assert ended.code == 0, ended.output
+    folder, whole = jobs.sft.run_folder(run), jobs.sft.run_folder(name)
+    assert final_files(folder) == final_files(whole)
+    assert rows(folder) == rows(whole)
+    assert [row["step"] for row in rows(folder)] == [str(step) for step in range(NUM_STEPS + 1)]
+    logged = history(folder)
+    assert [row["trainer/global_step"] for row in logged] == list(range(NUM_STEPS + 1))
+    assert [row["train/loss"] for row in logged[1:]] == [float(row["train/loss"]) for row in rows(whole)[1:]]
+
+
+def test_signal_then_lost_node_then_killed_rank(jobs: Jobs, limited: str) -> None:
+    kill = jobs.mishap("kill", "kill", 15, rank=3, once=True)
+    gates = (jobs.gate("first", 6), jobs.gate("second", 10))
+    job = jobs.submit("chaos", 2, 2, "strategy=deepspeed_zero2", *gates, kill)
+    jobs.reached("first")
+    jobs.cluster.exec("scancel", "--signal=USR1", job)
+    jobs.open("first")
+    jobs.reached("second")
+    nodes = jobs.cluster.exec("scontrol", "show", "hostnames", jobs.cluster.job(job)["NodeList"]).stdout.split()
+    jobs.cluster("crash", nodes[1])
+    jobs.reached("second")
+    assert nodes[1] not in jobs.cluster.exec("squeue", "--noheader", f"--job={job}", "--format=%N").stdout
+    jobs.cluster("boot", nodes[1])
+    jobs.open("second")
+    log = jobs.finished(job)
+    causes = [("requeue", "signal", 6), ("requeue", "lost", 8), ("requeue", "killed", 14), ("finish", "", NUM_STEPS)]
+    assert jobs.verdicts("chaos") == causes
+    assert "requeued: killed at step 14 (rank 3 on n" in log
+    assert f"wandb sync {jobs.sft.run_folder('chaos')}/wandb/offline-run-" in log
+    starts = [each for each in jobs.story("chaos") if each["event"] == "start"]
+    assert [(each["restart"], each["step"], each["num_ranks"]) for each in starts] == [
+        (0, 0, 4), (1, 6, 4), (2, 8, 4), (3, 12, 4),
+    ]  # fmt: skip
+    assert starts[0]["hosts"] == nodes
+    equals_uninterrupted(jobs, "chaos", 4, "deepspeed_zero2")
+
+
+def test_hang_then_the_same_failure_twice_then_fewer_ranks(jobs: Jobs) -> None:
+    hang = jobs.mishap("hang", "hang", 3, rank=1, once=True)
+    fails = jobs.mishap("fails", "raise", 7, rank=1, once=False)
+    job = jobs.submit("fails", 1, 2, "strategy=ddp", "cluster.hang_after=20", hang, fails)
+    jobs.cluster.wait(job, "FAILED", 200)
+    assert jobs.verdicts("fails") == [("requeue", "hung", 2), ("requeue", "failed", 6), ("stop", "failed", 6)]
+    last = jobs.log(job).splitlines()[-1]
+    assert last.startswith("stopped: failed at step 6 (rank 1 on n"), last
+    assert last.endswith("ArithmeticError: the mishap of rank 1; the same failure twice at step 6: a retry can't help")
+    assert 'raise ArithmeticError(f"the mishap of rank' in jobs.log(job).splitlines()[-3]
+    stacks = sorted((jobs.sft.run_folder("fails") / "logs" / job).glob("*.stack"))
+    assert ["mishaps.py" in path.read_text() for path in stacks] == [False, True]
+    # Submitted again without what made it fail, on one rank instead of two.
+    again = jobs.submit("fails", 1, 1)
+    assert "resumed after step 4" in jobs.finished(again)
+    losses = [float(row["train/loss"]) for row in rows(jobs.sft.run_folder("fails"))[1:]]
+    expected = [float(row["train/loss"]) for row in rows(jobs.sft.run_folder("whole-deepspeed_zero2"))[1:]]
+    assert losses == pytest.approx(expected, abs=1e-5)
+
+
+def test_cancelled_job_saves_and_stays_away(jobs: Jobs) -> None:
+    job = jobs.submit("cancelled", 1, 1, jobs.gate("third", 3))
+    jobs.reached("third")
+    jobs.cluster.exec("scancel", job)
+    jobs.open("third")
+    jobs.cluster.wait(job, "CANCELLED")
+    eventually(lambda: bool(jobs.verdicts("cancelled")))
+    assert jobs.verdicts("cancelled") == [("stop", "signal", 3)]
+    assert jobs.cluster.exec("squeue", "--noheader", f"--job={job}").stdout == ""
+
+
+def test_time_limit(jobs: Jobs, limited: str) -> None:
+    jobs.finished(limited, 200)
+    *stopped, last = jobs.verdicts("limited")
+    assert last == ("finish", "", NUM_STEPS)
+    assert set(stopped) == {("requeue", "signal", 6)}  # on a busy machine the second attempt may be too slow as well
+    equals_uninterrupted(jobs, "limited", 4, "ddp")
+
+
+def test_bad_configuration_ends_at_once(jobs: Jobs) -> None:
+    job = jobs.submit("bad", 1, 2, "strategy=ddp", "global_batch_size=3")
+    assert jobs.cluster.wait(job, "FAILED")["ExitCode"] == "2:0"
+    assert jobs.log(job).splitlines()[-1].startswith("sft: a global batch of 3 packs")
+    assert not jobs.sft.run_folder("bad").exists()
+
+
+def test_outside_the_project_a_job_says_what_to_do(jobs: Jobs) -> None:
+    job = jobs.cluster.submit(f"--output={jobs.sft.folder}/%j.out", "--ntasks-per-node=1", "--gpus-per-node=0",
+                              "--cpus-per-task=1", f"{PROJECT}/slurm/train.sbatch", cwd=jobs.sft.folder)  # fmt: skip
+    jobs.cluster.wait(job, "FAILED")
+    assert "submit from the project's folder" in jobs.log(job)
