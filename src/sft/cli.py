@@ -24,13 +24,14 @@ COMMANDS = {
     "preview": "show what would be trained, token by token",
     "compare": "runs side by side, the best first, with what differs",
     "rehearse": "run a small form of a job through all its stages before it is queued",
+    "submit": "queue training on a Slurm cluster, once all is checked",
     "score": "log-probabilities of samples under a run's model",
     "generate": "answer prompts with a run's model",
     "export": "write a run's checkpoint as a verified Hugging Face folder",
     "certify": "prove that every way of training makes the numbers of a plain loop",
 }
 BATCH = ("job",)  # what only batch scripts call
-CONFIGURATION = {"job": "train"}  # of the commands that have none of their own
+CONFIGURATION = {"job": "train", "submit": "train"}  # of the commands that have none of their own
 
 
 def main() -> None:
@@ -145,6 +146,10 @@ def _hydra_arguments(command: str, arguments: list[str]) -> list[str]:
     name of a configuration group too, and the folders of `compare`."""
     if command == "job":
         return arguments[1:]
+    if command == "submit":
+        from sft.commands.submit import request
+
+        return request(arguments)[1].overrides
     if command == "score":
         return [f"path={each.removeprefix('data=')}" if each.startswith("data=") else each for each in arguments]
     if command == "compare":
@@ -195,10 +200,10 @@ def _explain_override(error: BaseException, command: str) -> str:
     """Hydra's message in one line, with the nearest setting or the options where a name is unknown."""
     message = " ".join(str(error).split())
     if unknown := re.search(r"Could not override '([^']+)'", message):
-        name = unknown[1]
+        name, shown = unknown[1], CONFIGURATION.get(command, command)
         nearest = _nearest(name, command)
         return f"there is no setting {name}: " + (
-            f"did you mean {nearest}?" if nearest else f"see sft {command} --cfg job"
+            f"did you mean {nearest}?" if nearest else f"see sft {shown} --cfg job"
         )
     if missing := re.search(r"Could not find '([^']+)/([^'/]+)'", message):
         group, option = missing.groups()

@@ -88,8 +88,8 @@ def _check(config: Any, folder: Path, num_rows: int) -> str:
     num_ranks, accumulation = check(small)
     settings: Any = OmegaConf.to_container(config)
     run = Run.of(settings)
-    _check_writable(run.folder, "runs_dir")
-    _check_writable(Path(config.data.cache_dir), "data.cache_dir")
+    check_writable(run.folder, "runs_dir")
+    check_writable(Path(config.data.cache_dir), "data.cache_dir")
     _cut(small.data, folder, num_rows)
     prepared = setup(small)
     stop = check_stops(prepared)
@@ -128,7 +128,8 @@ def check_stops(prepared: Any) -> str:
     return " or ".join(tokenizer.decode([token]) for token in stops)
 
 
-def _check_writable(folder: Path, setting: str) -> None:
+def check_writable(folder: Path, setting: str) -> None:
+    """Writes a folder there, or in the one that it would be made in, and removes it."""
     existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     try:
         tempfile.TemporaryDirectory(prefix=".sft-rehearsal-", dir=existing).cleanup()

@@ -84,6 +84,14 @@ class DataConfig:
             if not isinstance(value, int) or value < least:
                 raise UserError(f"data.{name}={value} is not a whole number from {least} on")
 
+    def sources(self) -> tuple[list[Source], list[Source]]:
+        """Of training and of validation; none of validation where its samples are held out, or there are none."""
+        train = _sources(self.path, self.name, self.split)
+        if self.val_path is None and self.val_split is None:
+            return train, []
+        val_path = self.path if self.val_path is None else self.val_path
+        return train, _sources(val_path, self.name, self.val_split or self.split)
+
     def prepare(
         self,
         tokenizer: "PreTrainedTokenizerFast",
@@ -93,16 +101,14 @@ class DataConfig:
         log: Callable[[str], None],
     ) -> Splits:
         """Builds or opens the token stores; `wait`: another process builds them."""
-        train_sources = _sources(self.path, self.name, self.split)
-        if self.val_path is None and self.val_split is None:
+        train_sources, val_sources = self.sources()
+        if not val_sources:
             train = self.store(train_sources, tokenizer, wait=wait, log=log)
             if not self.val_size:
                 return Splits(Split(train), None, {"train": train.ledger}, {"train": train.data_fingerprint})
             kept, held_out = split_held_out(train.content, self.val_size, seed)
             ledger = {"train": train.ledger, "held_out": {"samples": len(held_out), "of": "train"}}
             return Splits(Split(train, kept), Split(train, held_out), ledger, {"train": train.data_fingerprint})
-        val_path = self.path if self.val_path is None else self.val_path
-        val_sources = _sources(val_path, self.name, self.val_split or self.split)
         train = self.store(train_sources, tokenizer, wait=wait, log=log)
         val = self.store(val_sources, tokenizer, wait=wait, log=log)
         return Splits(

@@ -135,18 +135,23 @@ def linear_layers(model: Any) -> "dict[str, nn.Module]":
     return {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)}
 
 
-def check_quantization(strategy: str = "", accelerator: str = "auto") -> None:
-    """Refuses 4-bit weights where they can't be: without CUDA or bitsandbytes, or where a strategy shards weights."""
-    import torch
-
-    if not torch.cuda.is_available() or accelerator == "cpu":
+def check_quantization(strategy: str = "", accelerator: str = "auto", here: bool = True) -> None:
+    """Refuses 4-bit weights where they can't be: without CUDA or bitsandbytes, or where a strategy shards weights.
+    `here`: on this machine, else on another that is as good as the settings say."""
+    if accelerator == "cpu" or (here and not _has_cuda()):
         raise UserError("adapter=qlora holds weights in 4 bits, which needs a CUDA device: set adapter=lora")
     if strategy.startswith(("deepspeed_zero3", "fsdp")):
         raise UserError(
             f"adapter=qlora: strategy={strategy} can't shard weights in 4 bits: set strategy=ddp or adapter=lora"
         )
-    if importlib.util.find_spec("bitsandbytes") is None:
+    if here and importlib.util.find_spec("bitsandbytes") is None:
         raise UserError("adapter=qlora needs bitsandbytes: pip install bitsandbytes")
+
+
+def _has_cuda() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
 
 
 def quantization() -> dict[str, Any]:

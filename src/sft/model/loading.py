@@ -49,7 +49,7 @@ class ModelSource:
 
         source = self.tokenizer or self.path
         assert source is not None
-        _check_folder(source, "model.tokenizer" if self.tokenizer else "model.path")
+        check_folder(source, "model.tokenizer" if self.tokenizer else "model.path")
         folder = Path(source).expanduser()
         known = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt")
         if folder.is_dir() and not any((folder / name).exists() for name in known):
@@ -78,7 +78,7 @@ class ModelSource:
             fields = dict(self.config)
             return AutoConfig.for_model(fields.pop("model_type", "llama"), **fields)
         assert self.path is not None
-        _check_folder(self.path, "model.path")
+        check_folder(self.path, "model.path")
         try:
             config = AutoConfig.from_pretrained(
                 self.path, revision=self.revision, trust_remote_code=self.trust_remote_code
@@ -171,7 +171,7 @@ def load_exported(folder: Path, **options: Any) -> "PreTrainedModel":
     return model
 
 
-def _check_folder(source: str, setting: str) -> None:
+def check_folder(source: str, setting: str) -> None:
     """A source that looks like a path must exist: never ask the Hub for a mistyped folder."""
     looks_local = source.startswith((".", "/", "~")) or source.count("/") > 1
     if looks_local and not Path(source).expanduser().is_dir():

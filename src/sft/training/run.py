@@ -110,7 +110,7 @@ class Run:
     @classmethod
     def of(cls, config: Mapping[str, Any]) -> "Run":
         """The run that a resolved configuration names; a folder of other numbers is refused."""
-        name = config["run"] or f"{config['name']}-{identity(config)}"
+        name = str(config["run"] or f"{config['name']}-{identity(config)}")  # run=5 is a number to Hydra
         run = cls(Path(config["runs_dir"]) / name)
         if (run.folder / "config.yaml").exists():
             before, now = deciding(run.config), deciding(json.loads(json.dumps(config)))

@@ -1,0 +1,187 @@
+"""sft submit: queue sft train as a job on a Slurm cluster, once all is checked that would fail after the wait.
+
+  sft submit [options of sbatch] -- [the settings of sft train]
+
+  sft submit -- experiment=gsm8k strategy=deepspeed_zero3 trainer=gpu
+      as slurm/train.sbatch and slurm/site.sh say
+  sft submit --nodes=4 --partition=gpu --time=8:00:00 -- experiment=gsm8k strategy=deepspeed_zero3 trainer=gpu
+      any options of sbatch, which go before those
+  sft submit --dry-run ... -- ...
+      checks all of it, prints the command, and queues nothing
+  sft submit --rehearse ... -- ...
+      sft rehearse of the same settings first, about a minute; queued only where it succeeds
+
+The job runs in the project's folder, so relative paths are looked for there, and its log is in the run's folder. It
+trains on the nodes and GPUs that are allocated, whatever trainer.num_nodes and trainer.devices say. The same command
+again, after the job's end, goes on with the run.
+"""
+
+import shlex
+import subprocess
+import sys
+from contextlib import chdir, suppress
+from pathlib import Path
+from typing import Any
+
+from hydra.core.hydra_config import HydraConfig
+from hydra.utils import instantiate
+from omegaconf import OmegaConf
+
+from sft.cluster import partitions, storage, submission, timing
+from sft.cluster.sbatch import PROJECT, SCRIPT, Job, split
+from sft.commands.rehearse import check_writable
+from sft.commands.train import check
+from sft.errors import UserError
+from sft.training import events
+from sft.training.run import Run
+
+
+def main(config: Any) -> None:
+    own, job = request(sys.argv[2:])
+    submission.check_installed()
+    with chdir(PROJECT):
+        _submit(config, job, dry_run="--dry-run" in own, rehearse="--rehearse" in own)
+
+
+def request(arguments: list[str]) -> tuple[list[str], Job]:
+    """This command's own flags, and the job of all the rest."""
+    options, _ = split(arguments)
+    own = [option for option in options if option in ("--dry-run", "--rehearse")]
+    rest = [option for option in options if option not in own]
+    return own, Job.of([*rest, *arguments[len(options) :]])
+
+
+def _submit(config: Any, job: Job, dry_run: bool, rehearse: bool) -> None:
+    settings: Any = OmegaConf.to_container(config, resolve=True)
+    num_ranks, accumulation = check_settings(config)
+    notes = check_devices(job, config.trainer.accelerator)
+    run = Run.of(settings)
+    state = run.status.get("state", "new")
+    if state == "finished":
+        raise UserError(f"{run.folder} is finished: nothing to do (another run: run=NAME; anew: remove the folder)")
+    notes += check_files(config, run)
+
+    found = partitions.nodes()
+    waits = partitions.check_resources(job, found)
+    limit = partitions.limit(job, found)
+    timing.check_limit(limit, job.lead)
+    save_every = config.checkpoint.save_every or config.val_every
+    notes += timing.check_interval(limit, job.lead, num_ranks, events.read(run.folder), save_every)
+    submission.check_account(job.account)
+    name = job.name or f"sft-{run.folder.name}"
+    submission.check_queue(name, PROJECT, run.folder)
+    log = job.output or str(PROJECT / run.folder / "logs").replace("%", "%%") + "/%j.out"
+    ours = [f"--chdir={PROJECT}", f"--job-name={name}", f"--output={log}"]
+    command = ["sbatch", "--parsable", *ours, *job.options, str(PROJECT / SCRIPT), *job.settings]
+    start = submission.expected_start(command, job, waits=bool(waits))
+
+    print(
+        f"{run.folder} ({state}): {job.nodes} nodes × {job.tasks} ranks, {accumulation} micro-batches of "
+        f"{config.micro_batch_size} each a step; {timing.clock(limit)} at most, saved {job.lead} s before"
+    )
+    for note in [*notes, *waits, *([f"Slurm would start it at {start}"] if start else [])]:
+        print(f"note: {note}", flush=True)
+    if rehearse:
+        script = Path(sys.executable).with_name("sft")
+        if subprocess.run([sys.executable, str(script), "rehearse", *job.overrides]).returncode:
+            raise UserError("not submitted, since the rehearsal failed")
+    if dry_run:
+        environment = [f"{name}={value}" for name, value in job.environment.items()]
+        print(shlex.join([*environment, *command]))
+        return
+    number = _queue(command, job, run)
+    _tell(number, log.replace("%j", str(number)).replace("%%", "%"), config, run)
+
+
+def check_settings(config: Any) -> tuple[int, int]:
+    """As `check`, for machines other than this one, which may have no GPU."""
+    if not (config.adapter and config.adapter.quantize):
+        return check(config)
+    from sft.model.adapter import check_quantization
+
+    check_quantization(HydraConfig.get().runtime.choices["strategy"], config.trainer.accelerator, here=False)
+    return check(OmegaConf.merge(config, {"adapter": {"quantize": False}}))
+
+
+def check_devices(job: Job, accelerator: str) -> list[str]:
+    """Notes; refuses tasks that are not one a GPU."""
+    notes = [
+        f"{setting} gives way to {value}, the job's own"
+        for name, value in (("num_nodes", job.nodes), ("devices", job.tasks))
+        for setting in job.settings
+        if setting.startswith(f"trainer.{name}=") and setting != f"trainer.{name}={value}"
+    ]
+    if accelerator == "cpu":
+        unused = f"the job asks for {job.gpus} GPUs a node, and trainer=cpu uses none: --gpus-per-node=0"
+        return [*notes, unused] if job.gpus else notes
+    if (accelerator in ("gpu", "cuda") or job.gpus) and job.tasks != job.gpus:
+        raise UserError(
+            f"the job has {job.tasks} tasks and {job.gpus} GPUs a node, and each task is a rank that drives one: set "
+            "--ntasks-per-node and --gpus-per-node to the same number"
+        )
+    return notes
+
+
+def check_files(config: Any, run: Run) -> list[str]:
+    """Notes; refuses a model or data that are not there, and folders that can't be written or are too full."""
+    from sft.data.rows import local_files
+    from sft.model.loading import check_folder
+
+    model = instantiate(config.model, _convert_="all")
+    instantiate(config.adapter, _convert_="all")
+    training, validation = instantiate(config.data, _convert_="all").sources()
+    places = {"runs_dir": run.folder, "data.cache_dir": Path(config.data.cache_dir)}
+    for setting, folder in places.items():
+        check_writable(folder, setting)
+    notes = []
+    for setting, source in (("model.path", model.path), ("model.tokenizer", model.tokenizer)):
+        if source:
+            check_folder(source, setting)
+            if Path(source).expanduser().exists():
+                places[setting] = Path(source).expanduser()
+            else:
+                notes += storage.check_hub(setting, source, "models")
+    if "model.path" in places and not (places["model.path"] / "config.json").is_file():
+        raise UserError(f"model.path={model.path}: the folder holds no model (config.json)")
+    if model.chat_template:
+        places["model.chat_template"] = Path(model.chat_template).expanduser()
+        if not places["model.chat_template"].is_file():
+            raise UserError(f"model.chat_template={model.chat_template}: there is no such file")
+    for source in [*training, *validation]:
+        if local_files(source):
+            places[f"data {source}"] = Path(source.path).expanduser()
+        else:
+            notes += storage.check_hub("data.path", source.path, "datasets")
+    if "model.path" in places and not config.adapter:
+        storage.check_space(run.folder, places["model.path"])
+    return [*dict.fromkeys(notes), *storage.notes(places)]
+
+
+def _queue(command: list[str], job: Job, run: Run) -> int:
+    logs = run.folder / "logs"
+    logs.mkdir(parents=True, exist_ok=True)  # Slurm makes no folders for a log
+    try:
+        number = submission.queue(command, job)
+    except UserError:
+        with suppress(OSError):  # those that were there before aren't empty
+            logs.rmdir()
+            run.folder.rmdir()
+        raise
+    events.record(run.folder, "submit", job=number, restart=0, options=job.options, settings=job.settings)
+    return number
+
+
+def _tell(number: int, log: str, config: Any, run: Run) -> None:
+    with suppress(ValueError):
+        log = str(Path(log).relative_to(PROJECT))
+    print(f"job {number} is queued")
+    for command, what in (
+        (f"squeue -j {number}", "its place"),
+        (f"tail -F {shlex.quote(log)}", "its log, from its start on"),
+        (f"scancel --signal=USR1 {number}", "save now, and back into the queue"),
+        (f"scancel {number}", "end it; the same sft submit goes on later"),
+    ):
+        print(f"  {command:<{max(30, len(log) + 9)}} {what}")
+    logger = (config.logger or {}).get("_target_", "")
+    if logger.endswith("wandb_logger"):
+        print(f"W&B: run {run.folder.name}; where the nodes are offline, wandb sync {run.folder}/wandb/offline-run-*")

@@ -1,0 +1,329 @@
+"""What sft submit refuses before the queue, what it tells, and what it gives to sbatch. Slurm's commands
+are scripts of the tests' own, but for the last test, which has a cluster."""
+
+import json
+import os
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from huggingface_hub import constants
+
+from cluster import Cluster
+from running import Sft
+from sft.cluster.sbatch import PROJECT, site_environment
+from sft.training.run import Run
+
+# Options of a job that the false Slurm has nodes for.
+FITTING = ["--nodes=2", "--ntasks-per-node=2", "--gpus-per-node=2", "--cpus-per-task=4"]
+GPU = ["trainer=gpu", "strategy=ddp", "micro_batch_size=1", "run=run"]
+
+
+class FalseSlurm:
+    """sbatch, sinfo, squeue and sacctmgr. What sbatch is called with goes to `asked`, an argument a line."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.asked = folder, folder / "asked"
+        folder.mkdir()
+        self.answer("sinfo", "main*|4|16|gpu:a100:2(S:0-1)|infinite|n/a|up|idle\nshort|4|16|gpu:2|2:00|n/a|up|mixed")
+        self.answer("squeue", "")
+        self.answer("sacctmgr", "You are not running a supported accounting_storage plugin", code=1)
+        self.answer("sbatch", "7")
+
+    def answer(self, command: str, text: str, code: int = 0) -> None:
+        where = " >&2" if code else ""
+        asked = f'printf "%s\\n" "$@" >"{self.asked}"\n' if command == "sbatch" else ""
+        lines = f"{text}\n" if text else ""
+        (self.folder / command).write_text(f"#!/bin/sh\n{asked}cat <<'E'{where}\n{lines}E\nexit {code}\n")
+        (self.folder / command).chmod(0o755)
+
+
+@pytest.fixture
+def slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FalseSlurm:
+    monkeypatch.setenv("PATH", f"{tmp_path}/slurm:/usr/bin:/bin")
+    for name in [each for each in os.environ if each.startswith("SBATCH_")]:
+        monkeypatch.delenv(name)
+    site_environment.cache_clear()
+    return FalseSlurm(tmp_path / "slurm")
+
+
+def settings(sft: Sft, *more: str) -> list[str]:
+    here = [f"runs_dir={sft.folder}/runs", f"data.cache_dir={sft.folder}/cache"]
+    return [*(each for each in sft.settings if each != "trainer=cpu"), *here, *more]
+
+
+Prepare = Callable[[FalseSlurm], None]
+
+
+def answer(command: str, text: str, code: int = 0) -> Prepare:
+    return lambda slurm: slurm.answer(command, text, code)
+
+
+def nothing(slurm: FalseSlurm) -> None:
+    pass
+
+
+def not_installed(slurm: FalseSlurm) -> None:
+    (slurm.folder / "sbatch").unlink()
+    os.environ["PATH"] = str(slurm.folder / "bin")
+    (slurm.folder / "bin").mkdir()
+    (slurm.folder / "bin" / "bash").symlink_to("/bin/bash")
+    (slurm.folder / "bin" / "env").symlink_to("/usr/bin/env")
+
+
+def story(*events: tuple[str, str, int]) -> Prepare:
+    def write(slurm: FalseSlurm) -> None:
+        run = slurm.folder.parent / "runs" / "run"
+        run.mkdir(parents=True)
+        lines = [
+            {"event": event, "time": f"2026-01-01T{time}+00:00", "step": step, "num_ranks": 4, "seconds": 20.0}
+            for event, time, step in events
+        ]
+        (run / "events.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+    return write
+
+
+@pytest.mark.parametrize(
+    ("prepare", "options", "more", "message"),
+    [
+        (
+            nothing,
+            ["--ntasks-per-node=3"],
+            [],
+            "a global batch of 4 packs does not divide among 6 ranks in micro-batches of 1: use a global batch size "
+            "of 6",
+        ),
+        (
+            nothing,
+            [],
+            ["strategy=single"],
+            "strategy=single is for one device, and the trainer has 4: set strategy=ddp",
+        ),
+        (
+            nothing,
+            ["--gpus-per-node=1"],
+            [],
+            "the job has 2 tasks and 1 GPUs a node, and each task is a rank that drives one: set --ntasks-per-node and "
+            "--gpus-per-node to the same number",
+        ),
+        (nothing, [], ["model.path=./missing"], "model.path=./missing: there is no such folder"),
+        (
+            nothing,
+            [],
+            ["model.path=org/missing"],
+            "model.path=org/missing is neither here nor in CACHE, and HF_HUB_OFFLINE is set: give a folder, or "
+            "download it first",
+        ),
+        (nothing, [], ["model.path=FOLDER/slurm"], "model.path=FOLDER/slurm: the folder holds no model (config.json)"),
+        (
+            nothing,
+            [],
+            ["data.path=missing.jsonl"],
+            f"missing.jsonl: no such file or folder (looking from {PROJECT})",
+        ),
+        (nothing, ["-p", "gpu"], [], "there is no partition gpu: there are main, short"),
+        (
+            nothing,
+            ["--nodes=8"],
+            ["global_batch_size=32"],
+            "the job needs 8 nodes with 8 CPUs and 2 GPUs, and partition main has 4 with 16 CPUs and 2 GPUs: set "
+            "--nodes, --ntasks-per-node, --gpus-per-node, --cpus-per-task",
+        ),
+        (
+            nothing,
+            ["--ntasks-per-node=3", "--gpus-per-node=3"],
+            ["global_batch_size=6"],
+            "the job needs 2 nodes with 12 CPUs and 3 GPUs, and partition main has 4 with 16 CPUs and 2 GPUs: set "
+            "--nodes, --ntasks-per-node, --gpus-per-node, --cpus-per-task",
+        ),
+        (
+            nothing,
+            [],
+            ["adapter=qlora", "strategy=fsdp2"],
+            "adapter=qlora: strategy=fsdp2 can't shard weights in 4 bits: set strategy=ddp or adapter=lora",
+        ),
+        (
+            nothing,
+            ["-p", "short"],
+            [],
+            "--time=24:00:00 is more than partition short allows: set --time=0:02:00 or less; when it is over, the job "
+            "is requeued and goes on",
+        ),
+        (
+            nothing,
+            ["--time=5"],
+            [],
+            "a job of 0:05:00 gets its signal 300 s before the end, almost at once: set --time to 0:06:00 or more, or "
+            "a later signal with --signal=USR1@SECONDS",
+        ),
+        (
+            story(("start", "10:00:00", 0), ("save", "12:00:00", 100), ("save", "14:00:00", 200)),
+            ["--time=1:05:00"],
+            [],
+            "the 100 steps between two checkpoints took 2:00:00 in earlier attempts, and this job has 1:00:00 until "
+            "its signal: set checkpoint.save_every=50 or less, or a longer --time",
+        ),
+        (
+            answer("sacctmgr", "mine\nours"),
+            ["--account=theirs"],
+            [],
+            "--account=theirs is not yours: you are in mine, ours",
+        ),
+        (
+            answer("squeue", f"3|RUNNING|/elsewhere\n4|PENDING|{PROJECT}"),
+            [],
+            [],
+            "job 4 (PENDING) trains FOLDER/runs/run already: let it, or end it first with scancel 4",
+        ),
+        (
+            answer("sbatch", "allocation failure: Requested node configuration is not available", code=1),
+            [],
+            [],
+            "Slurm refuses the job: Requested node configuration is not available: no nodes have all of it together "
+            "(memory, kind of GPU, constraint): see scontrol show node",
+        ),
+        (
+            answer("sbatch", "sbatch: error: Unable to open file seed=3", code=1),
+            ["seed=3"],
+            [],
+            "Slurm refuses the job: Unable to open file seed=3: it is no option of sbatch, and settings of sft train "
+            "come after --",
+        ),
+        (
+            answer("sinfo", "slurm_load_partitions: Unable to contact slurm controller", code=1),
+            [],
+            [],
+            "Slurm does not answer (sinfo: slurm_load_partitions: Unable to contact slurm controller): see whether "
+            "sinfo works",
+        ),
+        (
+            not_installed,
+            [],
+            [],
+            "sbatch is not found: give the command on a login node of the cluster; slurm/local-cluster makes a small "
+            "cluster of this machine to try it on",
+        ),
+        (
+            nothing,
+            [],
+            ["--config-dir=conf"],
+            "--config-dir=conf goes before the settings: sft submit ... -- --config-dir=conf ... experiment=gsm8k",
+        ),
+    ],
+)
+def test_refused_before_the_queue(
+    prepare: Prepare,
+    options: list[str],
+    more: list[str],
+    message: str,
+    sft: Sft,
+    slurm: FalseSlurm,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    prepare(slurm)
+    for name, path in (("FOLDER", str(sft.folder)), ("CACHE", constants.HF_HUB_CACHE)):
+        message, more = message.replace(name, path), [each.replace(name, path) for each in more]
+    before = sorted(sft.folder.rglob("*"))
+    assert sft("submit", *FITTING, *options, "--", *settings(sft, *GPU, *more)) == 2
+    assert capsys.readouterr().err == f"sft: {message}\n"
+    assert [path for path in sorted(sft.folder.rglob("*")) if path != slurm.asked] == before
+    assert not slurm.asked.exists() or "--test-only" in slurm.asked.read_text().splitlines()
+
+
+def test_a_full_disk(
+    sft: Sft, slurm: FalseSlurm, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    weights = next(Path(sft.settings[0].partition("=")[2]).glob("*.safetensors")).stat().st_size
+    for free, code in ((3 * weights - 1, 2), (3 * weights, 0)):
+        monkeypatch.setattr(shutil, "disk_usage", lambda path, free=free: SimpleNamespace(free=free))
+        assert sft("submit", "--dry-run", *FITTING, "--", *settings(sft, *GPU)) == code
+    assert f"{sft.folder}/runs/run has 0.0 GB free, and a checkpoint of" in capsys.readouterr().err
+
+
+def test_without_the_two_dashes(sft: Sft, capsys: pytest.CaptureFixture[str]) -> None:
+    assert sft("submit", "experiment=gsm8k") == 2
+    assert "sft submit --nodes=2 -- experiment=gsm8k" in capsys.readouterr().err
+
+
+def test_a_finished_run_is_not_queued(
+    sft: Sft, slurm: FalseSlurm, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(Run, "status", {"state": "finished"})
+    assert sft("submit", *FITTING, "--", *settings(sft, *GPU)) == 2
+    assert f"{sft.folder}/runs/run is finished: nothing to do" in capsys.readouterr().err
+
+
+def test_what_sbatch_gets(sft: Sft, slurm: FalseSlurm, capsys: pytest.CaptureFixture[str]) -> None:
+    given, run = settings(sft, *GPU), sft.folder / "runs" / "run"
+    ours = [f"--chdir={PROJECT}", "--job-name=sft-run", f"--output={run}/logs/%j.out"]
+    rest = [*ours, *FITTING, f"{PROJECT}/slurm/train.sbatch", *given]
+
+    assert sft("submit", "--dry-run", *FITTING, "--", *given) == 0
+    told = capsys.readouterr().out
+    assert told.startswith(f"{run} (new): 2 nodes × 2 ranks, 1 micro-batches of 1 each a step; 24:00:00 at most")
+    assert told.endswith(" ".join(["sbatch", "--parsable", *rest]) + "\n") and not run.exists()
+    assert slurm.asked.read_text().splitlines() == ["--test-only", "--parsable", *rest]
+
+    assert sft("submit", *FITTING, "--", *given) == 0
+    assert slurm.asked.read_text().splitlines() == ["--parsable", *rest]
+    assert f"tail -F {run}/logs/7.out" in capsys.readouterr().out
+    assert (run / "logs").is_dir()
+    (event,) = [json.loads(line) for line in (run / "events.jsonl").read_text().splitlines()]
+    assert (event["event"], event["job"], event["options"], event["settings"]) == ("submit", 7, FITTING, given)
+
+
+def test_four_bits_need_a_gpu_on_the_nodes_alone(sft: Sft, slurm: FalseSlurm) -> None:
+    assert sft("submit", "--dry-run", *FITTING, "--", *settings(sft, *GPU, "adapter=qlora")) == 0
+
+
+def test_notes(sft: Sft, slurm: FalseSlurm, capsys: pytest.CaptureFixture[str]) -> None:
+    # Of five nodes one is there, for which Slurm would refuse what it queues.
+    slurm.answer("sinfo", "main*|4|16|gpu:2|infinite|n/a|up|down*\nmain*|1|16|gpu:2|infinite|n/a|up|idle")
+    slurm.answer("sbatch", "allocation failure: Requested node configuration is not available", code=1)
+    story(("start", "10:00:00", 0), ("save", "12:00:00", 10))(slurm)
+    more = ["trainer.num_nodes=1", "checkpoint.save_every=10"]
+    assert sft("submit", "--dry-run", *FITTING, "--", *settings(sft, *GPU, *more)) == 0
+    notes = [line for line in capsys.readouterr().out.splitlines() if line.startswith("note: ")]
+    assert notes[0] == "note: trainer.num_nodes=1 gives way to 2, the job's own"
+    assert notes[1].startswith("note: on this machine's own disk, which the nodes may not see: runs_dir (")
+    assert notes[2:] == [
+        "note: a step and a save took 740 s in earlier attempts, and --signal leaves 300 s: "
+        "--signal=USR1@1480 is safer",
+        "note: 1 of the 2 nodes that it needs are up in partition main, so the job waits",
+    ]
+
+
+def test_a_rehearsal_that_fails_queues_nothing(
+    sft: Sft, slurm: FalseSlurm, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    slurm.answer("sft", "", code=1)
+    (slurm.folder / "python").symlink_to("/bin/sh")  # runs the sft beside it
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "executable", f"{slurm.folder}/python")
+        assert sft("submit", "--rehearse", *FITTING, "--", *settings(sft, *GPU)) == 2
+        assert capsys.readouterr().err.strip() == "sft: not submitted, since the rehearsal failed"
+        assert "--test-only" in slurm.asked.read_text()
+        slurm.answer("sft", "rehearsed")
+        assert sft("submit", "--rehearse", *FITTING, "--", *settings(sft, *GPU)) == 0
+    assert "--test-only" not in slurm.asked.read_text()
+
+
+@pytest.mark.xdist_group("slurm")
+def test_on_a_cluster(sft: Sft, cluster: Cluster) -> None:
+    script = str(Path(sys.executable).with_name("sft"))
+    options = ["--nodes=2", "--ntasks-per-node=1", "--gpus-per-node=0", "--cpus-per-task=1"]
+    given = settings(sft, "trainer=cpu", "strategy=ddp")
+    for wrong, message in (
+        (["--", *given, "global_batch_size=5"], "a global batch of 5 packs does not divide among 2 ranks"),
+        (["-p", "gpu", "--", *given], "there is no partition gpu: there are main, preemptible, short"),
+    ):
+        refused = cluster.exec(script, "submit", *options, *wrong)
+        assert refused.returncode == 2 and message in refused.stderr and len(refused.stderr.splitlines()) == 1
+    shown = cluster.exec(script, "submit", "--dry-run", *options, "--", *given)
+    assert shown.returncode == 0, shown.stderr
+    assert "Slurm would start it at" in shown.stdout and "sbatch --parsable" in shown.stdout
+    assert cluster.exec("squeue", "--noheader").stdout == ""

@@ -1,0 +1,131 @@
+"""Options of sbatch, site.sh and the #SBATCH lines in; what the job gets out."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sft.cluster.sbatch import Job, site_environment
+from sft.cluster.timing import duration
+from sft.errors import UserError
+
+SCRIPT = """\
+#!/bin/bash
+# What it does.
+#SBATCH --job-name=sft
+#SBATCH --nodes=1
+#SBATCH --ntasks-per-node=8         # EDIT: a node's GPUs
+#SBATCH --gpus-per-node=8
+#SBATCH --cpus-per-task=12
+#SBATCH --time=24:00:00
+#SBATCH --signal=USR1@300
+set -e
+#SBATCH --nodes=99
+"""
+
+
+@pytest.fixture
+def project(tmp_path: Path) -> Path:
+    (tmp_path / "slurm").mkdir()
+    (tmp_path / "slurm" / "train.sbatch").write_text(SCRIPT)
+    (tmp_path / "slurm" / "site.sh").write_text("")
+    return tmp_path
+
+
+def job(options: str, project: Path) -> Job:
+    return Job.of([*options.split(), "--", "a=1"], project)
+
+
+@pytest.mark.parametrize(
+    ("options", "changed"),
+    [
+        ("", {}),
+        ("--nodes=4", {"nodes": 4}),
+        ("-N 4 -n16 --ntasks-per-node 4 --mem 1G -c3", {"nodes": 4, "tasks": 4, "cpus": 3}),
+        ("--gpus-per-node=a100:2,v100:3", {"gpus": 5}),
+        ("--nodes=2 -G 16 --gres=shard:1,gpu:a100:8", {"nodes": 2, "gpus": 8}),
+        ("--gpus-per-task=1", {"gpus": 8}),
+        ("--gpus-per-node=0 --ntasks-per-n=2", {"gpus": 0, "tasks": 2}),
+        ("-t 1-12 --signal=R:SIGTERM", {"limit": 36 * 3600, "lead": 60}),
+        ("-pa,b -A me", {"partitions": ["a", "b"], "account": "me"}),
+        ("-J name -o %x.log", {"name": "name", "output": "%x.log"}),
+    ],
+)
+def test_the_script_and_options_make_a_job(options: str, changed: dict[str, Any], project: Path) -> None:
+    expected: dict[str, Any] = {
+        "nodes": 1,
+        "tasks": 8,
+        "gpus": 8,
+        "cpus": 12,
+        "limit": 24 * 3600,
+        "lead": 300,
+        "partitions": [],
+        "account": None,
+        "name": None,
+        "output": None,
+    } | changed
+    made = job(options, project)
+    assert {name: getattr(made, name) for name in expected} == expected
+    assert made.options == options.split()
+    ranks = [f"trainer.num_nodes={expected['nodes']}", f"trainer.devices={expected['tasks']}"]
+    assert made.overrides == ["a=1", *ranks]
+
+
+def test_site_goes_before_the_script_and_options_before_both(project: Path) -> None:
+    site = "export SBATCH_PARTITION=site SBATCH_TIMELIMIT=60 SBATCH_GPUS_PER_NODE=4\nSBATCH_ACCOUNT=not-exported\n"
+    (project / "slurm" / "site.sh").write_text(site)
+    made = job("--partition=typed", project)
+    assert (made.partitions, made.limit, made.gpus, made.account) == (["typed"], 3600, 4, None)
+    assert made.environment["SBATCH_PARTITION"] == "site"
+    (project / "slurm" / "site.sh").write_text("module load cuda/12\n")
+    site_environment.cache_clear()
+    with pytest.raises(UserError, match=r"^slurm/site.sh fails, as it would in the job: .*module: command not found$"):
+        job("", project)
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"),
+    [
+        ("90", 5400),
+        ("90:30", 5430),
+        ("4:00:00", 14400),
+        ("1-12", 129600),
+        ("1-12:30", 131400),
+        ("2-00:00:05", 172805),
+        ("infinite", float("inf")),
+        ("0", float("inf")),
+    ],
+)
+def test_duration(text: str, seconds: float) -> None:
+    assert duration(text) == seconds
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("--nodes=2-4", "--nodes=2-4 is not a whole number from 1 on"),
+        ("--ntasks=12", "--ntasks=12 is not 1 nodes × 8 tasks: set --nodes and --ntasks-per-node"),
+        (
+            "--nodes=2 --gpus=8",
+            "GPUs a node are said in different ways, --gpus-per-node=8 (8), --gpus=8 (4): set --gpus-per-node alone",
+        ),
+        ("--time=1h", "--time=1h is no time: set it like 30 (minutes), 4:00:00 or 1-12:00:00"),
+        (
+            "--signal=B:USR1@60",
+            "--signal=B:USR1@60 goes to the batch script alone, and it is the ranks that save: leave B: away",
+        ),
+        (
+            "--signal=INT@60",
+            "--signal=INT@60 is no signal that the ranks save on (USR1 or TERM): set --signal=USR1@300",
+        ),
+        (
+            "-a 0-3",
+            "--array is not for sft submit: a job trains one run; for many, sbatch --array with slurm/sweep.sbatch",
+        ),
+        ("--nodes", "of the options of sbatch, argument -N/--nodes: expected one argument: see sbatch --help"),
+    ],
+)
+def test_options_that_make_no_job(options: str, message: str, project: Path) -> None:
+    with pytest.raises(UserError, match=f"^{re.escape(message)}$"):
+        job(options, project)
