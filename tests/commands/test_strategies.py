@@ -83,10 +83,14 @@ def difference(folder: Path, other: Path) -> float:
     return max(float((a.tensor(name) - b.tensor(name)).abs().max()) for name in a.shapes)
 
 
-@pytest.mark.parametrize("strategy", ["ddp", "deepspeed_zero2_offload", "deepspeed_zero3", "fsdp2"])
-def test_resumed_on_the_same_ranks_is_the_same_to_the_bit(lab: Lab, strategy: str) -> None:
-    whole = lab.run((strategy, 2), killed=False)
-    again = lab.run((strategy, 2), killed=False, begun=lab.run((strategy, 2), killed=True))
+# More than two ranks add up in an order that hangs on where a gradient lies in which bucket.
+@pytest.mark.parametrize(
+    ("strategy", "num"),
+    [("ddp", 4), ("deepspeed_zero2_offload", 2), ("deepspeed_zero2", 4), ("deepspeed_zero3", 2), ("fsdp2", 2)],
+)
+def test_resumed_on_the_same_ranks_is_the_same_to_the_bit(lab: Lab, strategy: str, num: int) -> None:
+    whole = lab.run((strategy, num), killed=False)
+    again = lab.run((strategy, num), killed=False, begun=lab.run((strategy, num), killed=True))
     assert last_files(again) == last_files(whole)
     assert rows(again) == rows(whole)
 

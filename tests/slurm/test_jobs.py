@@ -1,5 +1,9 @@
 """Batch jobs on a real cluster: whatever happens to them, the run ends as if nothing had, bit for bit."""
 
+import os
+import re
+import shlex
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +18,10 @@ from sft.training import events
 pytestmark = [pytest.mark.xdist_group("slurm"), pytest.mark.timeout(400)]
 
 PROJECT = Path(__file__).parents[2]
+README = (PROJECT / "README.md").read_text()
 SETTINGS = ("epochs=6", "val_every=4", "checkpoint.save_every=4", "micro_batch_size=1", "logger=wandb")
 NUM_STEPS = 18
+DEMO = ("experiment=demo", "max_steps=null", "data.val_path=null")  # what the README's command changes, put back
 
 
 class Jobs:
@@ -27,6 +33,15 @@ class Jobs:
     def settings(self, run: str, *overrides: str) -> list[str]:
         runs = [f"runs_dir={self.sft.folder}/runs", f"data.cache_dir={self.sft.folder}/cache", f"run={run}"]
         return [*self.sft.settings, *SETTINGS, *runs, *overrides]
+
+    def as_in_the_readme(self, line: str, *overrides: str) -> str:
+        """Runs a line of the README on this cluster; what it printed."""
+        (typed,) = re.findall(rf"^slurm/local-cluster (exec .*{line}.*|{line})$", README, re.M)
+        verb, *arguments = shlex.split(typed)
+        path = {"PYTHONPATH": f"{PROJECT}/tests", "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+        done = self.cluster(verb, *arguments, *overrides, cwd=PROJECT, env=path)
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
 
     def submit(self, run: str, nodes: int, tasks: int, *overrides: str, **options: str) -> str:
         given = {"nodes": nodes, "ntasks-per-node": tasks, "gpus-per-node": 0, "cpus-per-task": 1, **options}
@@ -54,11 +69,19 @@ class Jobs:
 
     def finished(self, job: str, timeout: float = 120) -> str:
         """The job's log, when it has completed."""
-        self.cluster.wait(job, "COMPLETED", timeout)
-        return self.log(job)
+        return Path(self.cluster.wait(job, "COMPLETED", timeout)["StdOut"]).read_text()
 
     def log(self, job: str) -> str:
         return (self.sft.folder / f"{job}.out").read_text()
+
+    def whole(self, strategy: str, *overrides: str) -> Path:
+        """The folder of a run that nothing stops, on four ranks."""
+        folder = self.sft.run_folder(f"whole-{strategy}")
+        if not folder.exists():
+            settings = self.settings(folder.name, *overrides)
+            ended = self.sft.ranks(4, "train", *settings, f"strategy={strategy}")
+            assert ended.code == 0, ended.output
+        return folder
 
     def story(self, run: str) -> list[dict[str, Any]]:
         return events.read(self.sft.run_folder(run))
@@ -84,12 +107,9 @@ def limited(jobs: Jobs) -> str:
     return jobs.submit("limited", 2, 2, "strategy=ddp", waits, time="2", signal="USR1@60")
 
 
-def equals_uninterrupted(jobs: Jobs, run: str, num_ranks: int, strategy: str) -> None:
+def equals_uninterrupted(jobs: Jobs, run: str, whole: Path) -> None:
     """The last checkpoint, the export and the metrics, to the byte; each step once in metrics.csv and in W&B."""
-    name = f"whole-{strategy}"
-    ended = jobs.sft.ranks(num_ranks, "train", *jobs.settings(name, f"strategy={strategy}"))
-    assert ended.code == 0, ended.output
-    folder, whole = jobs.sft.run_folder(run), jobs.sft.run_folder(name)
+    folder = jobs.sft.run_folder(run)
     assert final_files(folder) == final_files(whole)
     assert rows(folder) == rows(whole)
     assert [row["step"] for row in rows(folder)] == [str(step) for step in range(NUM_STEPS + 1)]
@@ -101,16 +121,20 @@ def equals_uninterrupted(jobs: Jobs, run: str, num_ranks: int, strategy: str) ->
 def test_signal_then_lost_node_then_killed_rank(jobs: Jobs, limited: str) -> None:
     kill = jobs.mishap("kill", "kill", 15, rank=3, once=True)
     gates = (jobs.gate("first", 6), jobs.gate("second", 10))
-    job = jobs.submit("chaos", 2, 2, "strategy=deepspeed_zero2", *gates, kill)
+    more = jobs.settings("chaos", *DEMO)
+    told = jobs.as_in_the_readme("sft submit.*run=plug.*", *more, *gates, kill)
+    (job,) = re.findall(r"^job +(\d+)", told, re.M)
     jobs.reached("first")
+    assert "sft-chaos"[:8] in jobs.as_in_the_readme("squeue")
     jobs.cluster.exec("scancel", "--signal=USR1", job)
     jobs.open("first")
     jobs.reached("second")
     nodes = jobs.cluster.exec("scontrol", "show", "hostnames", jobs.cluster.job(job)["NodeList"]).stdout.split()
-    jobs.cluster("crash", nodes[1])
+    assert nodes == ["n1", "n2"]
+    jobs.as_in_the_readme("crash n2")
     jobs.reached("second")
-    assert nodes[1] not in jobs.cluster.exec("squeue", "--noheader", f"--job={job}", "--format=%N").stdout
-    jobs.cluster("boot", nodes[1])
+    assert jobs.cluster.exec("squeue", "--noheader", f"--job={job}", "--format=%N").stdout.strip() == "n[1,3]"
+    jobs.as_in_the_readme("boot n2")
     jobs.open("second")
     log = jobs.finished(job)
     causes = [("requeue", "signal", 6), ("requeue", "lost", 8), ("requeue", "killed", 14), ("finish", "", NUM_STEPS)]
@@ -122,7 +146,7 @@ def test_signal_then_lost_node_then_killed_rank(jobs: Jobs, limited: str) -> Non
         (0, 0, 4), (1, 6, 4), (2, 8, 4), (3, 12, 4),
     ]  # fmt: skip
     assert starts[0]["hosts"] == nodes
-    equals_uninterrupted(jobs, "chaos", 4, "deepspeed_zero2")
+    equals_uninterrupted(jobs, "chaos", jobs.whole("deepspeed_zero2", *DEMO))
 
 
 def test_hang_then_the_same_failure_twice_then_fewer_ranks(jobs: Jobs) -> None:
@@ -141,7 +165,7 @@ def test_hang_then_the_same_failure_twice_then_fewer_ranks(jobs: Jobs) -> None:
     again = jobs.submit("fails", 1, 1)
     assert "resumed after step 4" in jobs.finished(again)
     losses = [float(row["train/loss"]) for row in rows(jobs.sft.run_folder("fails"))[1:]]
-    expected = [float(row["train/loss"]) for row in rows(jobs.sft.run_folder("whole-deepspeed_zero2"))[1:]]
+    expected = [float(row["train/loss"]) for row in rows(jobs.whole("ddp"))[1:]]
     assert losses == pytest.approx(expected, abs=1e-5)
 
 
@@ -161,7 +185,7 @@ def test_time_limit(jobs: Jobs, limited: str) -> None:
     *stopped, last = jobs.verdicts("limited")
     assert last == ("finish", "", NUM_STEPS)
     assert set(stopped) == {("requeue", "signal", 6)}  # on a busy machine the second attempt may be too slow as well
-    equals_uninterrupted(jobs, "limited", 4, "ddp")
+    equals_uninterrupted(jobs, "limited", jobs.whole("ddp"))
 
 
 def test_bad_configuration_ends_at_once(jobs: Jobs) -> None:

@@ -52,7 +52,10 @@ def _unexplained(story: list[dict[str, Any]], job: dict[str, Any]) -> Death | No
     """Why an earlier attempt of this job ended that nobody has concluded: Slurm itself requeues when a node is lost."""
     before = [each for each in story if each.get("job") == job["job"] and each["restart"] < job["restart"]]
     start = max((place for place, each in enumerate(before) if each["event"] == "job"), default=None)
-    if start is None or any(each["event"] in ("requeue", "stop") for each in before[start:]):
+    verdicts = [each for each in before[start:] if each["event"] in ("requeue", "stop")]
+    if verdicts and verdicts[-1]["event"] == "stop":
+        raise UserError(f"this job was stopped ({verdicts[-1]['why']}): submit it again to go on with the run")
+    if start is None or verdicts:
         return None
     steps = [each["step"] for each in before[start:] if each["event"] in ("start", "save", "signal")]
     step = max(steps, default=0)
@@ -82,6 +85,8 @@ def end(arguments: list[str]) -> None:
     elif ended and "TIME LIMIT" in ended[1]:
         error = "killed at the time limit: --signal=USR1@SECONDS must leave time for a step, a save or the export"
         death = Death("timeout", _step(run.folder), error)
+    elif ended and ended[1]:  # the loss of a node, a preemption that gave no time, or a requeue by hand
+        death = Death("lost", _step(run.folder), f"Slurm ended the job {ended[1].lower().strip()}")
     else:
         death = examine(logs(run.folder), job["restart"], code, _step(run.folder), printed)
     if ended and not ended[1]:
