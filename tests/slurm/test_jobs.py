@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from cluster import Cluster, eventually
 from commands.test_resume import final_files, rows
@@ -137,7 +138,7 @@ def test_signal_then_lost_node_then_killed_rank(jobs: Jobs, limited: str) -> Non
     jobs.as_in_the_readme("boot n2")
     jobs.open("second")
     log = jobs.finished(job)
-    causes = [("requeue", "signal", 6), ("requeue", "lost", 8), ("requeue", "killed", 14), ("finish", "", NUM_STEPS)]
+    causes = [("requeue", "signal", 6), ("requeue", "lost", 9), ("requeue", "killed", 14), ("finish", "", NUM_STEPS)]
     assert jobs.verdicts("chaos") == causes
     assert "requeued: killed at step 14 (rank 3 on n" in log
     assert f"wandb sync {jobs.sft.run_folder('chaos')}/wandb/offline-run-" in log
@@ -167,6 +168,20 @@ def test_hang_then_the_same_failure_twice_then_fewer_ranks(jobs: Jobs) -> None:
     losses = [float(row["train/loss"]) for row in rows(jobs.sft.run_folder("fails"))[1:]]
     expected = [float(row["train/loss"]) for row in rows(jobs.whole("ddp"))[1:]]
     assert losses == pytest.approx(expected, abs=1e-5)
+
+
+def test_array_is_a_sweep(jobs: Jobs) -> None:
+    runs = jobs.settings("null", "name=array", "optimizer.lr=1e-2,2e-2", "export=false")
+    settings = [each for each in runs if not each.startswith("run=") and each != "optimizer.lr=1e-2"]
+    options = ["--array=0-1", "--ntasks-per-node=1", "--gpus-per-node=0", "--cpus-per-task=1"]
+    log = f"--output={jobs.sft.folder}/%A_%a.out"
+    job = jobs.cluster.submit(*options, log, "slurm/sweep.sbatch", *settings, cwd=PROJECT)
+    for task in (0, 1):
+        jobs.cluster.wait(f"{job}_{task}", "COMPLETED", 120)
+    runs = sorted(jobs.sft.folder.glob("runs/array-*"))
+    rates = [yaml.safe_load((run / "config.yaml").read_text())["optimizer"]["lr"] for run in runs]
+    assert sorted(rates) == [0.01, 0.02]
+    assert [jobs.verdicts(run.name) for run in runs] == [[("finish", "", NUM_STEPS)]] * 2
 
 
 def test_cancelled_job_saves_and_stays_away(jobs: Jobs) -> None:

@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -60,7 +61,7 @@ def test_a_job_that_has_no_setting_trains_nothing(tmp_path: Path, index: str, me
 
 def test_one_job_of_an_array_requeues_itself_alone(tmp_path: Path) -> None:
     for name, body in {
-        "sft": "exit 75",  # a signal came before the ranks' start
+        "sft": "[ $2 = end ] || echo run; exit 75",  # a signal came before the ranks' start
         "scontrol": "echo scontrol \"$@\" >>calls; echo '   JobState=RUNNING'",
     }.items():
         (tmp_path / name).write_text(f"#!/bin/sh\n{body}\n")
@@ -123,11 +124,15 @@ def test_a_run_that_a_job_in_the_queue_trains_is_not_trained_twice(cluster: Clus
     assert f"job {job} trains runs/one and is still in the queue: wait for it, or scancel {job}" in swept.stderr
 
 
-def test_a_job_has_ended_when_the_controller_says_so() -> None:
+def test_a_job_has_ended_when_the_controller_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     watcher = Watcher()
     for job in ("1", "2", "3", "4"):
         watcher.register_job(job)
-    told = watcher.read_info("1|COMPLETING\n2|CANCELLED\n3|CONFIGURING\n9|FAILED\n")
+    shown = "1|COMPLETING\n2|CANCELLED\n3|CONFIGURING\n9|FAILED\n"
+    assert watcher.read_info(shown)["4"]["State"] == "RUNNING"  # once is a hitch
+    later = time.monotonic() + 16
+    monkeypatch.setattr(time, "monotonic", lambda: later)
+    told = watcher.read_info(shown)
     assert {job: info["State"] for job, info in told.items()} == {
         "1": "RUNNING",
         "2": "CANCELLED",
