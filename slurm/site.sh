@@ -1,6 +1,6 @@
 # What is particular to this site: edit it once; all batch scripts here read it, from the project's folder.
 
-# The account and the partition of every job: sbatch and sft submit read these from the environment.
+# The account and the partition of every job. sft submit reads them here; for sbatch itself, source this file first.
 # export SBATCH_ACCOUNT=my-project SBATCH_PARTITION=gpu
 
 # Where the project's commands are found. Bare environment: the one that `make install` has made.
@@ -9,7 +9,8 @@ PATH="$PWD/.venv/bin:$PATH"
 
 # Containers. EDIT: an image with this project installed, as `container` names it.
 #   Apptainer:      container=(apptainer exec --nv --bind "$PWD" "$PWD/sft.sif")
-#   Pyxis/enroot:   srun_options=(--container-image="$PWD/sft.sqsh" --container-mounts="$PWD:$PWD" --container-workdir="$PWD")
+#   Pyxis/enroot (what the batch script itself calls runs outside of it: `make install` as well):
+#                   srun_options=(--container-image="$PWD/sft.sqsh" --container-mounts="$PWD:$PWD" --container-workdir="$PWD")
 container=()
 srun_options=()
 

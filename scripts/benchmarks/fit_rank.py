@@ -17,11 +17,11 @@ from hydra.utils import instantiate
 from lightning.pytorch.callbacks import Callback
 
 from benchmarks.ranks import Peak, bytes_sent
-from sft.cli import CONF
 from sft.data.dataset import Split
 from sft.data.rows import Source
 from sft.data.schedule import check_division
 from sft.data.store import Store
+from sft.mistakes import CONF
 from sft.model.module import SFTModule
 from sft.training.datamodule import SFTDataModule
 from sft.training.metrics import StepMetrics

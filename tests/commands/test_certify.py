@@ -9,8 +9,8 @@ from hydra import compose, initialize_config_dir
 
 import faults
 from running import Sft
-from sft.cli import CONF
 from sft.commands.certify import certify
+from sft.mistakes import CONF
 from sft.training import matrix
 from sft.training.certificate import Certificate
 from sft.training.matrix import STRATEGIES, Cell, cells

@@ -66,6 +66,18 @@ def nothing(slurm: FalseSlurm) -> None:
     pass
 
 
+def queued_before(slurm: FalseSlurm) -> None:
+    """Job 3 has finished what it had to, and its number is another's; job 4 waits."""
+    run = slurm.folder.parent / "runs" / "run"
+    run.mkdir(parents=True)
+    for job, event in ((3, "submit"), (3, "finish"), (4, "submit"), (4, "requeue")):
+        with (run / "events.jsonl").open("a") as file:
+            file.write(
+                json.dumps({"time": "2026-01-01T10:00:00+00:00", "event": event, "job": job, "restart": 0}) + "\n"
+            )
+    slurm.answer("squeue", "3|RUNNING\n4|PENDING")
+
+
 def not_installed(slurm: FalseSlurm) -> None:
     (slurm.folder / "sbatch").unlink()
     os.environ["PATH"] = str(slurm.folder / "bin")
@@ -174,7 +186,7 @@ def story(*events: tuple[str, str, int]) -> Prepare:
             "--account=theirs is not yours: you are in mine, ours",
         ),
         (
-            answer("squeue", f"3|RUNNING|/elsewhere\n4|PENDING|{PROJECT}"),
+            queued_before,
             [],
             [],
             "job 4 (PENDING) trains FOLDER/runs/run already: let it, or end it first with scancel 4",

@@ -192,6 +192,7 @@ def test_cancelled_job_saves_and_stays_away(jobs: Jobs) -> None:
     jobs.cluster.wait(job, "CANCELLED")
     eventually(lambda: bool(jobs.verdicts("cancelled")))
     assert jobs.verdicts("cancelled") == [("stop", "signal", 3)]
+    assert (jobs.sft.run_folder("cancelled") / "checkpoints" / "step-00000003").is_dir()
     assert jobs.cluster.exec("squeue", "--noheader", f"--job={job}").stdout == ""
 
 

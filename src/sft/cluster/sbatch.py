@@ -172,7 +172,7 @@ def directives(script: str) -> list[str]:
 def site_environment(project: Path) -> dict[str, str]:
     """The SBATCH_* variables once site.sh is sourced, as the job will source it."""
     asked = subprocess.run(
-        ["bash", "-euo", "pipefail", "-c", f"source {SITE} >/dev/null && env -0"],
+        ["bash", "-euo", "pipefail", "-c", f"source {SITE} >/dev/null; env -0"],
         cwd=project,
         stdin=subprocess.DEVNULL,
         capture_output=True,

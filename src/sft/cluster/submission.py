@@ -11,6 +11,7 @@ from pathlib import Path
 
 from sft.cluster.sbatch import Job
 from sft.errors import UserError
+from sft.training import events
 
 ANSWER = 20  # seconds that Slurm may take
 UNAVAILABLE = "Requested node configuration is not available"
@@ -60,12 +61,15 @@ def check_account(account: str | None) -> None:
         raise UserError(f"--account={account} is not yours: you are in {', '.join(accounts)}")
 
 
-def check_queue(name: str, project: Path, run: Path) -> None:
-    """Refuses a run that a job trains already, or is to."""
-    listed = ask("squeue", "--noheader", f"--name={name}", f"--user={getpass.getuser()}", "--format=%i|%T|%Z")
-    for line in listed.splitlines():
-        number, state, folder = line.split("|", 2)
-        if folder == str(project):
+def refuse_queued(run: Path, *states: str, own: int | None = None) -> None:
+    """Refuses a run that another job trains already or, with no `states`, waits for; by the run's own story."""
+    last = {event["job"]: event["event"] for event in events.read(run) if "job" in event}
+    jobs = {job for job, event in last.items() if event not in ("finish", "stop")} - {own}
+    if not jobs:
+        return
+    for line in ask("squeue", "--noheader", f"--user={getpass.getuser()}", "--format=%A|%T").splitlines():
+        number, state = line.split("|")
+        if int(number) in jobs and (state in states or not states):
             raise UserError(
                 f"job {number} ({state}) trains {run} already: let it, or end it first with scancel {number}"
             )

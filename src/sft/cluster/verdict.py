@@ -50,6 +50,14 @@ class Death:
         return {key: value for key, value in asdict(self).items() if key != "details" and value is not None}
 
 
+def ended(log: str) -> str | None:
+    """Why Slurm itself has ended a job, by its word in the log: "" where a user has cancelled it, None where it has
+    not."""
+    # "*** JOB 3 ON n1 CANCELLED AT 2026-11-20T18:58:19 DUE TO TIME LIMIT ***"; newer ones name the signal of a cancel.
+    told = re.search(r"\*\*\* JOB \S+ ON \S+ CANCELLED AT \S+ (?:DUE to SIGNAL [^*]*)?(.*)\*\*\*", log)
+    return told[1].strip() if told else None
+
+
 def examine(folder: Path, restart: int, exit_code: int, step: int, log: str) -> Death:
     """Why an attempt died whose ranks ended with `exit_code` (of `srun`).
 
@@ -62,7 +70,7 @@ def examine(folder: Path, restart: int, exit_code: int, step: int, log: str) -> 
     if reports and not reports[0]["following"]:
         return _reported(reports[0])
     stacks = [path for path in folder.glob(f"attempt-{restart}-rank-*.stack") if path.stat().st_size]
-    if stacks:
+    if stacks and ("Alarm clock" in log or exit_code == 128 + signal.SIGALRM):  # not one that came to life again
         error = f"{len(stacks)} ranks gave no sign of life for too long: their stacks are {folder}/*.stack"
         return Death("hung", step, error, details=min(stacks).read_text(errors="replace")[-4000:])
     # What srun tells of the first rank that ended badly: "srun: error: n2: task 3: Killed".
@@ -95,12 +103,9 @@ def _tail(folder: Path, rank: int | None, restart: int) -> str:
     return "\n".join([line for line in written.splitlines()[1:] if not line.startswith("[W")][-40:])
 
 
-def decide(
-    death: Death, events: Sequence[Mapping[str, Any]], job: int | None, max_requeues: Mapping[str, int]
-) -> tuple[bool, str]:
-    """Whether the job is to be requeued, and why. `events` are the run's; those of other jobs don't count."""
-    earlier = [each for each in events if each.get("job") == job and each["event"] == "requeue"]
-    same = [each for each in earlier if each["cause"] == death.cause]
+def decide(death: Death, events: Sequence[Mapping[str, Any]], max_requeues: Mapping[str, int]) -> tuple[bool, str]:
+    """Whether the job, whose `events` are given, is to be requeued, and why."""
+    same = [each for each in events if each["event"] == "requeue" and each["cause"] == death.cause]
     if death.cause not in OUTER and any(each["step"] == death.step for each in same):
         return False, f"the same failure twice at step {death.step}: a retry can't help"
     allowed = max_requeues[death.cause]

@@ -7,14 +7,15 @@ EXIT_CODE is that of `srun`, LOG the file in which it and Slurm tell of errors.
 """
 
 import os
-import re
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
 
 from omegaconf import OmegaConf
 
-from sft.cluster.verdict import Death, decide, examine
+from sft.cluster.submission import refuse_queued
+from sft.cluster.verdict import Death, decide, ended, examine
 from sft.commands.train import check
 from sft.errors import UserError
 from sft.training import events, preemption
@@ -29,8 +30,12 @@ def main(config: Any) -> None:
     job = events.job()
     if not job:
         raise UserError("sft job begin is for batch scripts: submit slurm/train.sbatch, or use sft train")
-    story = events.read(run.folder)
+    story = _of_job(events.read(run.folder), job)
+    if shutil.which("squeue"):  # a container may have none
+        refuse_queued(run.folder, "RUNNING", own=job["job"])
     logs(run.folder).mkdir(parents=True, exist_ok=True)
+    for earlier in logs(run.folder).glob(f"attempt-{job['restart']}-rank-*"):  # of another job of this number
+        earlier.unlink()
     budgets = settings["cluster"]["max_requeues"]
     allocation = {name.lower(): os.environ.get(f"SLURM_{name}") for name in ("JOB_NODELIST", "NTASKS")}
     unfinished = _unexplained(story, job)
@@ -48,9 +53,16 @@ def logs(run: Path) -> Path:
     return run / "logs" / os.environ["SLURM_JOB_ID"]
 
 
+def _of_job(story: list[dict[str, Any]], job: dict[str, Any]) -> list[dict[str, Any]]:
+    """What has happened since this job began; its number may have been another's in a cluster that was set up anew."""
+    own = [each for each in story if each.get("job") == job["job"]]
+    begun = [place for place, each in enumerate(own) if each["event"] == "job" and each["restart"] == 0]
+    return own[begun[-1] :] if begun else []
+
+
 def _unexplained(story: list[dict[str, Any]], job: dict[str, Any]) -> Death | None:
     """Why an earlier attempt of this job ended that nobody has concluded: Slurm itself requeues when a node is lost."""
-    before = [each for each in story if each.get("job") == job["job"] and each["restart"] < job["restart"]]
+    before = [each for each in story if each["restart"] < job["restart"]]
     start = max((place for place, each in enumerate(before) if each["event"] == "job"), default=None)
     verdicts = [each for each in before[start:] if each["event"] in ("requeue", "stop")]
     if verdicts and verdicts[-1]["event"] == "stop":
@@ -75,21 +87,22 @@ def end(arguments: list[str]) -> None:
         raise UserError("sft job is for batch scripts: see slurm/train.sbatch") from None
     if run.status.get("state") == "finished":
         return
-    job, story = events.job(), events.read(run.folder)
-    start = max(place for place, each in enumerate(story) if each["event"] == "job" and each["job"] == job["job"])
-    printed = Path(log).read_text(errors="replace").rpartition(f"job {job['job']} restart {job['restart']} ")[2]
-    # "*** JOB 3 ON n1 CANCELLED AT 2026-11-20T18:58:19 DUE TO TIME LIMIT ***", or without a reason: by a user.
-    ended = re.search(r"\*\*\* JOB \S+ ON \S+ CANCELLED AT \S+ (.*)\*\*\*", printed)
+    job = events.job()
+    story = _of_job(events.read(run.folder), job)
+    start = max(place for place, each in enumerate(story) if each["event"] == "job")
+    printed = Path(log).read_text(errors="replace") if Path(log).is_file() else ""
+    printed = printed.rpartition(f"job {job['job']} restart {job['restart']} ")[2]
+    by_slurm = ended(printed)
     if any(each["event"] == "signal" for each in story[start:]):
         death = Death("signal", _step(run.folder), "its checkpoint is saved")
-    elif ended and "TIME LIMIT" in ended[1]:
+    elif by_slurm and "TIME LIMIT" in by_slurm:
         error = "killed at the time limit: --signal=USR1@SECONDS must leave time for a step, a save or the export"
         death = Death("timeout", _step(run.folder), error)
-    elif ended and ended[1]:  # the loss of a node, a preemption that gave no time, or a requeue by hand
-        death = Death("lost", _step(run.folder), f"Slurm ended the job {ended[1].lower().strip()}")
+    elif by_slurm:  # the loss of a node, a preemption that gave no time, or a requeue by hand
+        death = Death("lost", _step(run.folder), f"Slurm ended the job {by_slurm.lower()}")
     else:
         death = examine(logs(run.folder), job["restart"], code, _step(run.folder), printed)
-    if ended and not ended[1]:
+    if by_slurm == "":
         events.record(run.folder, "stop", **death.event(), why="the job was cancelled")
         print(f"stopped at step {death.step}: the job was cancelled; submitted again, it goes on", flush=True)
     elif _concluded(run.folder, death, story, story[start]["max_requeues"]):
@@ -98,7 +111,7 @@ def end(arguments: list[str]) -> None:
 
 def _concluded(folder: Path, death: Death, story: list[dict[str, Any]], budgets: dict[str, int]) -> bool:
     """Decides, records and tells; whether to requeue."""
-    requeue, why = decide(death, story, events.job()["job"], budgets)
+    requeue, why = decide(death, story, budgets)
     events.record(folder, "requeue" if requeue else "stop", **death.event(), why=why)
     if death.details:
         print(death.details.rstrip(), file=sys.stderr)

@@ -69,7 +69,7 @@ def _submit(config: Any, job: Job, dry_run: bool, rehearse: bool) -> None:
     notes += timing.check_interval(limit, job.lead, num_ranks, events.read(run.folder), save_every)
     submission.check_account(job.account)
     name = job.name or f"sft-{run.folder.name}"
-    submission.check_queue(name, PROJECT, run.folder)
+    submission.refuse_queued(run.folder)
     log = job.output or str(PROJECT / run.folder / "logs").replace("%", "%%") + "/%j.out"
     ours = [f"--chdir={PROJECT}", f"--job-name={name}", f"--output={log}"]
     command = ["sbatch", "--parsable", *ours, *job.options, str(PROJECT / SCRIPT), *job.settings]

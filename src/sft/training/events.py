@@ -3,6 +3,7 @@ causes, and what was decided. Only appended to, by the first rank and by the bat
 
 import json
 import os
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,18 +19,24 @@ def job() -> dict[str, Any]:
 def record(folder: Path, event: str, **details: Any) -> None:
     """Appends one event to the run's story, in a single write."""
     line = json.dumps({"time": now(), "event": event, **job(), **details}) + "\n"
-    descriptor = os.open(folder / "events.jsonl", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
+    descriptor = os.open(folder / "events.jsonl", os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
     try:
-        os.write(descriptor, line.encode())
+        size = os.fstat(descriptor).st_size
+        torn = size and os.pread(descriptor, 1, size - 1) != b"\n"  # the disk was full
+        os.write(descriptor, ("\n" * bool(torn) + line).encode())
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
 
 
 def read(folder: Path) -> list[dict[str, Any]]:
-    """All events so far, oldest first; a line cut short by a crash is left out."""
+    """All events so far, oldest first; a line cut short is left out."""
     try:
         lines = (folder / "events.jsonl").read_text().splitlines()
     except FileNotFoundError:
         return []
-    return [json.loads(line) for line in lines if line.endswith("}")]
+    events = []
+    for line in lines:
+        with suppress(ValueError):
+            events.append(json.loads(line))
+    return events

@@ -57,7 +57,8 @@ def cause(error: BaseException) -> str:
 
 
 def _of_configuration(error: BaseException) -> bool:
-    return type(error).__module__.partition(".")[0] in ("hydra", "omegaconf")
+    # Hydra puts an error of its own around any that a setting's target raises: that one counts.
+    return type(error).__module__.partition(".")[0] in ("hydra", "omegaconf") and error.__cause__ is None
 
 
 def write(folder: Path, error: BaseException) -> None:
@@ -74,7 +75,10 @@ def write(folder: Path, error: BaseException) -> None:
         "traceback": "".join(traceback.format_exception(error))[-20_000:],
     }
     restart = os.environ.get("SLURM_RESTART_COUNT", 0)
-    (folder / f"attempt-{restart}-rank-{rank}.json").write_text(json.dumps(report, indent=1))
+    path = folder / f"attempt-{restart}-rank-{rank}.json"
+    unfinished = path.with_suffix(".unfinished")  # srun may kill this rank in the middle of it
+    unfinished.write_text(json.dumps(report, indent=1))
+    os.replace(unfinished, path)
 
 
 def read(folder: Path, restart: int) -> list[dict[str, Any]]:

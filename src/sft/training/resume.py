@@ -70,8 +70,11 @@ class Checkpoints(Callback):
 
     def _resume(self, trainer: L.Trainer, module: Any, saved: Checkpoint) -> None:
         step = saved.step
+        heartbeat.beat(step)
         saved.verify()
+        heartbeat.beat(step)
         saved.restore(module.model, trainer.optimizers[0])
+        heartbeat.beat(step)
         if hasattr(trainer.strategy, "resumed"):
             trainer.strategy.resumed(step)
         states = saved.callbacks()
