@@ -135,6 +135,7 @@ def test_one_line(
     monkeypatch.setenv("NETRC", str(sft.folder / "netrc"))
     shutil.copytree(sft.settings[0].removeprefix("model.path="), sft.folder / "model")
     prepare(sft.folder)
+    capsys.readouterr()
     assert sft.train("run=run", "max_steps=1", *arguments) == 2
     printed = capsys.readouterr()
     (line,) = printed.err.strip().splitlines()
