@@ -113,3 +113,20 @@ def test_processes_that_are_forked_have_no_share_in_it(sft: Sft) -> None:
         "os.kill(pid, signal.SIGTERM)\nassert os.WTERMSIG(os.waitpid(pid, 0)[1]) == signal.SIGTERM\n"
     )
     assert sft.process("--help", before=forks).code == 0
+
+
+def test_signal_in_the_export_lets_it_end(sft: Sft) -> None:
+    # To all processes of the job, as a scheduler sends it: the one that proves the export would die of it.
+    during = (
+        "import os, signal, subprocess\nfrom sft.model import export\nrun = subprocess.run\n"
+        "def proves(*arguments, **options):\n"
+        "    before = \"import os, signal; os.kill(os.getpid(), signal.SIGTERM); print('alive')\"\n"
+        "    print(run([arguments[0][0], '-c', before], capture_output=True, text=True).stdout)\n"
+        "    os.kill(os.getpid(), signal.SIGTERM)\n"
+        "    return run(*arguments, **options)\n"
+        "export.subprocess = type('', (), {'run': staticmethod(proves)})\n"
+    )
+    ended = sft.process("train", *sft.settings, *SETTINGS, "max_steps=1", "run=run", before=during)
+    assert ended.code == 0, ended.output
+    assert "alive" in ended.output.splitlines()
+    assert json.loads((sft.run_folder() / "status.json").read_text())["state"] == "finished"

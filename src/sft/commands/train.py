@@ -28,6 +28,7 @@ from omegaconf import OmegaConf
 
 from sft.data.schedule import check_division
 from sft.errors import UserError
+from sft.training import preemption
 from sft.training.results import Result
 from sft.training.run import Run, write_json
 
@@ -76,7 +77,8 @@ def main(config: Any) -> float | None:
         final = checkpoints.latest(run.checkpoints)
         assert final is not None and final.last
         if is_main() and config.export:
-            export(run, final)
+            with preemption.shielded():  # once begun, it is ended
+                export(run, final)
     if not is_main():
         return None
     summarise(run, metrics)

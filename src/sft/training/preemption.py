@@ -7,6 +7,8 @@ the handler is there before anything else is.
 
 import os
 import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import FrameType
 from typing import TYPE_CHECKING, NoReturn
 
@@ -48,6 +50,17 @@ def install() -> None:
 def received() -> int:
     """The signal that this process has got, 0 for none."""
     return _received
+
+
+@contextmanager
+def shielded() -> Iterator[None]:
+    """Processes started inside never get these signals, which schedulers send to all of a job's: they would die of
+    them. This one gets them afterwards."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def keep_handlers(trainer: "L.Trainer") -> None:

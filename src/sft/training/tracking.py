@@ -3,7 +3,6 @@
 import netrc
 import os
 import shutil
-import signal
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -13,7 +12,7 @@ from urllib.parse import urlparse
 
 from sft.errors import UserError
 from sft.training.log import log
-from sft.training.preemption import SIGNALS
+from sft.training.preemption import shielded
 
 if TYPE_CHECKING:
     from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
@@ -62,9 +61,7 @@ def wandb_logger(
         if mode == "offline":
             for earlier in (folder / "wandb").glob(f"offline-run-*-{run}"):
                 shutil.rmtree(earlier)
-        # A scheduler's signals go to W&B's own process too, which must outlive them: it inherits the mask.
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
-        try:
+        with shielded():  # W&B's own process
             return wandb.init(
                 project=project,
                 name=run,
@@ -75,8 +72,6 @@ def wandb_logger(
                 mode=mode,  # type: ignore[arg-type]
                 settings=wandb.Settings(silent=True, console="off", init_timeout=30),
             )
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
     try:
         experiment = start(mode)
