@@ -271,7 +271,7 @@ def test_a_finished_run_is_not_queued(
 
 def test_what_sbatch_gets(sft: Sft, slurm: FalseSlurm, capsys: pytest.CaptureFixture[str]) -> None:
     given, run = settings(sft, *GPU), sft.folder / "runs" / "run"
-    ours = [f"--chdir={PROJECT}", "--job-name=sft-run", f"--output={run}/logs/%j.out"]
+    ours = [f"--chdir={PROJECT}", "--job-name=run", f"--output={run}/logs/%j.out"]
     rest = [*ours, *FITTING, f"{PROJECT}/slurm/train.sbatch", *given]
 
     assert sft("submit", "--dry-run", *FITTING, "--", *given) == 0

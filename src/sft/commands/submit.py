@@ -68,7 +68,7 @@ def _submit(config: Any, job: Job, dry_run: bool, rehearse: bool) -> None:
     save_every = config.checkpoint.save_every or config.val_every
     notes += timing.check_interval(limit, job.lead, num_ranks, events.read(run.folder), save_every)
     submission.check_account(job.account)
-    name = job.name or f"sft-{run.folder.name}"
+    name = job.name or run.folder.name
     submission.refuse_queued(run.folder)
     log = job.output or str(PROJECT / run.folder / "logs").replace("%", "%%") + "/%j.out"
     ours = [f"--chdir={PROJECT}", f"--job-name={name}", f"--output={log}"]
