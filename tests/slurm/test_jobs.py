@@ -16,7 +16,7 @@ from offline import history
 from running import Sft
 from sft.training import events
 
-pytestmark = [pytest.mark.xdist_group("slurm"), pytest.mark.timeout(400)]
+pytestmark = [pytest.mark.xdist_group("slurm"), pytest.mark.timeout(600)]
 
 PROJECT = Path(__file__).parents[2]
 README = (PROJECT / "README.md").read_text()
@@ -154,7 +154,7 @@ def test_hang_then_the_same_failure_twice_then_fewer_ranks(jobs: Jobs) -> None:
     hang = jobs.mishap("hang", "hang", 3, rank=1, once=True)
     fails = jobs.mishap("fails", "raise", 7, rank=1, once=False)
     job = jobs.submit("fails", 1, 2, "strategy=ddp", "cluster.hang_after=20", hang, fails)
-    jobs.cluster.wait(job, "FAILED", 200)
+    jobs.cluster.wait(job, "FAILED", 300)
     assert jobs.verdicts("fails") == [("requeue", "hung", 2), ("requeue", "failed", 6), ("stop", "failed", 6)]
     last = jobs.log(job).splitlines()[-1]
     assert last.startswith("stopped: failed at step 6 (rank 1 on n"), last

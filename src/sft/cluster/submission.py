@@ -25,6 +25,10 @@ ADVICE = (
 )
 
 
+class NoAnswer(UserError):
+    """Slurm's controller can't be reached."""
+
+
 def check_installed() -> None:
     if not shutil.which("sbatch"):
         raise UserError(
@@ -34,14 +38,14 @@ def check_installed() -> None:
 
 
 def ask(*command: str) -> str:
-    """What a command of Slurm prints."""
+    """What a command of Slurm prints; `NoAnswer` where it fails."""
     try:
         asked = subprocess.run(
             command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=True, timeout=ANSWER
         )
     except (subprocess.SubprocessError, FileNotFoundError) as error:
         told = " ".join((getattr(error, "stderr", None) or str(error)).split())
-        raise UserError(f"Slurm does not answer ({command[0]}: {told}): see whether sinfo works") from error
+        raise NoAnswer(f"Slurm does not answer ({command[0]}: {told}): see whether sinfo works") from error
     return asked.stdout
 
 

@@ -7,14 +7,14 @@ EXIT_CODE is that of `srun`, LOG the file in which it and Slurm tell of errors.
 """
 
 import os
-import shutil
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from omegaconf import OmegaConf
 
-from sft.cluster.submission import refuse_queued
+from sft.cluster.submission import NoAnswer, refuse_queued
 from sft.cluster.verdict import Death, decide, ended, examine
 from sft.commands.train import check
 from sft.errors import UserError
@@ -31,7 +31,7 @@ def main(config: Any) -> None:
     if not job:
         raise UserError("sft job begin is for batch scripts: submit slurm/train.sbatch, or use sft train")
     story = _of_job(events.read(run.folder), job)
-    if shutil.which("squeue"):  # a container may have none
+    with suppress(NoAnswer):  # a container has no squeue, and a controller is away now and then
         refuse_queued(run.folder, "RUNNING", own=job["job"])
     logs(run.folder).mkdir(parents=True, exist_ok=True)
     for earlier in logs(run.folder).glob(f"attempt-{job['restart']}-rank-*"):  # of another job of this number
