@@ -6,6 +6,7 @@ import signal
 import socket
 import sys
 from dataclasses import dataclass
+from multiprocessing.connection import wait
 from pathlib import Path
 
 import pytest
@@ -106,12 +107,16 @@ class Sft:
         ]
         for child in children:
             child.start()
-        for child in children:
-            child.join()
-            if child.exitcode:  # the others would wait for it
-                for other in children:
+        running = list(children)
+        while running:
+            wait([child.sentinel for child in running])
+            running = [child for child in running if child.exitcode is None]
+            if any(child.exitcode for child in children):  # the others would wait for it
+                for other in running:
                     other.join(timeout=20)
                     other.kill()
+                    other.join()
+                running = []
         return [
             Ended(int(child.exitcode or 0), output.read_text()) for child, output in zip(children, outputs, strict=True)
         ]

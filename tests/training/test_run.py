@@ -86,3 +86,14 @@ def test_an_unknown_run_names_those_there_are(tmp_path: Path) -> None:
     assert Run.find(str(tmp_path / "one"), "elsewhere").folder == tmp_path / "one"
     with pytest.raises(UserError, match=r"there is no run two: in .* there are one"):
         Run.find("two", str(tmp_path))
+
+
+def test_folder_that_another_rank_is_making_is_no_strangers(tmp_path: Path) -> None:
+    folder = tmp_path / "runs" / "run"
+    mine = settings(run="run", runs_dir=str(tmp_path / "runs"))
+    for made in ("logs", "events.jsonl", ".config.yaml.unfinished"):
+        (folder / made).mkdir(parents=True)
+        assert Run.of(mine).folder == folder
+    (folder / "notes.txt").mkdir()
+    with pytest.raises(UserError, match="exists and is no run"):
+        Run.of(mine)

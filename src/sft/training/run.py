@@ -112,7 +112,8 @@ class Run:
         """The run that a resolved configuration names; a folder of other numbers is refused."""
         name = str(config["run"] or f"{config['name']}-{identity(config)}")  # run=5 is a number to Hydra
         run = cls(Path(config["runs_dir"]) / name)
-        if (run.folder / "config.yaml").exists():
+        found = {path.name for path in run.folder.iterdir()} if run.folder.is_dir() else set()
+        if "config.yaml" in found:
             before, now = deciding(run.config), deciding(json.loads(json.dumps(config)))
             differing = [key for key in sorted(before.keys() | now.keys()) if before.get(key) != now.get(key)]
             if differing:
@@ -122,7 +123,8 @@ class Run:
                     + (f" ({len(differing) - 1} more differ)" if len(differing) > 1 else "")
                     + ": give this one another name with run=NAME"
                 )
-        elif run.folder.is_dir() and {path.name for path in run.folder.iterdir()} - {"logs", "events.jsonl"}:
+        # Another rank may be making it at this moment: config.yaml is the first in it, under another name at first.
+        elif found - {"logs", "events.jsonl", _unfinished("config.yaml")}:
             raise UserError(f"{run.folder} exists and is no run: move it away, or give the run a name with run=NAME")
         existing = next(path for path in (run.folder, *run.folder.absolute().parents) if path.exists())
         if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
@@ -215,9 +217,13 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def write_atomically(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}.unfinished")
+    temporary = path.with_name(_unfinished(path.name))
     temporary.write_text(text)
     os.replace(temporary, path)
+
+
+def _unfinished(name: str) -> str:
+    return f".{name}.unfinished"
 
 
 def _listed(runs_dir: str) -> str:
