@@ -71,9 +71,12 @@ def setup(config: Any, start_step: int = 0) -> Prepared:
 
 def quiet() -> None:
     """Leaves the terminal to what matters to the user."""
+    import torch
     from transformers.utils import logging as transformers_logging
 
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or DeepSpeed, if anything imports it, says that it finds none
     transformers_logging.disable_progress_bar()
     # Lightning's hints on hardware and on its own DataLoader, neither of which is used as it supposes.
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
