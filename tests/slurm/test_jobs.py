@@ -204,6 +204,16 @@ def test_time_limit(jobs: Jobs, limited: str) -> None:
     equals_uninterrupted(jobs, "limited", jobs.whole("ddp"))
 
 
+def test_export_is_a_job(jobs: Jobs) -> None:
+    run, made = jobs.whole("ddp"), jobs.sft.folder / "exported"
+    options = ("--mem=1G", "--cpus-per-task=1", f"--output={jobs.sft.folder}/%j.out")
+    settings = (f"run={run}", f"output={made}")
+    job = jobs.cluster.submit(*options, "slurm/export.sbatch", *settings, cwd=PROJECT)
+    jobs.finished(job)
+    assert (made / "verified.json").exists()
+    assert (made / "model.safetensors").read_bytes() == (run / "export" / "model.safetensors").read_bytes()
+
+
 def test_bad_configuration_ends_at_once(jobs: Jobs) -> None:
     job = jobs.submit("bad", 1, 2, "strategy=ddp", "global_batch_size=3")
     assert jobs.cluster.wait(job, "FAILED")["ExitCode"] == "2:0"
