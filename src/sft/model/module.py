@@ -54,7 +54,12 @@ class SFTModule(L.LightningModule):
 
     def configure_model(self) -> None:
         if self.model is None:
-            dtype = torch.bfloat16 if self.trainer.precision == "bf16-true" else torch.float32
+            dtype = torch.float32
+            if self.trainer.precision == "bf16-true":
+                dtype = torch.bfloat16
+                # Lightning would convert the whole model once more, and with it what has to stay in fp32: the
+                # frequencies of rotary embeddings.
+                self.trainer.precision_plugin.convert_module = lambda module: module  # type: ignore[method-assign]
             torch.manual_seed(self.seed)  # what weights that no checkpoint has are drawn from, on all ranks alike
             strategy: Any = self.trainer.strategy
             shard = strategy.shard if getattr(strategy, "shards_model", False) else None
