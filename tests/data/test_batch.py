@@ -15,9 +15,10 @@ def test_samples_lie_end_to_end() -> None:
     assert batch["input_ids"].tolist() == [[8, 9, 5, 6, 7]]
     assert batch["labels"].tolist() == [[IGNORE, 9, IGNORE, 6, 7]]
     assert batch["position_ids"].tolist() == [[0, 1, 0, 1, 2]]
+    assert batch["predicting"].tolist() == [0, 2, 3]
     assert batch["cu_seqlens"].tolist() == [0, 2, 5]
     assert (batch["max_seqlen"], batch["num_supervised"], batch["num_tokens"]) == (3, 30, 5)
-    assert {batch[name].dtype for name in ("input_ids", "labels", "position_ids")} == {torch.int64}  # type: ignore
+    assert {batch[name].dtype for name in ("input_ids", "labels", "position_ids", "predicting")} == {torch.int64}  # type: ignore
     assert batch["cu_seqlens"].dtype == torch.int32
 
 
@@ -26,5 +27,6 @@ def test_no_samples_are_one_token_without_loss() -> None:
     assert batch["input_ids"].tolist() == [[0]]
     assert batch["labels"].tolist() == [[IGNORE]]
     assert batch["position_ids"].tolist() == [[0]]
+    assert batch["predicting"].tolist() == []
     assert batch["cu_seqlens"].tolist() == [0, 1]
     assert (batch["max_seqlen"], batch["num_supervised"], batch["num_tokens"]) == (1, 30, 0)

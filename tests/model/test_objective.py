@@ -35,6 +35,7 @@ def pack(lengths: list[int]) -> dict:
         "input_ids": ids,
         "labels": labels,
         "position_ids": torch.cat([torch.arange(length) for length in lengths])[None],
+        "predicting": (labels[0, 1:] != IGNORE).nonzero()[:, 0],
         "cu_seqlens": torch.tensor(bounds, dtype=torch.int32),
         "max_seqlen": max(lengths),
         "num_supervised": sum(length - NUM_PROMPT for length in lengths),
@@ -146,6 +147,7 @@ def test_no_supervised_token_gives_zero_and_a_graph(model: PreTrainedModel) -> N
     # A rank with nothing to learn must still run backward, or the others wait for its collectives.
     batch = pack([4])
     batch["labels"][:] = IGNORE
+    batch["predicting"] = batch["predicting"][:0]
     nll, count = Objective()(model, batch)
     nll.backward()
     assert (nll.item(), count) == (0.0, 0)

@@ -27,7 +27,7 @@ def main(config: Any) -> None:
     from hydra.utils import instantiate
     from transformers import AutoTokenizer
 
-    from sft.data.batch import make_batch
+    from sft.data.batch import make_batch, to_device
     from sft.data.schedule import eval_plan
     from sft.data.tokenization import IGNORE
     from sft.model import attention
@@ -47,7 +47,7 @@ def main(config: Any) -> None:
     if samples is None:
         raise UserError(f"{run.folder} has no validation data: name what to score with data=")
 
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model: Any = load_exported(folder, attn_implementation=attention.NAME)
     model.to(device).eval()
     objective = Objective()
@@ -62,9 +62,9 @@ def main(config: Any) -> None:
     opened = Path(config.output).expanduser().open("w") if config.output else nullcontext(sys.stdout)
     with opened as output:
         for indices in plan:
-            batch: Any = make_batch(samples, indices, 1)
+            batch = make_batch(samples, indices, 1)
             bounds = batch["cu_seqlens"].tolist()
-            batch = {key: value.to(device) if torch.is_tensor(value) else value for key, value in batch.items()}
+            batch = to_device(batch, device)
             log_prob = objective.token_log_probs(model, batch).double().cpu()
             in_response = (batch["labels"][0] != IGNORE).cpu()
             for index, start, end in zip(indices.tolist(), bounds[:-1], bounds[1:], strict=True):

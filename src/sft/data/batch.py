@@ -1,6 +1,6 @@
 """Samples → batch: the tensors of one micro-batch, flat, without padding."""
 
-from typing import Protocol, TypedDict
+from typing import Any, Protocol, TypedDict, cast
 
 import numpy as np
 import torch
@@ -10,11 +10,12 @@ from sft.data.tokenization import IGNORE
 
 
 class Batch(TypedDict):
-    """One micro-batch of a rank: its samples end to end. T is the number of tokens."""
+    """One micro-batch of a rank: its samples end to end. T is the number of tokens, N that of supervised ones."""
 
     input_ids: Tensor  # int64 [1, T]
     labels: Tensor  # int64 [1, T], aligned with input_ids; IGNORE where there is no loss
     position_ids: Tensor  # int64 [1, T], from 0 in every sample: what keeps samples apart
+    predicting: Tensor  # int64 [N]: positions whose next token is supervised; known here, no device is asked for them
     cu_seqlens: Tensor  # int32 [num_samples + 1]: sample s is tokens cu_seqlens[s] to cu_seqlens[s + 1]
     max_seqlen: int  # tokens of the longest sample
     num_supervised: int  # supervised tokens of the whole global step, all ranks and micro-batches
@@ -36,15 +37,30 @@ def make_batch(samples: Samples, indices: np.ndarray, step_num_supervised: int) 
     if not pairs:
         pairs = [(np.zeros(1, dtype=np.int32), np.full(1, IGNORE, dtype=np.int32))]
     lengths = [len(ids) for ids, _ in pairs]
+    labels = np.concatenate([labels for _, labels in pairs]).astype(np.int64)
     return {
         "input_ids": _row([ids for ids, _ in pairs]),
-        "labels": _row([labels for _, labels in pairs]),
+        "labels": torch.from_numpy(labels)[None],
         "position_ids": _row([np.arange(length) for length in lengths]),
+        # The first token of a sample is never supervised, so the shift by one never crosses two samples of a row.
+        "predicting": torch.from_numpy(np.flatnonzero(labels[1:] != IGNORE)),
         "cu_seqlens": torch.from_numpy(np.cumsum([0, *lengths], dtype=np.int32)),
         "max_seqlen": max(lengths),
         "num_supervised": step_num_supervised,
         "num_tokens": num_tokens,
     }
+
+
+def to_device(batch: Batch, device: torch.device) -> Batch:
+    """The batch with its tensors on a device. The host doesn't wait for it: what goes to CUDA is pinned first."""
+    pinned = device.type == "cuda"
+
+    def move(value: Any) -> Any:
+        if not isinstance(value, Tensor):
+            return value
+        return (value.pin_memory() if pinned else value).to(device, non_blocking=device.type != "cpu")
+
+    return cast(Batch, {name: move(value) for name, value in batch.items()})
 
 
 def _row(parts: list[np.ndarray]) -> Tensor:

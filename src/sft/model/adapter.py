@@ -121,10 +121,12 @@ def initial(name: str, shape: "Sequence[int]") -> "Tensor":
     """
     import torch
 
+    # In fp32 on the processor, whatever torch's defaults are while the model is made.
+    options: dict[str, Any] = {"dtype": torch.float32, "device": "cpu"}
     if ".lora_A." not in name:
-        return torch.zeros(*shape)
+        return torch.zeros(*shape, **options)
     generator = torch.Generator().manual_seed(torch.initial_seed() ^ zlib.crc32(name.encode()))
-    return (torch.rand(*shape, generator=generator) * 2 - 1) / math.sqrt(shape[1])
+    return (torch.rand(*shape, generator=generator, **options) * 2 - 1) / math.sqrt(shape[1])
 
 
 def linear_layers(model: Any) -> "dict[str, nn.Module]":

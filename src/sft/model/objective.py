@@ -18,19 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sft.data.tokenization import IGNORE
-
 # Logits held at once, in elements. Smaller saves memory; larger feeds the matrix units.
 CHUNK_ELEMENTS = {"cpu": 2**23, "cuda": 2**27}
-
-
-def supervised(labels_1T: Tensor) -> tuple[Tensor, Tensor]:
-    """Positions whose next token is supervised, and those tokens: two int64 [N].
-
-    The first token of a sample is never supervised, so the shift by one never crosses two samples of a row.
-    """
-    position_N = (labels_1T[0, 1:] != IGNORE).nonzero()[:, 0]
-    return position_N, labels_1T[0, 1:][position_N]
 
 
 def model_inputs(batch: Any) -> dict[str, Any]:
@@ -66,7 +55,8 @@ class Objective:
         self.plain_head: bool | None = None
 
     def __call__(self, model: Any, batch: Any) -> tuple[Tensor, int]:
-        position_N, target_N = supervised(batch["labels"])
+        position_N = batch["predicting"]
+        target_N = batch["labels"][0, position_N + 1]
         inputs = model_inputs(batch)
         if self.plain_head is None:
             self.plain_head = head_is_one_matrix(model, inputs)

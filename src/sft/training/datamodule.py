@@ -4,8 +4,9 @@ from collections.abc import Iterator
 
 import lightning as L
 import numpy as np
+import torch
 
-from sft.data.batch import Batch, make_batch
+from sft.data.batch import Batch, make_batch, to_device
 from sft.data.dataset import Split
 from sft.data.schedule import EpochPlan, Step, check_division, epoch_plan, eval_plan, position, share
 from sft.training.samples import Excerpt
@@ -75,6 +76,9 @@ class SFTDataModule(L.LightningDataModule):
 
     def val_dataloader(self) -> "_Validation | list[Batch]":
         return _Validation(self) if self.val is not None else []
+
+    def transfer_batch_to_device(self, batch: Batch, device: torch.device, dataloader_idx: int) -> Batch:
+        return to_device(batch, device)
 
     def accumulation(self) -> int:
         assert self.trainer is not None

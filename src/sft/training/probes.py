@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from sft.data.batch import make_batch
+from sft.data.batch import make_batch, to_device
 
 NUM_PROBES = 4
 MAX_TOKENS = 512
@@ -22,11 +22,7 @@ def measure(module: Any, data: Any) -> list[dict[str, Any]]:
         with torch.no_grad(), module.trainer.precision_plugin.forward_context():
             probes = []
             for index in range(min(NUM_PROBES, len(data.probed))):
-                batch: Any = make_batch(data.probed, np.array([index]), 1)
-                batch = {
-                    key: value.to(module.device) if isinstance(value, torch.Tensor) else value
-                    for key, value in batch.items()
-                }
+                batch = to_device(make_batch(data.probed, np.array([index]), 1), module.device)
                 log_probs = module.objective.token_log_probs(module.model, batch)
                 ids = batch["input_ids"][0, :MAX_TOKENS].tolist()
                 probes.append({"input_ids": ids, "log_probs": log_probs[:MAX_TOKENS].tolist()})

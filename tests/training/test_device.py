@@ -1,0 +1,127 @@
+"""Training on a device that isn't the processor (`pretend`) makes the processor's numbers: nothing that the device
+computes with is left in the host's memory, and nothing makes the host wait that needn't."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+import pretend
+from running import Ended, Sft
+from sft.training.checkpoint import Checkpoint, complete
+
+INSTALL = "import pretend\npretend.install()"
+
+
+def train(sft: Sft, run: str, *arguments: str, device: bool) -> Ended:
+    own = pretend.SETTINGS if device else ()
+    fixed = (f"run={run}", "epochs=1", "micro_batch_size=1", "optimizer=sgd", "optimizer.lr=0.1")
+    settings = ("train", *sft.settings, *fixed, *own, *arguments)
+    return sft.process(*settings, before=INSTALL if device else "")
+
+
+def last(sft: Sft, run: str) -> Checkpoint:
+    return complete(sft.run_folder(run) / "checkpoints")[-1]
+
+
+def difference(one: Checkpoint, other: Checkpoint) -> float:
+    assert one.step == other.step == 3
+    assert one.shapes == other.shapes
+    return max(float((one.tensor(name).float() - other.tensor(name).float()).abs().max()) for name in one.shapes)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        (),
+        ("adapter=lora",),
+        ("adapter=lora", "adapter.dropout=0.1", "model.gradient_checkpointing=true"),
+        ("model.activation_offload=true",),
+        ("trainer.precision=bf16-true",),
+        ("model.attention=eager",),
+    ],
+    ids=" ".join,
+)
+def test_numbers_are_those_of_the_processor(sft: Sft, settings: tuple[str, ...]) -> None:
+    export = "export=true" if not settings else "export=false"
+    for device in (False, True):
+        ended = train(sft, f"device-{device}", *settings, export, device=device)
+        assert ended.code == 0, ended.output
+    # In bf16 weights move by whole roundings of theirs.
+    tolerance = 4e-3 if "trainer.precision=bf16-true" in settings else 1e-6
+    assert difference(last(sft, "device-False"), last(sft, "device-True")) < tolerance
+
+
+def test_resumed_there(sft: Sft) -> None:
+    kill = "+callbacks.kill={_target_: mishaps.Mishap, step: 2, rank: 0, what: kill}"
+    killed = train(sft, "killed", "checkpoint.save_every=1", "export=false", kill, device=True)
+    assert killed.code == -9, killed.output
+    again = train(sft, "killed", "checkpoint.save_every=1", "export=false", device=True)
+    assert again.code == 0 and "resumed after step 1" in again.output, again.output
+    assert train(sft, "whole", "checkpoint.save_every=1", "export=false", device=True).code == 0
+    one, other = (last(sft, run) for run in ("killed", "whole"))
+    assert difference(one, other) == 0
+    for name in ("shard-00000-of-00001.safetensors", "probes.json"):
+        assert (one.path / name).read_bytes() == (other.path / name).read_bytes()
+
+
+KERNEL = f"""
+{INSTALL}
+import torch
+from sft.model import attention
+
+def varlen_attn(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, scale, window_size, enable_gqa):
+    return query  # of the right shape
+
+pretend.Tensor.is_cuda = True
+attention.varlen_attn = varlen_attn
+attention._has_flash_attention = lambda device: True
+"""
+
+
+@pytest.mark.parametrize(
+    ("settings", "waits"),
+    [
+        # For the loss and the gradient's norm, which decide whether the run goes on.
+        (("trainer.precision=bf16-true",), ["aten._local_scalar_dense.default"] * 2),
+        (("trainer.precision=bf16-true", "adapter=lora"), ["aten._local_scalar_dense.default"] * 2),
+        # In fp32 attention also asks for the lengths of the samples, once a micro-batch.
+        ((), ["aten._to_copy.default"] * 4 + ["aten._local_scalar_dense.default"] * 2),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
+)
+def test_a_step_waits_for_the_device_where_it_must(
+    sft: Sft, settings: tuple[str, ...], waits: list[str], tmp_path: Path
+) -> None:
+    count = f"+callbacks.count={{_target_: pretend.CountSyncs, path: {tmp_path}/syncs.json}}"
+    ended = sft.process(
+        *("train", *sft.settings, "run=run", "epochs=1", "micro_batch_size=1", "export=false"),
+        *(*pretend.SETTINGS, count, *settings),
+        before=KERNEL,
+    )
+    assert ended.code == 0, ended.output
+    assert json.loads((tmp_path / "syncs.json").read_text()) == [waits] * 2
+
+
+def test_what_is_not_moved_is_found() -> None:
+    code = f"""
+{INSTALL}
+import torch
+weight = torch.ones(2, 2).to("pretend:0").requires_grad_()
+(weight @ torch.ones(2, 2).to("pretend:0")).sum().backward()
+assert weight.grad.cpu().tolist() == [[2, 2], [2, 2]] and weight.grad.device.type == "pretend"
+for mistake in (
+    lambda: weight @ torch.ones(2, 2),
+    lambda: torch.rand(2, generator=torch.Generator(), device="pretend:0"),
+    lambda: weight.detach().numpy(),
+):
+    try:
+        mistake()
+    except (RuntimeError, TypeError):
+        continue
+    raise AssertionError("not found")
+"""
+    import subprocess
+    import sys
+
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(pretend.__file__).parent)
