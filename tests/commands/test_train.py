@@ -5,6 +5,7 @@ import os
 import socket
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,8 @@ from transformers import AutoModelForCausalLM
 
 from commands.test_resume import rows
 from running import Sft
+from sft.commands.train import check_devices
+from sft.errors import UserError
 from sft.training import events
 from sft.training.checkpoint import complete
 
@@ -254,3 +257,40 @@ def test_loss_that_is_no_number_ends_the_run_and_is_never_saved(sft: Sft, capsys
     assert (status["state"], status["step"]) == ("failed", 2)
     (told,) = [each for each in events.read(folder) if each["event"] == "failure"]
     assert (told["cause"], told["step"]) == ("not_finite", 2)
+
+
+@pytest.mark.parametrize(
+    ("accelerator", "devices", "visible", "environment", "message"),
+    [
+        ("gpu", 1, 0, {}, r"here are 0 GPUs: set trainer=cpu, or see why torch .* finds none"),
+        ("gpu", -1, 0, {}, r"set trainer=cpu"),
+        ("cuda", 8, 2, {}, r"trainer.devices=8, and here are 2 GPUs: set trainer.devices=2 or less"),
+        (
+            "auto",
+            [0, 3],
+            2,
+            {"CUDA_VISIBLE_DEVICES": "4,5"},
+            r"2 GPUs \(CUDA_VISIBLE_DEVICES=4,5\): set trainer.devices",
+        ),
+        ("gpu", 8, 1, {"SLURM_JOB_ID": "7", "CUDA_VISIBLE_DEVICES": "3"}, r"ask Slurm for --gpus-per-node=8"),
+        ("gpu", 2, 2, {}, None),
+        ("gpu", "auto", 2, {}, None),
+        ("auto", 4, 0, {}, None),
+        ("cpu", 4, 2, {}, None),
+    ],
+)
+def test_gpus_that_are_not_there_are_refused(
+    accelerator: str,
+    devices: object,
+    visible: int,
+    environment: dict[str, str],
+    message: str | None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: visible)
+    for name in ("CUDA_VISIBLE_DEVICES", "SLURM_JOB_ID"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    with nullcontext() if message is None else pytest.raises(UserError, match=message):
+        check_devices(accelerator, devices)

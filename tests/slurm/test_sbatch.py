@@ -45,7 +45,6 @@ def job(options: str, project: Path) -> Job:
         ("-N 4 -n16 --ntasks-per-node 4 --mem 1G -c3", {"nodes": 4, "tasks": 4, "cpus": 3}),
         ("--gpus-per-node=a100:2,v100:3", {"gpus": 5}),
         ("--nodes=2 -G 16 --gres=shard:1,gpu:a100:8", {"nodes": 2, "gpus": 8}),
-        ("--gpus-per-task=1", {"gpus": 8}),
         ("--gpus-per-node=0 --ntasks-per-n=2", {"gpus": 0, "tasks": 2}),
         ("-t 1-12 --signal=R:SIGTERM", {"limit": 36 * 3600, "lead": 60}),
         ("-pa,b -A me", {"partitions": ["a", "b"], "account": "me"}),
@@ -109,6 +108,11 @@ def test_duration(text: str, seconds: float) -> None:
         (
             "--nodes=2 --gpus=8",
             "GPUs a node are said in different ways, --gpus-per-node=8 (8), --gpus=8 (4): set --gpus-per-node alone",
+        ),
+        (
+            "--gpus-per-task=a100:1",
+            "--gpus-per-task=a100:1 shows each rank its own GPU alone, while a rank is given one by its place on the "
+            "node, and NVLink needs its neighbours': set --gpus-per-node=8",
         ),
         ("--time=1h", "--time=1h is no time: set it like 30 (minutes), 4:00:00 or 1-12:00:00"),
         (

@@ -216,8 +216,13 @@ def _ranks(asked: Namespace) -> tuple[int, int]:
 
 def _gpus(asked: Namespace, nodes: int, tasks: int) -> int:
     """GPUs a node, from whatever options say it."""
+    if value := getattr(asked, "gpus_per_task", None):
+        raise UserError(
+            f"--gpus-per-task={value} shows each rank its own GPU alone, while a rank is given one by its place on the "
+            f"node, and NVLink needs its neighbours': set --gpus-per-node={count_gpus(value) * tasks}"
+        )
     said: dict[str, float] = {}
-    for name, factor in (("gpus_per_node", 1), ("gpus_per_task", tasks), ("gpus", 1 / nodes)):
+    for name, factor in (("gpus_per_node", 1), ("gpus", 1 / nodes)):
         if value := getattr(asked, name, None):
             said[f"--{name.replace('_', '-')}={value}"] = count_gpus(value) * factor
     if gres := [each for each in getattr(asked, "gres", "").split(",") if each.split(":")[0] == "gpu"]:

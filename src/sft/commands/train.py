@@ -21,6 +21,7 @@ of each row), preview.html, metrics.csv, checkpoints/ and export/, the fine-tune
 """
 
 import math
+import os
 from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
@@ -52,6 +53,7 @@ def main(config: Any) -> float | None:
     from sft.training.tracking import tracking
 
     quiet()
+    check_devices(config.trainer.accelerator, config.trainer.devices)
     resume = checkpoints.latest(run.checkpoints)
     prepared = setup(config, start_step=resume.step if resume else 0)
     data = prepared.data
@@ -103,6 +105,28 @@ def check(config: Any) -> tuple[int, int]:
 
         check_quantization(HydraConfig.get().runtime.choices["strategy"], config.trainer.accelerator)
     return num_ranks, accumulation
+
+
+def check_devices(accelerator: Any, devices: Any) -> None:
+    """Refuses GPUs that this process doesn't see."""
+    import torch
+
+    visible = torch.cuda.device_count()
+    if accelerator not in ("gpu", "cuda") and not (accelerator == "auto" and visible):
+        return
+    asked = max(1, devices) if isinstance(devices, int) else 1 if isinstance(devices, str) else max(devices) + 1
+    if asked <= visible or (accelerator == "gpu" and torch.backends.mps.is_available()):
+        return
+    hidden = os.environ.get("CUDA_VISIBLE_DEVICES")
+    seen = f"{visible} GPUs" + ("" if hidden is None else f" (CUDA_VISIBLE_DEVICES={hidden})")
+    if visible and "SLURM_JOB_ID" in os.environ:
+        advice = f"ask Slurm for --gpus-per-node={asked}, not --gpus-per-task: a rank must see all of its node's"
+    elif visible:
+        advice = f"set trainer.devices={visible} or less"
+    else:
+        built = f"built for CUDA {torch.version.cuda}" if torch.version.cuda else "built without CUDA"
+        advice = f"set trainer=cpu, or see why torch {torch.__version__}, {built}, finds none (nvidia-smi)"
+    raise UserError(f"trainer.accelerator={accelerator} with trainer.devices={devices}, and here are {seen}: {advice}")
 
 
 def check_numbers(config: Any) -> None:

@@ -111,15 +111,17 @@ class SFTModule(L.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def on_validation_epoch_start(self) -> None:
-        self._val_sums = torch.zeros(2, dtype=torch.float64)
+        # This rank's sum of −log p, and its number of tokens. On the device, so that nothing waits for a batch.
+        self._val_sums = torch.zeros(2, dtype=torch.float64, device=self.device)
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         nll, num_supervised = self.objective(self.model, batch)
-        self._val_sums += torch.tensor([float(nll), num_supervised], dtype=torch.float64)
+        self._val_sums[0] += nll
+        self._val_sums[1] += num_supervised
 
     def on_validation_epoch_end(self) -> None:
         # Token-weighted over all ranks: one token is one token.
-        sums = self.trainer.strategy.reduce(self._val_sums.to(self.device), reduce_op="sum")
+        sums = self.trainer.strategy.reduce(self._val_sums, reduce_op="sum")
         assert isinstance(sums, Tensor)
         self.val_loss = float(sums[0] / sums[1])
         # For callbacks that monitor it (early stopping); the metrics callback writes it to the loggers.

@@ -135,6 +135,11 @@ def allocate(model: nn.Module, device: torch.device) -> None:
     """Gives parameters that hold nothing yet (on the meta device) memory; buffers keep their values."""
     buffers = dict(model.named_buffers())
     model.to_empty(device=device)
+    move_buffers(model, buffers, device)
+
+
+def move_buffers(model: nn.Module, buffers: dict[str, Tensor], device: torch.device) -> None:
+    """Puts these buffers, by name, into the model, on the device."""
     for name, buffer in buffers.items():
         owner, _, own = name.rpartition(".")
         model.get_submodule(owner)._buffers[own] = buffer.to(device)

@@ -19,7 +19,7 @@ from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, ModelPa
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from sft.model.sharding import allocate
+from sft.model.sharding import allocate, move_buffers
 
 
 def build(settings: Any, accelerator: str) -> Any:
@@ -64,8 +64,14 @@ class DeepSpeed(DeepSpeedStrategy):
     """
 
     def __init__(self, config: dict[str, Any], **options: Any) -> None:
-        # Lightning would ask a loader for its batch size to fill this in; it only labels DeepSpeed's own timers.
-        config = {"train_micro_batch_size_per_gpu": 1, "zero_allow_untested_optimizer": True, **config}
+        config = {
+            # Lightning would ask a loader for its batch size to fill this in; it only labels DeepSpeed's own timers,
+            # which would wait for the device in each micro-batch.
+            "train_micro_batch_size_per_gpu": 1,
+            "timers": {"throughput": {"enabled": False}},
+            "zero_allow_untested_optimizer": True,
+            **config,
+        }
         super().__init__(config=config, **options)
 
         devices = config.get("zero_optimization", {})
@@ -146,6 +152,8 @@ class DeepSpeed(DeepSpeedStrategy):
                     tied[id(parameter)] = nn.Parameter(whole, requires_grad=parameter.requires_grad)
                     partition([tied[id(parameter)]])
                 setattr(module, name, tied[id(parameter)])
+        # DeepSpeed takes a model that is partitioned already for one that is on the device.
+        move_buffers(model, dict(model.named_buffers()), self.root_device)
 
     def backward(self, closure_loss: Tensor, optimizer: Optimizer | None, *args: Any, **kwargs: Any) -> Tensor:
         # Lightning has divided by the accumulation already; DeepSpeed would do it again.
