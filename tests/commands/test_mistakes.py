@@ -170,18 +170,20 @@ def test_unfinished_run_has_nothing_to_score(sft: Sft, capsys: pytest.CaptureFix
         assert "has no exported model" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(("precision", "factor"), [("32-true", 1.001), ("bf16-mixed", 1.01)])
 def test_tampered_export_is_an_error(
-    sft: Sft, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    sft: Sft, precision: str, factor: float, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tensor = Checkpoint.tensor
+    settings = ("run=run", "max_steps=2", f"trainer.precision={precision}")
     with monkeypatch.context() as patch:
-        patch.setattr(Checkpoint, "tensor", lambda self, name: tensor(self, name) * 1.001)
-        assert sft.train("run=run", "max_steps=2") == 2
+        patch.setattr(Checkpoint, "tensor", lambda self, name: tensor(self, name) * factor)
+        assert sft.train(*settings) == 2
     assert "is not the model that was trained" in capsys.readouterr().err
     folder = sft.run_folder()
     assert not (folder / "export").exists()
     assert not json.loads((folder / "export.unverified" / "verified.json").read_text())["equal"]
-    assert sft.train("run=run", "max_steps=2") == 0  # only the export is left to do
+    assert sft.train(*settings) == 0  # only the export is left to do
     assert (folder / "export" / "verified.json").exists()
     assert not (folder / "export.unverified").exists()
 

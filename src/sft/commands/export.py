@@ -81,10 +81,13 @@ def export(
     precision = "bf16-true" if dtype == "bfloat16" else settings["trainer"]["precision"]
     verdict = verify(staging, probes, str(precision), quantized=bool(source.adapter and source.adapter.quantize))
     publish(staging, output)
-    log(
-        f"export {output}: step {checkpoint.step}; the log-probabilities of {verdict['num_tokens']} tokens are "
-        f"within {verdict['largest_difference']:.1e} of the trained model's"
-    )
+    differ = f"are within {verdict['largest_difference']:.1e} of the trained model's"
+    if "rms_of_bf16" in verdict:
+        differ = (
+            f"differ from the trained model's by {verdict['rms_difference']:.1e} (root mean square), and bf16 alone "
+            f"makes {verdict['rms_of_bf16']:.1e}"
+        )
+    log(f"export {output}: step {checkpoint.step}; the log-probabilities of {verdict['num_tokens']} tokens {differ}")
     return output
 
 

@@ -132,7 +132,6 @@ def verify(
     folder: Path,
     probes: list[dict[str, Any]],
     precision: str,
-    tolerance: float | None = None,
     quantized: bool = False,
 ) -> dict[str, Any]:
     """Reloads the folder in a fresh process and compares log-probabilities with the training model's.
@@ -140,7 +139,7 @@ def verify(
     `quantized`: the base model that the folder's adapter lies beside is held in 4 bits, as in training.
     Writes `verified.json` into the folder and returns it; `UserError` where they differ.
     """
-    request = {"probes": probes, "precision": precision, "tolerance": tolerance, "quantized": quantized}
+    request = {"probes": probes, "precision": precision, "quantized": quantized}
     process = subprocess.run(
         [sys.executable, "-m", "sft.model.verify", str(folder)],
         input=json.dumps(request),
@@ -153,8 +152,8 @@ def verify(
     verdict: dict[str, Any] = json.loads((folder / "verified.json").read_text())
     if not verdict["equal"]:
         raise UserError(
-            f"the export in {folder} is not the model that was trained: log-probabilities differ by up to "
-            f"{verdict['largest_difference']:.3g} (tolerance {verdict['tolerance']:g}); see its verified.json"
+            f"the export in {folder} is not the model that was trained: log-probabilities differ by "
+            f"{verdict[verdict['compared']]:.3g} (tolerance {verdict['tolerance']:.3g}); see its verified.json"
         )
     return verdict
 
