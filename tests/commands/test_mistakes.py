@@ -113,6 +113,7 @@ def nothing(folder: Path) -> None:
         (a_file_where_a_folder_should_be, ["runs_dir=file/runs"], r"can't be written"),
         (a_file_where_a_folder_should_be, ["data.cache_dir=file/cache"], r"file.*can.?not? be written"),
         (nothing, ["trainer.devices=2"], r"strategy=ddp"),
+        (nothing, ["model.compile=true", "strategy=deepspeed_zero3"], r"breaks up every graph: set strategy=fsdp2"),
         (nothing, ["trainer.accelerator=tpu"], r"trainer.*full_key: trainer"),
         (nothing, ["+optimizer.momentun=1"], r"the optimizer refuses its settings: .*momentun"),
         (nothing, ["optimizer.lr=-1"], r"the optimizer refuses its settings: Invalid learning rate"),

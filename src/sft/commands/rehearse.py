@@ -163,6 +163,7 @@ def _shrink(config: Any, prepared: Any, folder: Path) -> None:
     config.model.path, config.model.init, config.model.config = str(folder / "model"), "pretrained", {}
     if config.model.attention.startswith("flash"):
         config.model.attention = "packed"
+    config.model.compile = False  # would take longer than all else
     lengths = [split.lengths.max() for split in (prepared.splits.train, prepared.splits.val) if split]
     config.data.max_length = int(max(lengths))
     ranks = NUM_RANKS if config.strategy else 1

@@ -100,6 +100,11 @@ def check(config: Any) -> tuple[int, int]:
             f"this strategy keeps the optimizer's states on the {offload.device}, where DeepSpeed's own AdamW steps, "
             f"and the optimizer is {config.optimizer._target_}: set optimizer=adamw, or a strategy without offload"
         )
+    if config.model.compile and OmegaConf.select(config, "strategy.config.zero_optimization.stage") == 3:
+        raise UserError(
+            "model.compile=true: what ZeRO-3 does before and after each layer breaks up every graph: set "
+            "strategy=fsdp2, which shards as much, or model.compile=false"
+        )
     if config.adapter and config.adapter.quantize:
         from sft.model.adapter import check_quantization
 

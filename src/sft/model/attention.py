@@ -68,12 +68,26 @@ def packed_attention(
     scale = query_1HTD.shape[-1] ** -0.5 if scaling is None else scaling
     if max_length_q and not softcap and not dropout and _kernel_takes(*rows, window):
         return _varlen(*rows, cu_seq_lens_q, max_length_q, scale, window), None
+    return _by_sample(*rows, cu_seq_lens_q, scale, dropout, window, softcap), None
 
+
+@torch.compiler.disable  # as many calls as there are samples, which no graph can know
+def _by_sample(
+    query_1HTD: Tensor,
+    key_1GTD: Tensor,
+    value_1GTE: Tensor,
+    cu_seq_lens: Tensor,
+    scale: float,
+    dropout: float,
+    window: int | None,
+    softcap: float | None,
+) -> Tensor:
+    """A call for each sample, [1, T, H, E]."""
+    lengths, rows = _lengths(cu_seq_lens), _ungrouped(query_1HTD, key_1GTD, value_1GTE)
     # `split` and not slices: its backward is one `cat`, a slice's is a row of zeros for every sample.
-    lengths = _lengths(cu_seq_lens_q)
-    samples = zip(*(row.split(lengths, dim=2) for row in _ungrouped(*rows)), strict=True)
+    samples = zip(*(row.split(lengths, dim=2) for row in rows), strict=True)
     outs = [_attend(query, key, value, scale, dropout, window, softcap) for query, key, value in samples]
-    return torch.cat(outs, dim=2).transpose(1, 2), None
+    return torch.cat(outs, dim=2).transpose(1, 2)
 
 
 def _ungrouped(query_1HTD: Tensor, key_1GTD: Tensor, value_1GTE: Tensor) -> tuple[Tensor, Tensor, Tensor]:

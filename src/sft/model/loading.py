@@ -30,6 +30,7 @@ class ModelSource:
     attention: str = "packed"
     gradient_checkpointing: bool = False
     activation_offload: bool = False
+    compile: bool = False
     trust_remote_code: bool = False
     adapter: Adapter | None = None  # of conf/adapter/*.yaml; None: every weight is trained
 
@@ -151,8 +152,19 @@ class ModelSource:
             # The first of the two names is new in transformers 5.2x and warns of the second.
             enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
             enable({"use_reentrant": False})
+        if self.compile:
+            # A graph for all layers, of any number of tokens: packs have as many as they have.
+            for layer in decoder_layers(model):
+                layer.compile(dynamic=True)
         # from_pretrained leaves it in eval mode, where dropout and gradient checkpointing are off.
         return model.train()
+
+
+def decoder_layers(model: "nn.Module") -> "list[nn.Module]":
+    """The layers that the model is made of, as transformers names them for sharding."""
+    kinds = set(getattr(model, "_no_split_modules", None) or [])
+    # Of a layer that FSDP2 has sharded, the class is a subclass made for it.
+    return [module for module in model.modules() if kinds & {kind.__name__ for kind in type(module).__mro__}]
 
 
 def load_exported(folder: Path, **options: Any) -> "PreTrainedModel":

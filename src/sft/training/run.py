@@ -39,6 +39,7 @@ NOT_DECIDING = (
     "model.attention",
     "model.gradient_checkpointing",
     "model.activation_offload",
+    "model.compile",
     "adapter.merge",
     "data.num_workers",
     "data.cache_dir",

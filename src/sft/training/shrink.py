@@ -73,6 +73,7 @@ def on_processor(config: Any) -> None:
     if config.adapter:
         config.adapter.dropout, config.adapter.quantize = 0.0, False
     config.model.attention = "packed" if config.model.attention.startswith("flash") else config.model.attention
+    config.model.compile = False
 
 
 def write_model(folder: Path, config: Any, vocab_size: int | None, seed: int, trust_remote_code: bool = False) -> None:

@@ -19,6 +19,7 @@ from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, ModelPa
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from sft.model.loading import decoder_layers
 from sft.model.sharding import allocate, move_buffers
 
 
@@ -192,9 +193,7 @@ class FSDP2(ModelParallelStrategy):
         # bf16 in the arithmetic and on the network, fp32 in the sums of the gradients and in the optimizer.
         policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32) if mixed else MixedPrecisionPolicy()
         options: dict[str, Any] = {"mesh": self.device_mesh["data_parallel"], "mp_policy": policy}
-        layers = set(getattr(model, "_no_split_modules", None) or [])
-        for module in list(model.modules()):
-            if type(module).__name__ in layers:
-                fully_shard(module, reshard_after_forward=self.reshard_after_forward, **options)
+        for layer in decoder_layers(model):
+            fully_shard(layer, reshard_after_forward=self.reshard_after_forward, **options)
         fully_shard(model, **options)
         allocate(model, self.root_device)

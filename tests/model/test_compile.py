@@ -1,0 +1,71 @@
+"""Compiled decoder layers make the same loss, in one graph for all layers and packs where the kernel takes them."""
+
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
+
+from model.test_objective import pack
+from sft.model import attention
+from sft.model.loading import ModelSource
+from sft.model.objective import Objective
+
+PACKS = [[5, 9, 9, 3, 17], [30], [4, 4, 12], [7] * 9]
+
+
+def varlen_attn(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_seq_q: Tensor,
+    cu_seq_k: Tensor,
+    max_q: int,
+    max_k: int,
+    *,
+    scale: float,
+    window_size: tuple[int, int],
+    enable_gqa: bool,
+) -> Tensor:
+    """The kernel's result by operations that a graph can hold."""
+    position = torch.arange(query.shape[0])
+    sample = torch.searchsorted(cu_seq_q, position, right=True, out_int32=True)
+    allowed = (sample[:, None] == sample) & (position[:, None] >= position)
+    rows = (row.transpose(0, 1) for row in (query, key, value))
+    return F.scaled_dot_product_attention(*rows, attn_mask=allowed, scale=scale, enable_gqa=enable_gqa).transpose(0, 1)
+
+
+def losses(model: nn.Module) -> list[tuple[float, Tensor]]:
+    made = []
+    measure = Objective()
+    for lengths in PACKS:
+        model.zero_grad()
+        nll, _ = measure(model, pack(lengths))
+        nll.backward()
+        made.append((nll.item(), model.model.layers[0].mlp.up_proj.weight.grad.clone()))
+    return made
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute")  # of dynamo itself, as it looks at the layer's input
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_one_graph_for_all_layers_and_packs(
+    checkpointing: bool, model_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch._dynamo.reset()
+    monkeypatch.setattr(attention, "varlen_attn", varlen_attn)
+    monkeypatch.setattr(attention, "_kernel_takes", lambda *_: True)
+    graphs = CompileCounterWithBackend("eager")
+    original = nn.Module.compile
+    monkeypatch.setattr(nn.Module, "compile", lambda self, **options: original(self, backend=graphs, **options))
+    source = ModelSource(str(model_folder), gradient_checkpointing=checkpointing)
+    expected = losses(source.load(torch.float32))
+    compiled = ModelSource(str(model_folder), gradient_checkpointing=checkpointing, compile=True)
+    made = losses(compiled.load(torch.float32))
+    for (one, gradient), (other, expected_gradient) in zip(made, expected, strict=True):
+        assert one == pytest.approx(other, rel=1e-6)
+        torch.testing.assert_close(gradient, expected_gradient, rtol=1e-4, atol=1e-5)
+    # With gradients, without for the look at the head before the first step, and again where checkpointing recomputes.
+    assert graphs.frame_count <= 2 + checkpointing
+    torch._dynamo.reset()
