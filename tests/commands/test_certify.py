@@ -5,6 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 from hydra import compose, initialize_config_dir
 
 import faults
@@ -14,13 +15,13 @@ from sft.mistakes import CONF
 from sft.training import matrix
 from sft.training.certificate import Certificate
 from sft.training.matrix import STRATEGIES, Cell, cells
-from sft.training.pool import processor_alone
+from sft.training.pool import seeing
 
 
 def made(folder: Path, chosen: list[Cell], before: Callable[[], None] | None = None, *overrides: str) -> Certificate:
     with initialize_config_dir(str(CONF), version_base="1.3"):
         config = compose("certify", overrides=list(overrides))
-    with processor_alone():
+    with seeing("cpu"):
         return certify(config, folder, chosen, before)
 
 
@@ -31,8 +32,9 @@ def cell(
     packed: bool = False,  # the plain loop has fewer samples to go through
     resumed: bool = False,
     optimizer: str = "sgd",
+    precision: str = "32-true",
 ) -> Cell:
-    return Cell(strategy, num_ranks, accumulation, packed, resumed, optimizer)
+    return Cell(strategy, num_ranks, accumulation, packed, resumed, optimizer, precision)
 
 
 def test_matrix_is_whole() -> None:
@@ -91,6 +93,41 @@ def test_fault_is_found_where_it_matters(fault: Callable[[], None], tmp_path: Pa
     assert not certificate.passed
 
 
+@pytest.mark.parametrize(
+    ("fault", "passes"),
+    [
+        (None, True),
+        (faults.mean_of_each_micro_batch, False),
+        (faults.small_step_without_update, False),  # of all that FAULTS has the nearest to what is right
+        (faults.weights_decay_all, False),
+    ],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
+def test_in_bf16_what_is_right_is_told_from_what_is_not(
+    fault: Callable[[], None] | None, passes: bool, tmp_path: Path
+) -> None:
+    chosen = [cell(accumulation=2, precision="bf16-mixed")]
+    if passes:
+        chosen += [cell(strategy, precision="bf16-mixed") for strategy in ("deepspeed_zero2", "fsdp2")]
+    certificate = made(tmp_path, chosen, fault, "precision=bf16-mixed")
+    assert [result.passed for result in certificate.results] == [passes] * len(chosen)
+    # It was not made in fp32.
+    assert all(result.weight > 1e-3 for result in certificate.results)
+    assert "in bf16-mixed" in certificate.page()
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [("precision=16", "precision=16: "), ("device=tpu", "device=tpu is unknown"), ("device=gpu", "here are 0 GPUs")],
+)
+def test_what_can_not_be_certified(
+    sft: Sft, setting: str, message: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    assert sft("certify", setting) == 2
+    assert message in capsys.readouterr().err
+
+
 def test_rank_that_fails_says_why_and_the_others_go_on(tmp_path: Path) -> None:
     chosen = [cell("ddp", 2), cell("ddp", 2, accumulation=2)]
     certificate = made(tmp_path, chosen, faults.second_rank_raises_without_accumulation)
@@ -128,7 +165,7 @@ def test_weights_that_hardly_move_prove_nothing(tmp_path: Path) -> None:
 
 
 def test_exit_code_is_1_where_a_cell_fails(sft: Sft, capsys: pytest.CaptureFixture[str]) -> None:
-    sft.monkeypatch.setattr(matrix, "cells", lambda quick: [cell()])
+    sft.monkeypatch.setattr(matrix, "cells", lambda *_: [cell()])
     assert sft("certify", "optimizers.sgd.lr=1e-6") == 1
     assert "FAILED: 0 of 1 cells pass" in capsys.readouterr().out
     assert len(list(Path("certificates").glob("*/certificate.md"))) == 1

@@ -6,9 +6,11 @@
       on the same architecture, small, and the first rows of the data; all settings of sft train
   sft certify quick=true
       fewer cells: every strategy, 1 and 2 ranks
+  sft certify precision=bf16-mixed device=gpu
+      in bf16 (the loop stays in fp32), and on this machine's GPUs instead of its processor
 
 Cells: strategy x ranks x accumulation x packed or not x uninterrupted or resumed x SGD or AdamW. Each is a fit by
-the code of sft train on processes of this machine's processor, and is compared with a loop that shares no code with
+the code of sft train in processes of this machine, and is compared with a loop that shares no code with
 it: the loss of every step, and the weights after the last. The certificate is certificates/NAME/certificate.json and
 .md; the exit code is 0 only where every cell passes.
 """
@@ -41,21 +43,45 @@ def main(config: Any) -> None:
     from rich.console import Console
 
     from sft.training.matrix import cells
-    from sft.training.pool import processor_alone
+    from sft.training.pool import seeing
     from sft.training.run import identity
     from sft.training.setup import quiet
 
     quiet()
+    most_ranks = check(config)
     settings: Any = OmegaConf.to_container(config, resolve=True)
-    quick = "-quick" if config.quick else ""
-    output = Path(config.output or f"certificates/{config.name}-{identity(settings)}{quick}")
-    with processor_alone(), tempfile.TemporaryDirectory(prefix="sft-certify-") as folder:
-        certificate = certify(config, Path(folder), cells(config.quick))
+    kind = "".join(
+        [
+            "-quick" if config.quick else "",
+            "" if config.precision == "32-true" else f"-{config.precision}",
+            "-gpu" if config.device == "gpu" else "",
+        ]
+    )
+    output = Path(config.output or f"certificates/{config.name}-{identity(settings)}{kind}")
+    chosen = cells(config.quick, config.precision, config.device, most_ranks)
+    with seeing(config.device), tempfile.TemporaryDirectory(prefix="sft-certify-") as folder:
+        certificate = certify(config, Path(folder), chosen)
     certificate.save(output)
     Console().print(certificate.table(), markup=False)
     print(f"certificate: {output}/certificate.md", flush=True)
     if not certificate.passed:
         raise SystemExit(1)
+
+
+def check(config: Any) -> int:
+    """Refuses a device or precision that can't be; the number of ranks that there can be."""
+    if config.precision not in ("32-true", "bf16-mixed"):
+        raise UserError(f"precision={config.precision}: a certificate is made in 32-true or bf16-mixed")
+    if config.device not in ("cpu", "gpu"):
+        raise UserError(f"device={config.device} is unknown: set cpu or gpu")
+    if config.device == "cpu":
+        return 4
+    from sft.commands.train import check_devices
+
+    check_devices("gpu", -1)
+    import torch
+
+    return torch.cuda.device_count()
 
 
 def certify(config: Any, folder: Path, cells: "list[Cell]", before: Callable[[], None] | None = None) -> "Certificate":
@@ -88,7 +114,7 @@ def prepare(config: Any, folder: Path) -> "tuple[Any, Excerpt]":
     from sft.training import matrix
     from sft.training.samples import excerpt, made_up
     from sft.training.setup import setup
-    from sft.training.shrink import first_rows, on_processor, shrink, write_model
+    from sft.training.shrink import first_rows, on_device, shrink, write_model
 
     config = config.copy()
     OmegaConf.set_struct(config, False)
@@ -106,10 +132,10 @@ def prepare(config: Any, folder: Path) -> "tuple[Any, Excerpt]":
     else:
         from transformers import LlamaConfig
 
-        on_processor(config)
         llama = LlamaConfig(num_attention_heads=9, num_key_value_heads=3, hidden_size=72, tie_word_embeddings=True)
         write_model(folder / "model", llama, samples.vocab_size, config.seed)
         config.model.path = str(folder / "model")
+    on_device(config, config.device, config.precision)
     samples.save(folder / "samples.npz")
     config.callbacks, config.logger = None, None
     config.val_every, config.checkpoint = None, {"save_every": matrix.RESUME_AT, "keep_last": 2}
@@ -143,7 +169,7 @@ def make_references(
         arguments = (folder / "model", samples, make_optimizer, schedule, clip, lora, config.seed)
         return pool(reference.train, *arguments, timeout=600)
 
-    pools = [Pool(1, folder / f"reference-{number}") for number in range(min(4, num_cores()))]
+    pools = [Pool(1, folder / f"reference-{number}", config.device) for number in range(min(4, num_cores()))]
     try:
         # Between those of the first steps, so that some are clipped and some are not.
         clip = float(np.median(work(pools[0], ("sgd", False), float("inf"), num_steps=8).grad_norms))
@@ -187,7 +213,7 @@ def run_group(
     pairs = [list(pair) for _, pair in groupby(cells, lambda cell: replace(cell, resumed=False))]
     # At least two: while the ranks of one wait for each other, those of the other work.
     num_pools = min(len(pairs), max(2, num_cores() // num_ranks))
-    pools = [Pool(num_ranks, folder / f"ranks-{number}", before) for number in range(num_pools)]
+    pools = [Pool(num_ranks, folder / f"ranks-{number}", cells[0].device, before) for number in range(num_pools)]
     try:
         return [result for made in share_out(pools, pairs, work) for result in made]
     finally:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from sft.training import provenance
-from sft.training.matrix import GLOBAL_BATCH_SIZE, LOSS_TOLERANCE, NUM_STEPS, RESUME_AT, Result
+from sft.training.matrix import GLOBAL_BATCH_SIZE, NUM_STEPS, RESUME_AT, Result
 from sft.training.reference import Reference
 from sft.training.run import write_atomically, write_json
 from sft.training.samples import Excerpt
@@ -45,7 +45,8 @@ class Certificate:
         return {
             "passed": self.passed,
             "num_steps": NUM_STEPS,
-            "loss_tolerance": LOSS_TOLERANCE,
+            "device": self.settings["device"],
+            "precision": self.settings["precision"],
             "references": self._references(),
             "cells": [result.document() for result in self.results],
             "seconds": round(self.seconds, 1),
@@ -70,15 +71,21 @@ class Certificate:
         about = provenance.collect()
         versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items())
         kind, num_tokens = self.model["model_type"], int(self.excerpt.lengths.sum())
+        example = self.results[0].cell
+        measure = (
+            "each weight of the last checkpoint"
+            if example.exact
+            else "the change of all weights up to the last checkpoint, whose difference is taken as a share of it"
+        )
         clip = self.settings["trainer"]["gradient_clip_val"]
         failures = ["## Cells that fail", "", *(f"- {line}" for line in self._failures()), ""]
         return "\n".join(
             [
                 f"# Certificate {self.verdict}",
                 "",
-                "Each cell is a fit by the code of `sft train`, compared with a plain PyTorch loop that shares no code "
-                f"with it: the loss of each of {NUM_STEPS} steps (tolerance {LOSS_TOLERANCE:g}) and the weights of the "
-                f"last checkpoint. A row below shows the largest differences of its cells: {self._axes()}.",
+                "Each cell is a fit by the code of `sft train`, compared with a plain PyTorch loop in fp32 that shares "
+                f"no code with it: the loss of each of {NUM_STEPS} steps (tolerance {example.loss_tolerance:g}) and "
+                f"{measure}. A row below shows the largest differences of its cells: {self._axes()}.",
                 "",
                 *_markdown([name.replace("|", "\\|") for name in HEAD], self._rows()),
                 "",
@@ -86,7 +93,8 @@ class Certificate:
                 "## What was trained",
                 "",
                 f"- model: `{kind}` with {self.model['num_hidden_layers']} layers of {self.model['hidden_size']} "
-                f"channels and {self.model['vocab_size']} tokens, random weights, dropout off, in fp32",
+                f"channels and {self.model['vocab_size']} tokens, random weights, dropout off",
+                f"- on the {example.device}, in {example.precision}",
                 f"- data: {len(self.excerpt)} samples, {num_tokens} tokens; {GLOBAL_BATCH_SIZE} packs a step, fewer in "
                 "an epoch's last, where some ranks have none",
                 f"- gradients are clipped to a norm of {clip:.4g}",

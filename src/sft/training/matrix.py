@@ -20,6 +20,10 @@ GLOBAL_BATCH_SIZE = 16  # packs: one for each micro-batch of 4 ranks that accumu
 LOSS_TOLERANCE = 1e-5
 WEIGHT_TOLERANCE = {"deepspeed_zero3": 1e-5}
 DEFAULT_WEIGHT_TOLERANCE = 1e-6
+GPU_WEIGHT_TOLERANCE = 1e-5  # its sums are in other orders, and in another each time
+# In bf16 a certificate asks how far off the change of all weights is, as a share of it. What is right was seen to be
+# off by up to 0.028 and in its losses by 0.003, the mildest of the planted faults by 0.096 and 0.009.
+BF16_LOSS_TOLERANCE, BF16_CHANGE_TOLERANCE = 5e-3, 5e-2
 LEAST_MOVEMENT = 100  # tolerances: that weights are equal proves nothing where they hardly move
 
 
@@ -33,15 +37,32 @@ class Cell:
     packed: bool
     resumed: bool
     optimizer: str
+    precision: str = "32-true"
+    device: str = "cpu"
 
     @property
     def group(self) -> tuple[int, str]:
         return self.num_ranks, self.strategy
 
     @property
+    def exact(self) -> bool:
+        """Whether each weight is compared, and not the change of all of them."""
+        return self.precision == "32-true"
+
+    @property
     def tolerance(self) -> float:
         """Of the weights after the last step."""
+        if not self.exact:
+            return BF16_CHANGE_TOLERANCE
+        return GPU_WEIGHT_TOLERANCE if self.device == "gpu" else self.least_tolerance
+
+    @property
+    def least_tolerance(self) -> float:
         return WEIGHT_TOLERANCE.get(self.strategy, DEFAULT_WEIGHT_TOLERANCE)
+
+    @property
+    def loss_tolerance(self) -> float:
+        return LOSS_TOLERANCE if self.exact else BF16_LOSS_TOLERANCE
 
     def __str__(self) -> str:
         packed = "packed" if self.packed else "unpacked"
@@ -53,7 +74,8 @@ class Cell:
 
 @dataclass(frozen=True)
 class Result:
-    """The largest differences of a cell from the reference; NaN where it gave no numbers."""
+    """The largest differences of a cell from the reference; NaN where it gave no numbers. Where a cell isn't `exact`,
+    `weight` is the difference of all weights over their change."""
 
     cell: Cell
     loss: float = math.nan
@@ -65,7 +87,7 @@ class Result:
     @property
     def passed(self) -> bool:
         # NaN is within no tolerance.
-        return not self.error and self.loss <= LOSS_TOLERANCE and self.weight <= self.cell.tolerance
+        return not self.error and self.loss <= self.cell.loss_tolerance and self.weight <= self.cell.tolerance
 
     def document(self) -> dict[str, Any]:
         numbers = {name: getattr(self, name) for name in ("loss", "grad_norm", "weight")}
@@ -73,6 +95,7 @@ class Result:
         return {
             **asdict(self.cell),
             **{f"{name}_difference": number for name, number in known.items()},
+            "loss_tolerance": self.cell.loss_tolerance,
             "weight_tolerance": self.cell.tolerance,
             "passed": self.passed,
             "error": self.error,
@@ -80,17 +103,20 @@ class Result:
         }
 
 
-def cells(quick: bool = False) -> list[Cell]:
+def cells(quick: bool = False, precision: str = "32-true", device: str = "cpu", most_ranks: int = 4) -> list[Cell]:
     """All cells, those of one group of ranks together, each resumed one right after the one it resumes."""
     made = []
     for num_ranks, strategy in product((1, 2) if quick else (1, 2, 4), STRATEGIES):
-        if strategy == "single" and num_ranks > 1:
+        if (strategy == "single" and num_ranks > 1) or num_ranks > most_ranks:
             continue
         for accumulation, packed, optimizer in product((1, 2, 4), (True, False), ("sgd", "adamw")):
             # Quick: each value of each, and no two strategies alike in fewer than these.
             if quick and (accumulation, packed, optimizer) not in ((2, True, "sgd"), (1, False, "adamw")):
                 continue
-            made += [Cell(strategy, num_ranks, accumulation, packed, resumed, optimizer) for resumed in (False, True)]
+            made += [
+                Cell(strategy, num_ranks, accumulation, packed, resumed, optimizer, precision, device)
+                for resumed in (False, True)
+            ]
     return made
 
 
@@ -156,14 +182,15 @@ def compare(cell: Cell, outcome: Outcome, reference: Reference) -> Result:
     if checkpoint.shapes.keys() != reference.weights.keys():
         differing = sorted(checkpoint.shapes.keys() ^ reference.weights.keys())
         return Result(cell, error=f"the checkpoint holds other parameters: {', '.join(differing[:3])}")
-    if reference.movement < LEAST_MOVEMENT * cell.tolerance:
+    if reference.movement < LEAST_MOVEMENT * cell.least_tolerance:
         return Result(cell, error=f"the weights moved by {reference.movement:.1e} only: raise the learning rate")
-    weights = [np.abs(checkpoint.tensor(name).numpy() - weight).max() for name, weight in reference.weights.items()]
+    off = [(checkpoint.tensor(name).float().numpy() - weight).ravel() for name, weight in reference.weights.items()]
+    weight = np.abs(np.concatenate(off)).max() if cell.exact else np.linalg.norm(np.concatenate(off)) / reference.change
     return Result(
         cell,
         loss=_largest(outcome.losses, reference.losses[start:]),
         grad_norm=_largest(outcome.grad_norms, reference.grad_norms[start:]),
-        weight=float(np.max(weights)),
+        weight=float(weight),
     )
 
 

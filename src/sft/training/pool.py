@@ -1,7 +1,7 @@
 """Rank processes that stay: started once, they run one fit after the other in the same process group.
 
-They are forked from a server that has imported what takes seconds, see the processor alone, and reach each other over
-the loopback interface.
+They are forked from a server that has imported what takes seconds, see the processor alone or this machine's GPUs, and
+reach each other over the loopback interface.
 """
 
 import gc
@@ -19,17 +19,27 @@ from time import monotonic
 from typing import Any
 
 PROCESSES = multiprocessing.get_context("forkserver")
-PRELOADED = ["lightning", "deepspeed", "transformers", "sft.training.fit"]
-HIDDEN = {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+SHARED = {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+# What each kind of rank is started with, and imported before. With CUDA a process must not touch it before it forks:
+# torch then asks the driver's library whether there is a GPU, and DeepSpeed isn't imported.
+ENVIRONMENT = {
+    "cpu": SHARED | {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"},
+    "gpu": SHARED | {"PYTORCH_NVML_BASED_CUDA_CHECK": "1"},
+}
+PRELOADED = {
+    "cpu": ["lightning", "deepspeed", "transformers", "sft.training.fit"],
+    "gpu": ["lightning", "transformers", "sft.training.fit"],
+}
 # What would make Lightning believe that a cluster had started these processes.
 CLUSTER = ("SLURM_", "TORCHELASTIC_", "PMI_", "OMPI_", "JSM_", "LSB_", "KUBERNETES_")
 
 
 @contextmanager
-def processor_alone() -> Iterator[None]:
-    """Hides accelerators from this process and from the server that is started by it."""
-    before = {name: os.environ.get(name) for name in HIDDEN}
-    os.environ.update(HIDDEN)
+def seeing(device: str) -> Iterator[None]:
+    """Sets this process, and the server that is started by it, up for ranks on the `cpu` or the `gpu`; with `cpu`
+    accelerators are hidden."""
+    before = {name: os.environ.get(name) for name in ENVIRONMENT[device]}
+    os.environ.update(ENVIRONMENT[device])
     try:
         yield
     finally:
@@ -48,11 +58,14 @@ class Pool:
 
     Args:
         folder: for what the ranks print and where they find each other.
+        device: cpu or gpu.
         before: called in each process first. Tests break the training path with it.
     """
 
-    def __init__(self, num_ranks: int, folder: Path, before: Callable[[], None] | None = None) -> None:
-        self.num_ranks, self.folder, self.before = num_ranks, folder, before
+    def __init__(
+        self, num_ranks: int, folder: Path, device: str = "cpu", before: Callable[[], None] | None = None
+    ) -> None:
+        self.num_ranks, self.folder, self.device, self.before = num_ranks, folder, device, before
         self._ranks: list[tuple[Any, Connection]] = []
 
     def __call__(self, function: Callable[..., Any], *arguments: Any, timeout: float) -> Any:
@@ -92,12 +105,12 @@ class Pool:
     def _start(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
         meeting = self.folder / f"meeting-{secrets.token_hex(8)}"  # no group may find the file of another
-        PROCESSES.set_forkserver_preload(PRELOADED)
+        PROCESSES.set_forkserver_preload(PRELOADED[self.device])
         for rank in range(self.num_ranks):
             here, there = PROCESSES.Pipe()
             process = PROCESSES.Process(
                 target=_serve,
-                args=(there, rank, self.num_ranks, str(meeting), str(self._log(rank)), self.before),
+                args=(there, rank, self.num_ranks, self.device, str(meeting), str(self._log(rank)), self.before),
                 daemon=True,
             )
             process.start()
@@ -113,7 +126,13 @@ class Pool:
 
 
 def _serve(
-    connection: Connection, rank: int, num_ranks: int, meeting: str, log: str, before: Callable[[], None] | None
+    connection: Connection,
+    rank: int,
+    num_ranks: int,
+    device: str,
+    meeting: str,
+    log: str,
+    before: Callable[[], None] | None,
 ) -> None:
     """A rank: answers calls with (failure, result) until the other end is closed."""
     threading.Thread(target=_end_with_parent, daemon=True).start()
@@ -123,7 +142,12 @@ def _serve(
     for name in [name for name in os.environ if name.startswith(CLUSTER)]:
         del os.environ[name]
     os.environ.update(
-        HIDDEN, RANK=str(rank), LOCAL_RANK=str(rank), NODE_RANK="0", GROUP_RANK="0", WORLD_SIZE=str(num_ranks)
+        ENVIRONMENT[device],
+        RANK=str(rank),
+        LOCAL_RANK=str(rank),
+        NODE_RANK="0",
+        GROUP_RANK="0",
+        WORLD_SIZE=str(num_ranks),
     )
 
     import torch
@@ -135,7 +159,11 @@ def _serve(
     quiet()
     rank_zero_only.rank = rank  # type: ignore[attr-defined]  # the server set it before there were ranks
     if num_ranks > 1:
-        torch.distributed.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=num_ranks)
+        backend = "gloo"
+        if device == "gpu":
+            backend = "nccl"
+            torch.cuda.set_device(rank)
+        torch.distributed.init_process_group(backend, init_method=f"file://{meeting}", rank=rank, world_size=num_ranks)
     if before:
         before()
     gc.freeze()  # or each collection, and a fit makes some, goes through all that was imported

@@ -26,6 +26,7 @@ class Reference:
     grad_norms: list[float]
     weights: dict[str, np.ndarray]
     movement: float  # largest change of a weight
+    change: float  # of all weights together: root of the sum of squares
 
 
 def train(
@@ -75,8 +76,8 @@ def train(
         losses.append(loss)
         grad_norms.append(norm)
     weights = {name: parameter.detach().numpy() for name, parameter in parameters.items()}
-    movement = max(float(np.abs(weights[name] - first[name]).max()) for name in weights)
-    return Reference(losses, grad_norms, weights, movement)
+    changes = np.concatenate([(weights[name] - first[name]).ravel() for name in weights])
+    return Reference(losses, grad_norms, weights, float(np.abs(changes).max()), float(np.linalg.norm(changes)))
 
 
 def inject(model: Any, adapter: Any, seed: int) -> None:

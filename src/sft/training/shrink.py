@@ -40,7 +40,7 @@ LARGEST = {
 
 
 def shrink(config: Any, folder: Path, vocab_size: int | None = None) -> Any:
-    """A copy of a composed configuration that trains a small model, written to `folder/model`, on the processor.
+    """A copy of a composed configuration that trains a small model, written to `folder/model`.
 
     `vocab_size` None keeps the model's, which the tokenizer needs.
     """
@@ -54,7 +54,6 @@ def shrink(config: Any, folder: Path, vocab_size: int | None = None) -> Any:
     small.model.path, small.model.revision = str(folder / "model"), None
     small.model.init, small.model.config = "pretrained", {}
     first_rows(small.data)
-    on_processor(small)
     return small
 
 
@@ -66,10 +65,10 @@ def first_rows(data: Any) -> None:
         data.split = f"{data.split}[:{NUM_ROWS}]"
 
 
-def on_processor(config: Any) -> None:
-    """One node's processor, whatever the machine: fp32, the attention that every machine has, no dropout."""
-    config.trainer.accelerator, config.trainer.num_nodes = "cpu", 1
-    config.trainer.precision = "32-true"
+def on_device(config: Any, device: str, precision: str) -> None:
+    """One node's `cpu` or `gpu`, the attention that every machine has, no dropout."""
+    config.trainer.accelerator, config.trainer.num_nodes = device, 1
+    config.trainer.precision = precision
     if config.adapter:
         config.adapter.dropout, config.adapter.quantize = 0.0, False
     config.model.attention = "packed" if config.model.attention.startswith("flash") else config.model.attention
