@@ -64,7 +64,7 @@ def test_training_command(line: str, ready: Sft, model_folder: Path) -> None:
 @pytest.mark.parametrize("line", [line for line in COMMANDS if line.startswith("sft certify")])
 def test_certificate(line: str, ready: Sft, model_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     cell = matrix.Cell("ddp", 2, accumulation=2, packed=True, resumed=False, optimizer="adamw")
-    monkeypatch.setattr(matrix, "cells", lambda quick: [cell])
+    monkeypatch.setattr(matrix, "cells", lambda *_: [cell])
     arguments = [each.replace("Qwen/Qwen3-0.6B", str(model_folder)) for each in shlex.split(line)[2:]]
     assert ready("certify", *arguments, "data.max_length=256", "data.num_workers=1") == 0
 

@@ -3,24 +3,20 @@
 import json
 import sys
 import time
+import warnings
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import torch
-from hydra import compose, initialize_config_dir
-from hydra.utils import instantiate
 from lightning.pytorch.callbacks import Callback
 
 from benchmarks.conditions import peak_rss, rss
-from sft.data.dataset import Split
-from sft.data.rows import Source
-from sft.data.schedule import check_division
-from sft.data.store import Store
-from sft.mistakes import CONF
-from sft.model.module import SFTModule
-from sft.training.datamodule import SFTDataModule
+from benchmarks.fit import parts
+from benchmarks.shapes import fields
 from sft.training.metrics import MetricsFile, StepMetrics
-from sft.training.setup import quiet
+
+OBSERVED = 2  # the step, counted from 0, in which the device is asked what makes the host wait
 
 
 class Clock(Callback):
@@ -28,60 +24,75 @@ class Clock(Callback):
 
     def __init__(self) -> None:
         self.ends: list[tuple[float, float]] = []  # seconds on the wall, seconds of all cores
+        self.graphs: list[int] = []  # that torch.compile had made by then
 
     def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         if (batch_idx + 1) % trainer.accumulate_grad_batches == 0:
             self.ends.append((time.perf_counter(), time.process_time()))
+            self.graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+
+
+class Waits(Callback):
+    """Where in one optimizer step the host waits for CUDA, as torch's debug mode for it tells."""
+
+    def __init__(self) -> None:
+        self.places: list[str] | None = None
+        self.stack = ExitStack()
+
+    def on_train_batch_start(self, trainer: Any, module: Any, batch: Any, batch_idx: int) -> None:
+        if torch.cuda.is_available() and batch_idx == OBSERVED * trainer.accumulate_grad_batches:
+            self.seen = self.stack.enter_context(warnings.catch_warnings(record=True))
+            warnings.simplefilter("always")
+            torch.cuda.set_sync_debug_mode("warn")
+            self.stack.callback(torch.cuda.set_sync_debug_mode, "default")
+
+    def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        if torch.cuda.is_available() and batch_idx + 1 == (OBSERVED + 1) * trainer.accumulate_grad_batches:
+            self.stack.close()
+            told = [each for each in self.seen if "synchronizing CUDA operation" in str(each.message)]
+            self.places = [f"{'/'.join(Path(each.filename).parts[-2:])}:{each.lineno}" for each in told]
 
 
 def main(folder: Path, variant: str, out: Path) -> None:
-    quiet()
     options = json.loads((folder / "options.json").read_text())
     setting = json.loads((folder / "plan.json").read_text())[variant]["data"]
     torch.set_num_threads(options["threads"])
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        config = compose(
-            "train",
-            [
-                f"model.path={folder / 'model'}",
-                f"model.gradient_checkpointing={options['checkpointing']}",
-                "trainer=cpu",
-                "logger=none",
-                "schedule=constant",
-                "schedule.warmup=0",
-                f"optimizer.lr={options['lr']}",
-                "optimizer.weight_decay=0",
-                *options["overrides"],
-            ],
-        )
     before, _ = rss()
-    data = SFTDataModule(Split(Store(folder / "store", [Source("generated")])), None, **setting)
-    module = SFTModule(
-        instantiate(config.model, _convert_="all"),
-        instantiate(config.optimizer),
-        instantiate(config.schedule),
-        data.num_steps,
-        setting["seed"],
-    )
-    clock, metrics = Clock(), MetricsFile(out.with_suffix(".csv"))
-    trainer = instantiate(
-        config.trainer,
-        strategy=instantiate(config.strategy) or "auto",
-        logger=[metrics],
-        callbacks=[StepMetrics(), clock],
-        accumulate_grad_batches=check_division(setting["global_batch_size"], 1, setting["micro_batch_size"]),
-        max_epochs=1,
-        limit_val_batches=0,
-        use_distributed_sampler=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        log_every_n_steps=1,
-    )
+    started = time.perf_counter()
+    clock, waits, metrics = Clock(), Waits(), MetricsFile(out.with_suffix(".csv"))
+    callbacks = [StepMetrics(), waits, clock]
+    trainer, module, data = parts(folder, overrides(folder, options), setting, 1, callbacks, [metrics])
     trainer.fit(module, data)
-    losses = [float(row["train/loss"]) for row in metrics.rows]
-    result = {"ends": clock.ends, "losses": losses, "rss_before": before, "rss_peak": peak_rss()}
+    result = {
+        "started": started,
+        "ends": clock.ends,
+        "graphs": clock.graphs,
+        "losses": [float(row["train/loss"]) for row in metrics.rows],
+        "rss_before": before,
+        "rss_peak": peak_rss(),
+        "num_parameters": sum(each.numel() for each in module.model.parameters()),
+    }
+    if options["gpu"]:
+        result |= {"cuda_peak": torch.cuda.max_memory_allocated(), "waits": waits.places}
     out.write_text(json.dumps(result))
+
+
+def overrides(folder: Path, options: dict[str, Any]) -> list[str]:
+    """The settings of `sft train` that both contestants share, in its words."""
+    model = ["model.path=" + str(folder / "model")]
+    if not options["weights"]:  # none are on disk: they are drawn from the seed
+        shape = [f"++model.config.{name}={json.dumps(value)}" for name, value in fields(options).items()]
+        model = ["model=scratch", f"model.tokenizer={folder / 'model'}", *shape]
+    return [
+        *model,
+        f"model.gradient_checkpointing={json.dumps(options['checkpointing'])}",
+        "trainer=gpu" if options["gpu"] else "trainer=cpu",
+        f"optimizer.lr={options['lr']}",
+        "optimizer.weight_decay=0",
+        *(["adapter=lora", f"adapter.r={options['lora']}"] if options["lora"] else []),
+        *([f"trainer.precision={options['precision']}"] if options["precision"] else []),
+        *options["overrides"],
+    ]
 
 
 if __name__ == "__main__":

@@ -12,21 +12,13 @@ from typing import Any
 import lightning as L
 import torch
 import transformers.models.llama.modeling_llama  # noqa: F401  what a model's first use would import
-from hydra import compose, initialize_config_dir
-from hydra.utils import instantiate
 from lightning.pytorch.callbacks import Callback
 
+from benchmarks import fit
 from benchmarks.ranks import Peak, bytes_sent
-from sft.data.dataset import Split
-from sft.data.rows import Source
-from sft.data.schedule import check_division
-from sft.data.store import Store
-from sft.mistakes import CONF
 from sft.model.module import SFTModule
 from sft.training.datamodule import SFTDataModule
 from sft.training.metrics import StepMetrics
-from sft.training.setup import quiet
-from sft.training.strategies import build
 
 if not torch.cuda.is_available():
     import deepspeed  # noqa: F401  looks at CUDA, which a process that forks must not
@@ -73,46 +65,16 @@ def parts(
     callbacks: list[Callback],
     module_class: type[SFTModule] = SFTModule,
 ) -> tuple[L.Trainer, SFTModule, SFTDataModule]:
-    """Trainer, module and data of a run on the model and the token store in `folder`."""
-    quiet()
+    """Trainer, module and data of a run on the model and the token store in `folder`, as `prepare_rank` made them."""
     trainer = "trainer=gpu" if torch.cuda.is_available() else "trainer=cpu"
-    fixed = ["logger=none", "schedule=constant", "schedule.warmup=0", f"trainer.devices={num_ranks}", trainer]
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        config = compose(
-            "train", [f"model.path={folder / 'model'}", f"strategy={strategy}", *fixed, *options["overrides"]]
-        )
-    data = SFTDataModule(
-        Split(Store(folder / "store", [Source("generated")])),
-        None,
-        seed=options["seed"],
-        epochs=1,
-        max_steps=options["steps"],
-        global_batch_size=options["global_batch"],
-        micro_batch_size=1,
-        max_length=options["max_length"],
-        packing=False,
-    )
-    module = module_class(
-        instantiate(config.model, _convert_="all"),
-        instantiate(config.optimizer, _convert_="all"),
-        instantiate(config.schedule),
-        data.num_steps,
-        options["seed"],
-    )
-    return (
-        instantiate(
-            config.trainer,
-            strategy=build(config.strategy, config.trainer.accelerator),
-            logger=False,
-            callbacks=callbacks,
-            accumulate_grad_batches=check_division(options["global_batch"], num_ranks, 1),
-            max_epochs=1,
-            limit_val_batches=0,
-            use_distributed_sampler=False,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-        ),
-        module,
-        data,
-    )
+    overrides = [f"model.path={folder / 'model'}", f"strategy={strategy}", trainer, *options["overrides"]]
+    data = {
+        "seed": options["seed"],
+        "epochs": 1,
+        "max_steps": options["steps"],
+        "global_batch_size": options["global_batch"],
+        "micro_batch_size": 1,
+        "max_length": options["max_length"],
+        "packing": False,
+    }
+    return fit.parts(folder, overrides, data, num_ranks, callbacks, module_class=module_class)

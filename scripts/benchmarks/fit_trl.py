@@ -1,18 +1,19 @@
 """One run of TRL's SFTTrainer on the same: `python -m benchmarks.fit_trl FOLDER VARIANT OUT`.
 
 It is given every advantage that its settings offer without another result: no gradient checkpointing (its default),
-fp32 like the project, and rows that are tokenized and packed already.
+the project's precision, and rows that are tokenized and packed already.
 """
 
 import json
 import sys
 import time
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
 from datasets import load_from_disk
-from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
 from benchmarks.conditions import peak_rss, rss
@@ -39,9 +40,10 @@ def main(folder: Path, variant: str, out: Path) -> None:
     setting = plan["data"]
     torch.set_num_threads(options["threads"])
     before, _ = rss()
+    started = time.perf_counter()
     clock = Clock()
     trainer = SFTTrainer(
-        AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.float32, attn_implementation="sdpa"),
+        load(folder / "model", options),
         args=SFTConfig(
             output_dir=str(out.with_suffix("")),
             per_device_train_batch_size=setting["micro_batch_size"],
@@ -58,8 +60,8 @@ def main(folder: Path, variant: str, out: Path) -> None:
             adam_beta2=options["betas"][1],
             weight_decay=0.0,
             max_grad_norm=options["clip"],
-            bf16=False,
-            use_cpu=True,
+            bf16=options["gpu"] and options["precision"] != "bf16-true",
+            use_cpu=not options["gpu"],
             gradient_checkpointing=options["checkpointing"],
             logging_steps=1,
             save_strategy="no",
@@ -71,10 +73,33 @@ def main(folder: Path, variant: str, out: Path) -> None:
         train_dataset=load_from_disk(plan["rows"]),
         processing_class=AutoTokenizer.from_pretrained(folder / "model"),
         callbacks=[clock],
+        peft_config=lora(options["lora"]) if options["lora"] else None,
     )
     trainer.train()
-    result = {"ends": clock.ends, "losses": clock.losses, "rss_before": before, "rss_peak": peak_rss()}
+    result = {"started": started, "ends": clock.ends, "losses": clock.losses}
+    result |= {"rss_before": before, "rss_peak": peak_rss()}
+    if options["gpu"]:
+        result["cuda_peak"] = torch.cuda.max_memory_allocated()
     out.write_text(json.dumps(result))
+
+
+def load(folder: Path, options: dict[str, Any]) -> Any:
+    """The same model: from the same weights, or where none are on disk drawn at random."""
+    settings = {
+        "dtype": torch.bfloat16 if options["precision"] == "bf16-true" else torch.float32,
+        # Its own advice for packing; without the wheel transformers' mask keeps the samples apart.
+        "attn_implementation": "flash_attention_2" if options["gpu"] and find_spec("flash_attn") else "sdpa",
+    }
+    if options["weights"]:
+        return AutoModelForCausalLM.from_pretrained(folder, **settings)
+    with torch.device("cuda" if options["gpu"] else "cpu"):
+        return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder), **settings)
+
+
+def lora(rank: int) -> Any:
+    from peft import LoraConfig
+
+    return LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM")
 
 
 if __name__ == "__main__":

@@ -11,12 +11,12 @@ from sft.data.build import DTYPES
 SHORTEST, LONGEST = 25, 460  # tokens of a sample, as in GSM8K with a chat template around it
 
 
-def lengths(rng: np.random.Generator, num_samples: int) -> tuple[np.ndarray, np.ndarray]:
+def lengths(rng: np.random.Generator, num_samples: int, longest: int = LONGEST) -> tuple[np.ndarray, np.ndarray]:
     """Tokens and supervised tokens of each sample: two int32 [num_samples].
 
-    Log-normal around 180 tokens, of which the response is a third to a half.
+    Log-normal around 0.4 of the longest, of which the response is a third to a half.
     """
-    tokens = rng.lognormal(np.log(180), 0.4, num_samples).clip(SHORTEST, LONGEST).astype(np.int32)
+    tokens = rng.lognormal(np.log(180 / LONGEST * longest), 0.4, num_samples).clip(SHORTEST, longest).astype(np.int32)
     supervised = (tokens * rng.uniform(0.33, 0.5, num_samples)).astype(np.int32)
     return tokens, supervised
 

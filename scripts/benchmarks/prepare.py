@@ -13,45 +13,41 @@ import numpy as np
 import torch
 from datasets import Dataset
 from tokenizers import Tokenizer, models
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from benchmarks import generated
+from benchmarks.shapes import fields
 from sft.data.dataset import Split
 from sft.data.rows import Source
 from sft.data.store import Store
 from sft.training.datamodule import SFTDataModule
-
-HEAD_DIM = 64
-PACKS_PER_STEP = 2  # of 2048 tokens about as much as 16 samples
 
 
 def main(folder: Path) -> None:
     options = json.loads((folder / "options.json").read_text())
     write_model(folder / "model", options)
     rng = np.random.default_rng(options["seed"])
-    tokens, supervised = generated.lengths(rng, options["samples"])
-    generated.write_store(folder / "store", tokens, supervised, options["vocab"], rng)
+    tokens, supervised = generated.lengths(rng, options["samples"], options["longest"])
+    generated.write_store(folder / "store", tokens, supervised, fields(options)["vocab_size"], rng)
     split = Split(Store(folder / "store", [Source("generated")]))
     unpacked = {"global_batch_size": options["global_batch"], "micro_batch_size": options["micro_batch"]}
-    packed = {"global_batch_size": PACKS_PER_STEP, "micro_batch_size": 1}
+    packed = {"global_batch_size": options["packs"], "micro_batch_size": options["micro_packs"]}
+    settings = {"unpacked": unpacked, "packed": packed}
     plan = {
-        "unpacked": write_variant(folder, split, options, packing=False, **unpacked),
-        "packed": write_variant(folder, split, options, packing=True, **packed),
+        variant: write_variant(folder, split, options, packing=variant == "packed", **settings[variant])
+        for variant in options["variants"]
     }
     (folder / "plan.json").write_text(json.dumps(plan))
 
 
 def write_model(folder: Path, options: dict[str, Any]) -> None:
-    torch.manual_seed(options["seed"])
-    config = LlamaConfig(
-        vocab_size=options["vocab"],
-        hidden_size=options["hidden"],
-        intermediate_size=4 * options["hidden"],
-        num_hidden_layers=options["layers"],
-        num_attention_heads=max(1, options["hidden"] // HEAD_DIM),
-        max_position_embeddings=options["max_length"],
-    )
-    LlamaForCausalLM(config).save_pretrained(folder)
+    """Configuration, tokenizer and, unless `options` has `weights` false, weights drawn from the seed."""
+    config = AutoConfig.for_model(**fields(options))
+    if options.get("weights", True):
+        torch.manual_seed(options["seed"])
+        AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    else:
+        config.save_pretrained(folder)
     # TRL asks for a tokenizer, of which it needs the name of the padding token.
     words = Tokenizer(models.WordLevel({"<pad>": 0, "<eos>": 1}, unk_token="<pad>"))
     PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", eos_token="<eos>").save_pretrained(folder)
@@ -95,6 +91,7 @@ def write_variant(
         "rows": str(rows_folder),
         "num_tokens": [step.num_tokens for step in steps],
         "num_supervised": [step.num_supervised for step in steps],
+        "sum_squares": [int((split.lengths[np.concatenate(step.packs)].astype(np.int64) ** 2).sum()) for step in steps],
     }
 
 
