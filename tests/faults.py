@@ -1,5 +1,6 @@
-"""Faults that a certificate must find, each planted in a rank's process before it trains."""
+"""Faults that a certificate must find, each planted in a rank's process before it trains, and the cells in which."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -9,6 +10,7 @@ from sft.data.tokenization import IGNORE
 from sft.model import objective
 from sft.model.module import SFTModule
 from sft.training import datamodule, samples, strategies
+from sft.training.matrix import Cell
 
 
 def mean_of_each_micro_batch() -> None:
@@ -51,7 +53,7 @@ def mask_of_ones() -> None:
 
 
 def positions_go_on() -> None:
-    _with_inputs(position_ids=lambda batch: torch.arange(batch["input_ids"].shape[1])[None])
+    _with_inputs(position_ids=lambda batch: torch.arange(batch["input_ids"].shape[1]).to(batch["input_ids"])[None])
 
 
 def shifted_mask() -> None:
@@ -147,3 +149,38 @@ def second_rank_raises_without_accumulation() -> None:
         return original(self, batch, batch_idx)
 
     SFTModule.training_step = training_step
+
+
+def cell(
+    strategy: str = "single",
+    num_ranks: int = 1,
+    accumulation: int = 1,
+    packed: bool = False,  # the plain loop has fewer samples to go through
+    resumed: bool = False,
+    optimizer: str = "sgd",
+    precision: str = "32-true",
+) -> Cell:
+    return Cell(strategy, num_ranks, accumulation, packed, resumed, optimizer, precision)
+
+
+FAULTS: dict[Callable[[], None], tuple[list[Cell], list[Cell]]] = {  # fault -> cells that fail, cells that pass
+    mean_of_each_micro_batch: ([cell("ddp", 2), cell(accumulation=2)], [cell()]),
+    divided_by_the_accumulation_again: ([cell(accumulation=4)], [cell()]),
+    divided_by_the_accumulation_again_by_deepspeed: (
+        [cell(f"deepspeed_zero{stage}", accumulation=2) for stage in (1, 2, 3)],
+        [cell("ddp", accumulation=2), cell("deepspeed_zero2")],
+    ),
+    cache_on: ([cell()], []),
+    mask_of_ones: ([cell()], []),
+    positions_go_on: ([cell()], []),
+    shifted_mask: ([cell()], []),
+    small_step_dropped: ([cell()], []),
+    small_step_without_update: ([cell()], []),
+    tokens_without_loss_counted: ([cell()], []),
+    weights_decay_all: ([cell()], [cell(optimizer="adamw")]),
+    optimizer_forgotten_on_resume: (
+        [cell(optimizer="adamw", resumed=True)],
+        [cell(optimizer="adamw"), cell(), cell(resumed=True)],
+    ),
+    dies: ([cell("ddp", 2)], []),
+}

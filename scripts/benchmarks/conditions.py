@@ -10,11 +10,13 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-PACKAGES = ("torch", "lightning", "transformers", "deepspeed", "datasets", "tokenizers", "numpy", "trl", "accelerate")
+PACKAGES = ("torch", "lightning", "transformers", "deepspeed", "peft", "bitsandbytes", "trl", "accelerate", "datasets")
+PACKAGES += ("tokenizers", "numpy", "triton", "nvidia-nccl-cu13", "nvidia-nccl-cu12")
 
 
 def gather() -> dict[str, Any]:
     return {
+        "gpu": _gpu(),
         "cpu": _cpu(),
         "cores": len(os.sched_getaffinity(0)),
         "memory_gb": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9, 1),
@@ -26,15 +28,21 @@ def gather() -> dict[str, Any]:
 
 
 def show(conditions: dict[str, Any]) -> None:
+    print("\n".join(lines(conditions)), flush=True)
+
+
+def lines(conditions: dict[str, Any]) -> list[str]:
+    """As text, a line each."""
     versions = ", ".join(f"{name} {number}" for name, number in conditions["versions"].items())
     one, five, fifteen = conditions["load_average"]
-    print(
-        f"cpu     {conditions['cpu']}, {conditions['cores']} cores, {conditions['memory_gb']} GB\n"
-        f"load    {one} {five} {fifteen} (1, 5, 15 minutes)\n"
-        f"python  {conditions['python']}, {versions}\n"
+    gpus = [f"gpu     {each['name']}, {each['memory']}, driver {each['driver']}" for each in conditions["gpu"]]
+    return [
+        *gpus,
+        f"cpu     {conditions['cpu']}, {conditions['cores']} cores, {conditions['memory_gb']} GB",
+        f"load    {one} {five} {fifteen} (1, 5, 15 minutes)",
+        f"python  {conditions['python']}, {versions}",
         f"commit  {conditions['commit'] or 'not a checkout'}",
-        flush=True,
-    )
+    ]
 
 
 def peak_rss() -> int:
@@ -62,6 +70,17 @@ def table(title: str, header: Sequence[str], rows: Iterable[Sequence[str]]) -> N
         first, *others = (cell.rjust(width) for cell, width in zip(line, widths, strict=True))
         print("  " + "   ".join([first.strip().ljust(widths[0]), *others]))
     sys.stdout.flush()
+
+
+def _gpu() -> list[dict[str, str]]:
+    """Each GPU as nvidia-smi names it; none where there is no nvidia-smi."""
+    command = ["nvidia-smi", "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader"]
+    try:
+        told = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout
+    except (OSError, subprocess.SubprocessError):
+        return []
+    rows = [[value.strip() for value in line.split(",")] for line in told.strip().splitlines()]
+    return [dict(zip(("name", "memory", "driver"), row, strict=True)) for row in rows]
 
 
 def _cpu() -> str:

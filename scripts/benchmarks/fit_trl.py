@@ -60,7 +60,7 @@ def main(folder: Path, variant: str, out: Path) -> None:
             adam_beta2=options["betas"][1],
             weight_decay=0.0,
             max_grad_norm=options["clip"],
-            bf16=options["gpu"] and options["precision"] != "bf16-true",
+            bf16=(options["precision"] or ("bf16-mixed" if options["gpu"] else "")) == "bf16-mixed",
             use_cpu=not options["gpu"],
             gradient_checkpointing=options["checkpointing"],
             logging_steps=1,

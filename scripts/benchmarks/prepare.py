@@ -26,6 +26,11 @@ from sft.training.datamodule import SFTDataModule
 def main(folder: Path) -> None:
     options = json.loads((folder / "options.json").read_text())
     write_model(folder / "model", options)
+    write_tokens(folder, options)
+
+
+def write_tokens(folder: Path, options: dict[str, Any]) -> None:
+    """A token store, and of each variant the plan of its steps."""
     rng = np.random.default_rng(options["seed"])
     tokens, supervised = generated.lengths(rng, options["samples"], options["longest"])
     generated.write_store(folder / "store", tokens, supervised, fields(options)["vocab_size"], rng)

@@ -9,6 +9,7 @@ import torch
 from hydra import compose, initialize_config_dir
 
 import faults
+from faults import FAULTS, cell
 from running import Sft
 from sft.commands.certify import certify
 from sft.mistakes import CONF
@@ -23,18 +24,6 @@ def made(folder: Path, chosen: list[Cell], before: Callable[[], None] | None = N
         config = compose("certify", overrides=list(overrides))
     with seeing("cpu"):
         return certify(config, folder, chosen, before)
-
-
-def cell(
-    strategy: str = "single",
-    num_ranks: int = 1,
-    accumulation: int = 1,
-    packed: bool = False,  # the plain loop has fewer samples to go through
-    resumed: bool = False,
-    optimizer: str = "sgd",
-    precision: str = "32-true",
-) -> Cell:
-    return Cell(strategy, num_ranks, accumulation, packed, resumed, optimizer, precision)
 
 
 def test_matrix_is_whole() -> None:
@@ -58,29 +47,6 @@ def test_quick_certificate_passes(sft: Sft, capfd: pytest.CaptureFixture[str]) -
         assert 0 < reference["num_clipped"] < 20
         assert reference["movement"] > 5e-3
     assert "# Certificate passed" in Path("certificate/certificate.md").read_text()
-
-
-FAULTS: dict[Callable[[], None], tuple[list[Cell], list[Cell]]] = {  # fault -> cells that fail, cells that pass
-    faults.mean_of_each_micro_batch: ([cell("ddp", 2), cell(accumulation=2)], [cell()]),
-    faults.divided_by_the_accumulation_again: ([cell(accumulation=4)], [cell()]),
-    faults.divided_by_the_accumulation_again_by_deepspeed: (
-        [cell(f"deepspeed_zero{stage}", accumulation=2) for stage in (1, 2, 3)],
-        [cell("ddp", accumulation=2), cell("deepspeed_zero2")],
-    ),
-    faults.cache_on: ([cell()], []),
-    faults.mask_of_ones: ([cell()], []),
-    faults.positions_go_on: ([cell()], []),
-    faults.shifted_mask: ([cell()], []),
-    faults.small_step_dropped: ([cell()], []),
-    faults.small_step_without_update: ([cell()], []),
-    faults.tokens_without_loss_counted: ([cell()], []),
-    faults.weights_decay_all: ([cell()], [cell(optimizer="adamw")]),
-    faults.optimizer_forgotten_on_resume: (
-        [cell(optimizer="adamw", resumed=True)],
-        [cell(optimizer="adamw"), cell(), cell(resumed=True)],
-    ),
-    faults.dies: ([cell("ddp", 2)], []),
-}
 
 
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.__name__)

@@ -4,37 +4,16 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
+import kernel
 from model.test_objective import pack
 from sft.model import attention
 from sft.model.loading import ModelSource
 from sft.model.objective import Objective
 
 PACKS = [[5, 9, 9, 3, 17], [30], [4, 4, 12], [7] * 9]
-
-
-def varlen_attn(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    cu_seq_q: Tensor,
-    cu_seq_k: Tensor,
-    max_q: int,
-    max_k: int,
-    *,
-    scale: float,
-    window_size: tuple[int, int],
-    enable_gqa: bool,
-) -> Tensor:
-    """The kernel's result by operations that a graph can hold."""
-    position = torch.arange(query.shape[0])
-    sample = torch.searchsorted(cu_seq_q, position, right=True, out_int32=True)
-    allowed = (sample[:, None] == sample) & (position[:, None] >= position)
-    rows = (row.transpose(0, 1) for row in (query, key, value))
-    return F.scaled_dot_product_attention(*rows, attn_mask=allowed, scale=scale, enable_gqa=enable_gqa).transpose(0, 1)
 
 
 def losses(model: nn.Module) -> list[tuple[float, Tensor]]:
@@ -54,7 +33,7 @@ def test_one_graph_for_all_layers_and_packs(
     checkpointing: bool, model_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     torch._dynamo.reset()
-    monkeypatch.setattr(attention, "varlen_attn", varlen_attn)
+    monkeypatch.setattr(attention, "varlen_attn", kernel.varlen_attn)
     monkeypatch.setattr(attention, "_kernel_takes", lambda *_: True)
     graphs = CompileCounterWithBackend("eager")
     original = nn.Module.compile

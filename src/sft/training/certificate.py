@@ -64,7 +64,7 @@ class Certificate:
         table = Table(*(Column(name, no_wrap=True) for name in HEAD), box=None, padding=(0, 2, 0, 0))
         for row in self._rows():
             table.add_row(*row)
-        lines = [Text(line, "red") for line in self._failures()[:10]]
+        lines = [Text(line, "red") for line in self.failures()[:10]]
         return Group(table, *lines, Text(self.verdict, "bold green" if self.passed else "bold red"))
 
     def page(self) -> str:
@@ -78,7 +78,7 @@ class Certificate:
             else "the change of all weights up to the last checkpoint, whose difference is taken as a share of it"
         )
         clip = self.settings["trainer"]["gradient_clip_val"]
-        failures = ["## Cells that fail", "", *(f"- {line}" for line in self._failures()), ""]
+        failures = ["## Cells that fail", "", *(f"- {line}" for line in self.failures()), ""]
         return "\n".join(
             [
                 f"# Certificate {self.verdict}",
@@ -89,7 +89,7 @@ class Certificate:
                 "",
                 *_markdown([name.replace("|", "\\|") for name in HEAD], self._rows()),
                 "",
-                *(failures if self._failures() else []),
+                *(failures if self.failures() else []),
                 "## What was trained",
                 "",
                 f"- model: `{kind}` with {self.model['num_hidden_layers']} layers of {self.model['hidden_size']} "
@@ -150,7 +150,8 @@ class Certificate:
             )
         return rows
 
-    def _failures(self) -> list[str]:
+    def failures(self) -> list[str]:
+        """A line for each cell that fails."""
         return [
             f"{result.cell}: {result.error or f'loss off by {result.loss:.1e}, weights by {result.weight:.1e}'}"
             for result in self.results

@@ -4,6 +4,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+import torch
 from hydra.utils import instantiate
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch.callbacks import Callback
@@ -35,6 +36,8 @@ def fit(
         checkpoints: the folder they are saved in.
         facts: of the run, kept in each checkpoint.
     """
+    # With deterministic kernels torch fills what it allocates, which of DeepSpeed's buffers would be GBs in each step.
+    torch.utils.deterministic.fill_uninitialized_memory = False
     val_every = config.val_every or data.steps_per_epoch
     callbacks: list[Callback] = [
         *(instantiate(config.callbacks) or {}).values(),

@@ -12,7 +12,7 @@ import sys
 import threading
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from time import monotonic
@@ -95,6 +95,8 @@ class Pool:
     def stop(self, at_once: bool = False) -> None:
         """Ends all processes; a later call starts others."""
         for _, connection in self._ranks:
+            with suppress(OSError):  # it has died
+                connection.send(None)
             connection.close()
         for process, _ in self._ranks:
             process.join(0 if at_once else 5)
@@ -169,10 +171,13 @@ def _serve(
     gc.freeze()  # or each collection, and a fit makes some, goes through all that was imported
     while True:
         try:
-            function, arguments = connection.recv()
+            call = connection.recv()
         except EOFError:
             break
+        if call is None:
+            break
         try:
+            function, arguments = call
             connection.send((None, function(*arguments)))
         except Exception as error:
             traceback.print_exc()
