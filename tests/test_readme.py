@@ -1,4 +1,4 @@
-"""Every command in the README works, on a small model and a few rows in the place of those it names."""
+"""Every command in the README and docs/ works, on a small model and a few rows in the place of those it names."""
 
 import json
 import re
@@ -14,8 +14,8 @@ from running import Sft
 from sft.training import matrix
 
 ROOT = Path(__file__).resolve().parents[1]
-README = (ROOT / "README.md").read_text()
-BLOCKS = re.findall(r"```bash\n(.*?)```", README, re.S)
+PAGES = {path: path.read_text() for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))}
+BLOCKS = [block for page in PAGES.values() for block in re.findall(r"```bash\n(.*?)```", page, re.S)]
 COMMANDS = [line.strip() for block in BLOCKS for line in block.splitlines() if line.strip()]
 SMALL = ["max_steps=2", "data.max_length=256", "global_batch_size=2", "trainer=cpu", "logger=csv", "data.num_workers=1"]
 
@@ -84,23 +84,34 @@ def test_command_on_a_finished_run(line: str, ready: Sft) -> None:
     assert ready(command, *arguments, *(["max_new_tokens=4"] if command == "generate" else [])) == 0
 
 
-@pytest.mark.parametrize("line", [line for line in COMMANDS if line.startswith("scripts/bench ")])
-def test_benchmark(line: str) -> None:
-    command = shlex.split(line, comments=True)[1]
+@pytest.mark.parametrize("command", sorted({line.split()[1] for line in COMMANDS if line.startswith("scripts/bench ")}))
+def test_benchmark(command: str) -> None:
     options = ["--no-trl"] if command == "train" else []
     bench = [sys.executable, str(ROOT / "scripts" / "bench"), command, "--quick", *options]
     shown = subprocess.run(bench, check=True, capture_output=True, text=True).stdout
     assert re.search(r"tokens/s|rows/s|save, s", shown)
 
 
+@pytest.mark.parametrize("line", [line for line in COMMANDS if line.startswith("scripts/gpu")])
+def test_gpu(line: str) -> None:
+    # Shown and not run, but for --cpu, which CI runs: .ci/run.
+    arguments = shlex.split(line, comments=True)[1:]
+    shown = subprocess.run([sys.executable, str(ROOT / "scripts" / "gpu"), *arguments, "--list"], capture_output=True)
+    assert shown.returncode == 0 and shown.stdout
+    assert "scripts/gpu --cpu" in (ROOT / ".ci" / "run").read_text()
+
+
 def test_every_command_is_covered() -> None:
-    rest = [line for line in COMMANDS if not line.startswith(("make ", "sft ", "scripts/bench "))]
+    rest = [line for line in COMMANDS if not line.startswith(("make ", "sft ", "scripts/bench ", "scripts/gpu"))]
     # Those of a cluster: tests/slurm. The others are what anybody has.
     assert all(
         re.match(r"slurm/local-cluster (start|exec|crash|boot|stop)|sbatch .*slurm/|cmp ", line) for line in rest
     )
 
 
-@pytest.mark.parametrize("path", sorted(set(re.findall(r"\]\(([^)#:]+)\)", README))))
-def test_every_link_leads_somewhere(path: str) -> None:
-    assert (ROOT / path).exists()
+@pytest.mark.parametrize(
+    ("page", "path"),
+    sorted({(page, path) for page, text in PAGES.items() for path in re.findall(r"\]\(([^)#:]+)[)#]", text)}),
+)
+def test_every_link_leads_somewhere(page: Path, path: str) -> None:
+    assert (page.parent / path).exists()

@@ -109,7 +109,7 @@ def count_calls() -> dict[bool, int]:
         calls[arguments[-1] is not None] += 1
         return original(*arguments)
 
-    packed._varlen = counted
+    packed._varlen = counted  # type: ignore[assignment]
     return calls
 
 
@@ -123,13 +123,13 @@ def one_attention(
     shapes = [(1, heads, num, width), (1, groups, num, width), (1, groups, num, value_width)]
     drawn = [torch.randn(shape, generator=generator).to(dtype) for shape in shapes]
     back = torch.randn(1, num, heads, value_width, generator=generator).to(dtype)
-    rows = [row.clone().to(place.device).requires_grad_() for row in drawn]
+    rows = query, key, value = [row.clone().to(place.device).requires_grad_() for row in drawn]
     bounds = torch.tensor([0, *np.cumsum(lengths)], dtype=torch.int32, device=place.device)
-    options = {"cu_seq_lens_q": bounds, "max_length_q": max(lengths), "sliding_window": window}
-    out, _ = packed.packed_attention(nn.Module(), *rows, None, **options)
+    options: dict[str, Any] = {"cu_seq_lens_q": bounds, "max_length_q": max(lengths), "sliding_window": window}
+    out, _ = packed.packed_attention(nn.Module(), query, key, value, None, **options)
     out.backward(back.to(place.device))
-    exact_rows = [row.double().requires_grad_() for row in drawn]
-    exact = written_out(*exact_rows, lengths, window)
+    exact_rows = query, key, value = [row.double().requires_grad_() for row in drawn]
+    exact = written_out(query, key, value, lengths, window)
     exact.backward(back.double())
     gradients = [torch.cat([row.grad.flatten().cpu() for row in each]) for each in (rows, exact_rows)]  # type: ignore[union-attr]
     return {"out": error(out, exact), "gradient": error(*gradients)}
@@ -205,7 +205,8 @@ def computed(model: Any, batch: Batch, precision: str, place: Place) -> tuple[fl
 
 
 def load(source: ModelSource, precision: str, place: Place) -> Any:
-    return source.load(torch.bfloat16 if precision == "bf16-true" else torch.float32).to(place.device)
+    model: nn.Module = source.load(torch.bfloat16 if precision == "bf16-true" else torch.float32)
+    return model.to(place.device)
 
 
 def compared(place: Place, source: ModelSource, reference: nn.Module, prepare: Any = None) -> tuple[str, dict]:

@@ -13,6 +13,8 @@ from benchmarks.train import SHARED, figures
 from checks.process import Failed, NotRun, Place, only_trace
 
 TOKENS = 16_384  # of a matrix product, and about those of a micro-batch
+COPIED = 2**28  # numbers of 4 bytes
+LONGEST = 4096  # tokens of a sample
 STEPS, WARMUP = 12, 4
 # Tokens of a pack, packs of a micro-batch: what 80 GB hold without gradient checkpointing.
 PACKS = {"qwen-0.5b": (8192, 2), "qwen-1.5b": (8192, 1), "llama-8b": (4096, 1)}
@@ -32,9 +34,9 @@ def roofline(place: Place) -> tuple[str, dict[str, Any]]:
         for layer, (inputs, outputs) in products.items():
             a = torch.randn(num_tokens, inputs, device=place.device, dtype=torch.bfloat16)
             b = torch.randn(outputs, inputs, device=place.device, dtype=torch.bfloat16)
-            seconds = median_seconds(place, lambda a=a, b=b: a @ b.T)  # type: ignore[misc]
+            seconds = median_seconds(place, lambda a=a, b=b: a @ b.T)
             rates[name][layer] = 2 * num_tokens * inputs * outputs / seconds / 1e12
-    source = torch.randn(2**28 if place.gpu else 2**16, device=place.device)
+    source = torch.randn(COPIED if place.gpu else 2**16, device=place.device)
     target = torch.empty_like(source)
     copied = 2 * source.numel() * 4 / median_seconds(place, lambda: target.copy_(source)) / 1e9
     best = {name: max(each.values()) for name, each in rates.items()}
@@ -100,7 +102,7 @@ def settings(place: Place, shape: str, compiled: bool) -> dict[str, Any]:
     """Options of `scripts/bench train`."""
     gpu = place.gpu
     pack, micro = PACKS[shape] if gpu else (128, 1)
-    longest = 4096 if gpu else 40
+    longest = LONGEST if gpu else 40
     mean = 0.42 * longest  # of what is drawn
     return {
         **SHARED,

@@ -58,9 +58,10 @@ def main() -> None:
 
 def _leave(code: int = 0) -> None:
     """Ends a process that was one of several ranks: threads of a process group can crash an interpreter's own end."""
-    distributed: Any = sys.modules.get("torch.distributed")
-    if distributed is not None and distributed.is_available() and distributed.is_initialized():
-        distributed.destroy_process_group()
+    ranks: Any = sys.modules.get("sft.training.ranks")
+    if ranks is not None:
+        ranks.disband()
+    if ranks is not None and ranks.disbanded:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)

@@ -107,6 +107,28 @@ def test_two_ranks_equal_one(sft: Sft) -> None:
                 assert float(after[key]) == pytest.approx(float(value), rel=1e-5), (before["step"], key)
 
 
+LOOK = """
+import torch.distributed as dist
+from sft.commands import export
+original = export.export
+
+def look(*arguments):
+    print("process group", dist.is_initialized())
+    return original(*arguments)
+
+export.export = look
+"""
+
+
+def test_other_ranks_are_free_while_the_first_exports(sft: Sft) -> None:
+    # NCCL ends a communicator when all of its ranks do: those that are done would hold their GPUs for the export.
+    settings = ("train", *sft.settings, "run=run", "max_steps=1", "micro_batch_size=1", "strategy=ddp")
+    ended = sft.ranks(2, *settings, before=LOOK)
+    assert ended.code == 0, ended.output
+    assert "process group False" in ended.output
+    assert (sft.run_folder() / "export" / "verified.json").exists()
+
+
 def test_resume_with_another_accumulation(sft: Sft) -> None:
     # Rule 4: the plan is a function, so a run goes on with its work shared out otherwise.
     settings = (*SGD, "epochs=2", "checkpoint.save_every=2", "val_every=2", "export=false")

@@ -25,6 +25,7 @@ import os
 from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
 from omegaconf import OmegaConf
 
 from sft.data.schedule import check_division
@@ -49,6 +50,7 @@ def main(config: Any) -> float | None:
     from sft.training.fit import fit
     from sft.training.log import log
     from sft.training.metrics import MetricsFile
+    from sft.training.ranks import disband
     from sft.training.setup import is_main, quiet, setup
     from sft.training.tracking import tracking
 
@@ -76,6 +78,8 @@ def main(config: Any) -> float | None:
                 loggers=[metrics, *trackers(config, run, metrics.rows)],
                 facts={"seed": config.seed, "stop_token_ids": prepared.stop_token_ids},
             )
+            if HydraConfig.get().mode is not RunMode.MULTIRUN:  # there the group is for the next setting, too
+                disband()
         final = checkpoints.latest(run.checkpoints)
         assert final is not None and final.last
         if is_main() and config.export:

@@ -37,7 +37,7 @@ def fit(
         facts: of the run, kept in each checkpoint.
     """
     # With deterministic kernels torch fills what it allocates, which of DeepSpeed's buffers would be GBs in each step.
-    torch.utils.deterministic.fill_uninitialized_memory = False
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     val_every = config.val_every or data.steps_per_epoch
     callbacks: list[Callback] = [
         *(instantiate(config.callbacks) or {}).values(),

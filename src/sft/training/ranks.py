@@ -7,6 +7,17 @@ import torch.distributed as dist
 
 from sft.errors import UserError
 
+disbanded = False  # whether this process was one of several ranks, and is alone now
+
+
+def disband() -> None:
+    """Ends the process group, on all ranks at once: NCCL's end waits for every rank's, so that those which are done
+    would hold their GPUs until the first is."""
+    global disbanded
+    if dist.is_initialized():
+        dist.destroy_process_group()
+        disbanded = True
+
 
 def place() -> tuple[int, int]:
     """(rank, world size)"""
