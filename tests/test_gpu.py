@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 import warnings
+from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import create_autospec
@@ -48,7 +49,7 @@ def test_a_check_of_the_command_line(tmp_path: Path) -> None:
     ended = gpu("--cpu", "objective", "trl-qwen-0.5b", "qlora", "--output", str(tmp_path))
     assert ended.returncode == 0, ended.stdout + ended.stderr
     report = json.loads((tmp_path / "gpu.json").read_text())
-    assert report["about"]["cpu_only"] and report["about"]["versions"]["torch"] == torch.__version__
+    assert report["about"]["cpu_only"] and report["about"]["versions"]["torch"] == version("torch")
     states = {name: check["state"] for name, check in report["checks"].items()}
     assert states["objective"] == "passed" and states["qlora"] == "not run"
     assert report["checks"]["objective"]["figures"]["32-true"]["gradient"] < 1e-4

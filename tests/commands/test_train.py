@@ -6,6 +6,7 @@ import socket
 import subprocess
 import sys
 from contextlib import nullcontext
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -214,7 +215,7 @@ def test_folder_tells_the_whole_story(sft: Sft) -> None:
     folder = sft.run_folder()
     provenance = json.loads((folder / "provenance.json").read_text())
     assert provenance["command"][1] == "train"
-    assert provenance["versions"]["torch"] == torch.__version__
+    assert provenance["versions"]["torch"] == version("torch")
     assert yaml.safe_load((folder / "config.yaml").read_text())["global_batch_size"] == 4
     (source,) = json.loads((folder / "data.json").read_text())["train"]["sources"]
     assert (source["rows"], source["samples"], source["lost"]) == (60, 60, {})

@@ -70,7 +70,7 @@ KERNEL = f"""
 import torch
 from sft.model import attention
 
-def varlen_attn(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, scale, window_size, enable_gqa):
+def varlen_attn(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, scale, window_size, enable_gqa=False):
     return query  # of the right shape
 
 pretend.Tensor.is_cuda = True
