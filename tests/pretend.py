@@ -175,13 +175,20 @@ class Card(Accelerator):
 
 
 class CountSyncs(Callback):
-    """Writes to `path` what made the host wait in each optimizer step but the last, to the start of the next."""
+    """Writes to `path` what made the host wait in each optimizer step but the last, to the start of the next, and in
+    each validation batch."""
 
     def __init__(self, path: str) -> None:
-        self.path, self.steps = Path(path), []
+        self.path, self.steps, self.validation = Path(path), [], []
+
+    def on_validation_batch_start(self, *_: Any) -> None:
+        syncs.clear()
+
+    def on_validation_batch_end(self, *_: Any) -> None:
+        self.validation.append(list(syncs))
 
     def on_train_batch_start(self, trainer: L.Trainer, module: Any, batch: Any, batch_idx: int) -> None:
         if batch_idx % trainer.accumulate_grad_batches == 0:
             self.steps.append(list(syncs))
             syncs.clear()
-            self.path.write_text(json.dumps(self.steps[1:]))
+            self.path.write_text(json.dumps({"steps": self.steps[1:], "validation": self.validation}))
