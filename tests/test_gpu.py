@@ -77,7 +77,9 @@ def refuses(place: Place) -> tuple[str, dict]:
 
 
 def hangs(place: Place) -> tuple[str, dict]:
-    subprocess.run(["sleep", "1000"])
+    child = subprocess.Popen(["sleep", "1000"])
+    (place.folder / "child").write_text(str(child.pid))
+    child.wait()
     return "never", {}
 
 
@@ -85,6 +87,18 @@ def dies(place: Place) -> tuple[str, dict]:
     import os
 
     os.abort()
+
+
+def lacks(place: Place) -> tuple[str, dict]:
+    import no_such_package  # noqa: F401
+
+    return "never", {}
+
+
+def lacks_what_is_ours(place: Place) -> tuple[str, dict]:
+    import checks.no_such_module  # noqa: F401
+
+    return "never", {}
 
 
 def check(function: object, **options: object) -> Check:
@@ -119,8 +133,8 @@ def test_what_hangs_is_ended_with_all_it_has_started(tmp_path: Path) -> None:
     assert time.monotonic() - started < 20
     assert made["hangs"].state == "failed" and "did not end within" in made["hangs"].line
     assert made["passes"].state == "passed"
-    processes = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True).stdout
-    assert "sleep 1000" not in processes
+    child = Path("/proc", (tmp_path / "child").read_text(), "cmdline")
+    assert not child.exists() or not child.read_bytes()  # gone, or a zombie that nobody has asked after
 
 
 def test_what_there_is_no_time_or_package_for(tmp_path: Path) -> None:
@@ -129,6 +143,9 @@ def test_what_there_is_no_time_or_package_for(tmp_path: Path) -> None:
     made = results([check(passes, needs=("no_such_package",)), check(fails, cuda=True)], tmp_path)
     assert made["passes"].line == "no_such_package not installed"
     assert made["fails"].line == "needs a GPU"
+    made = results([check(lacks), check(lacks_what_is_ours)], tmp_path)
+    assert (made["lacks"].state, made["lacks"].line) == ("not run", "no_such_package not installed")
+    assert made["lacks_what_is_ours"].state == "failed"
 
 
 # --- branches for CUDA ---

@@ -33,6 +33,7 @@ PRELOADED += [
 ]
 PRELOADED_CPU = ["deepspeed", "torch._inductor.compile_fx"]  # which might touch CUDA
 LEAST = 5.0  # seconds with which it is worth beginning a check
+OWN = ("sft", "checks", "benchmarks", "faults", "kernel", "demo_assets")  # modules that are not packages to install
 SHOWN = 12  # last lines of one that fails
 
 
@@ -195,6 +196,10 @@ def _work(check: Check, place: Place, log: str, pipe: Connection) -> None:
         answer = "not run", str(reason), {}
     except Failed as fault:
         answer = "failed", str(fault), {}
+    except ModuleNotFoundError as error:
+        own = (error.name or "").partition(".")[0] in OWN
+        traceback.print_exc()
+        answer = ("failed", str(error), {}) if own else ("not run", f"{error.name} not installed", {})
     except Exception as error:
         traceback.print_exc()
         answer = "failed", f"{type(error).__name__}: {' '.join(str(error).split())[:300]}", {}

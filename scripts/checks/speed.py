@@ -85,6 +85,7 @@ def train(place: Place, shape: str, contestant: str = "project", compiled: bool 
         import torch
 
         made["device"] = torch.cuda.get_device_name()
+        made["host_gb"] = result["rss_peak"] / 1e9
         made["mfu"] = (peak := shapes.peak(made["device"])) and made["tflops"] * 1e12 / peak
         told += f" ({made['mfu']:.1%} MFU)" if made["mfu"] else ""
     told += f", {made['peak_mb'] / 1e3:,.3g} GB, first step after {made['seconds_to_first_step']:.0f} s"

@@ -1,7 +1,8 @@
 import numpy as np
+import pytest
 import torch
 
-from sft.data.batch import make_batch
+from sft.data.batch import make_batch, to_device
 from sft.data.tokenization import IGNORE
 
 SAMPLES = [
@@ -30,3 +31,19 @@ def test_no_samples_are_one_token_without_loss() -> None:
     assert batch["predicting"].tolist() == []
     assert batch["cu_seqlens"].tolist() == [0, 1]
     assert (batch["max_seqlen"], batch["num_supervised"], batch["num_tokens"]) == (1, 30, 0)
+
+
+def test_what_goes_to_a_gpu_is_pinned_and_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    moved = []
+
+    def to(tensor: torch.Tensor, device: torch.device, *, non_blocking: bool = False) -> torch.Tensor:
+        moved.append((tensor.shape, device.type, non_blocking))
+        return tensor
+
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor[None])
+    monkeypatch.setattr(torch.Tensor, "to", to)
+    batch = make_batch(SAMPLES, np.array([1, 0]), step_num_supervised=30)
+    shapes = [value[None].shape for value in batch.values() if isinstance(value, torch.Tensor)]
+    there = to_device(batch, torch.device("cuda", 0))
+    assert moved == [(shape, "cuda", True) for shape in shapes]
+    assert (there["max_seqlen"], there["num_supervised"], there["num_tokens"]) == (3, 30, 5)

@@ -85,3 +85,5 @@ def quiet() -> None:
     warnings.filterwarnings("ignore", ".*`srun` command is available.*")
     warnings.filterwarnings("ignore", ".*DeepSpeed handles gradient clipping internally.*")
     warnings.filterwarnings("ignore", ".*`torch.distributed.*` is deprecated.*", FutureWarning)
+    # DeepSpeed doesn't name the device when ranks meet; it was set before.
+    warnings.filterwarnings("ignore", r".*barrier\(\): using the device under current context.*")
