@@ -50,13 +50,8 @@ def main(config: Any) -> None:
     quiet()
     most_ranks = check(config)
     settings: Any = OmegaConf.to_container(config, resolve=True)
-    kind = "".join(
-        [
-            "-quick" if config.quick else "",
-            "" if config.precision == "32-true" else f"-{config.precision}",
-            "-gpu" if config.device == "gpu" else "",
-        ]
-    )
+    kinds = {"quick": config.quick, config.precision: config.precision != "32-true", "gpu": config.device == "gpu"}
+    kind = "".join(f"-{name}" for name, true in kinds.items() if true)
     output = Path(config.output or f"certificates/{config.name}-{identity(settings)}{kind}")
     chosen = cells(config.quick, config.precision, config.device, most_ranks)
     with seeing(config.device), tempfile.TemporaryDirectory(prefix="sft-certify-") as folder:

@@ -13,7 +13,7 @@ Shape suffixes: T tokens of the row, H heads, G key/value heads, D head width (E
 """
 
 import inspect
-from functools import cache, lru_cache
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -136,7 +136,7 @@ def _kernel_takes(query: Tensor, key: Tensor, value: Tensor, window: int | None)
     )
 
 
-@cache
+@torch.compiler.assume_constant_result  # no part of a graph
 def _has_flash_attention(device: torch.device) -> bool:
     """Compiled into torch for Ampere (compute capability 8.0) and later."""
     return torch.cuda.get_device_capability(device) >= (8, 0)
