@@ -82,6 +82,7 @@ ATTENTION = {
 def attention(place: Place) -> tuple[str, dict[str, Any]]:
     """This project's attention against scores written out in fp64 on the processor, forward and backward."""
     figures: dict[str, Any] = {}
+    torch.set_num_threads(8 if place.gpu else 1)
     calls = count_calls()
     for name, (heads, groups, width, value_width, lengths, window) in ATTENTION.items():
         if not place.gpu:

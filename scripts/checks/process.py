@@ -34,7 +34,7 @@ PRELOADED += [
 PRELOADED_CPU = ["deepspeed", "torch._inductor.compile_fx"]  # which might touch CUDA
 LEAST = 5.0  # seconds with which it is worth beginning a check
 OWN = ("sft", "checks", "benchmarks", "faults", "kernel", "demo_assets")  # modules that are not packages to install
-SHOWN = 12  # last lines of one that fails
+SHOWN, KEPT = 12, 80  # last lines of one that fails, on the terminal and in gpu.json
 
 
 class NotRun(Exception):
@@ -102,7 +102,7 @@ class Result:
         state = "FAILED" if self.state == "failed" else self.state
         took = f"{self.seconds:6.1f} s" if self.state != "not run" else " " * 8
         lines = [f"{state:<8} {self.check.name:<28} {took}  {self.line}"]
-        return "\n".join([*lines, *(f"         | {line}" for line in self.tail)])
+        return "\n".join([*lines, *(f"         | {line}" for line in self.tail[-SHOWN:])])
 
     def document(self) -> dict[str, Any]:
         document = {"state": self.state, "line": self.line, "seconds": round(self.seconds, 1), "figures": self.figures}
@@ -175,7 +175,7 @@ class Running:
         with suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
         self.process.join()
-        tail = self.log.read_text(errors="replace").strip().splitlines()[-SHOWN:] if state == "failed" else []
+        tail = self.log.read_text(errors="replace").strip().splitlines()[-KEPT:] if state == "failed" else []
         return Result(self.check, state, line, time.monotonic() - self.started, figures, tail)
 
 

@@ -87,7 +87,7 @@ def whole_life(place: Place, lab: Lab, name: str, *extra: str) -> tuple[str, dic
     exports = place.gpu or name in EXPORTED_ON_CPU
     printed = lab.start("resumed", "run", *settings, f"export={str(exports).lower()}").end()
     if f"resumed after step {KILLED - 1}" not in printed:
-        raise Failed(f"it did not resume after step {KILLED - 1}: see resumed.log")
+        raise Failed(f"it did not resume after step {KILLED - 1}")
     same_bits(lab)
     if name == "single" and not extra:
         answer(lab)

@@ -84,7 +84,11 @@ def test_in_bf16_what_is_right_is_told_from_what_is_not(
 
 @pytest.mark.parametrize(
     ("setting", "message"),
-    [("precision=16", "precision=16: "), ("device=tpu", "device=tpu is unknown"), ("device=gpu", "here are 0 GPUs")],
+    [
+        ("precision=16", "precision=16: "),
+        ("device=tpu", "device=tpu is unknown"),
+        ("device=gpu", "sees no CUDA device"),
+    ],
 )
 def test_what_can_not_be_certified(
     sft: Sft, setting: str, message: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch

@@ -71,12 +71,11 @@ def check(config: Any) -> int:
         raise UserError(f"device={config.device} is unknown: set cpu or gpu")
     if config.device == "cpu":
         return 4
-    from sft.commands.train import check_devices
-
-    check_devices("gpu", -1)
     import torch
 
-    return torch.cuda.device_count()
+    if not (num_gpus := torch.cuda.device_count()):
+        raise UserError("device=gpu: this process sees no CUDA device (nvidia-smi): set device=cpu")
+    return num_gpus
 
 
 def certify(config: Any, folder: Path, cells: "list[Cell]", before: Callable[[], None] | None = None) -> "Certificate":

@@ -171,7 +171,7 @@ def _varlen(
     else:
         options["is_causal"] = True
     out: Tensor = varlen_attn(query, key, value, cu_seq_lens, cu_seq_lens, longest, longest, **options)
-    return out[None, ..., :out_width]
+    return (out if out_width == width else out[..., :out_width])[None]
 
 
 def _kernel_width(width: int) -> int:
