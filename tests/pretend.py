@@ -133,6 +133,9 @@ class Backend:
 
 def install() -> None:
     global _library
+    # Backward on the calling thread: one of autograd's own that still lets go of Python's objects when the interpreter
+    # ends takes the process with it.
+    torch.autograd.set_multithreading_enabled(False)
     _setup_privateuseone_for_python_backend(NAME, Backend())
     _library = torch.library.Library("aten", "IMPL")
     for name in FACTORIES:
