@@ -33,7 +33,8 @@ def test_no_samples_are_one_token_without_loss() -> None:
     assert (batch["max_seqlen"], batch["num_supervised"], batch["num_tokens"]) == (1, 30, 0)
 
 
-def test_what_goes_to_a_gpu_is_pinned_and_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("kind", "waits"), [("cuda", False), ("mps", True)])
+def test_what_goes_to_a_gpu(kind: str, waits: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     moved = []
 
     def to(tensor: torch.Tensor, device: torch.device, *, non_blocking: bool = False) -> torch.Tensor:
@@ -43,7 +44,7 @@ def test_what_goes_to_a_gpu_is_pinned_and_not_waited_for(monkeypatch: pytest.Mon
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor[None])
     monkeypatch.setattr(torch.Tensor, "to", to)
     batch = make_batch(SAMPLES, np.array([1, 0]), step_num_supervised=30)
-    shapes = [value[None].shape for value in batch.values() if isinstance(value, torch.Tensor)]
-    there = to_device(batch, torch.device("cuda", 0))
-    assert moved == [(shape, "cuda", True) for shape in shapes]
+    tensors = [value for value in batch.values() if isinstance(value, torch.Tensor)]
+    there = to_device(batch, torch.device(kind, 0))
+    assert moved == [((value if waits else value[None]).shape, kind, not waits) for value in tensors]
     assert (there["max_seqlen"], there["num_supervised"], there["num_tokens"]) == (3, 30, 5)

@@ -52,13 +52,16 @@ def make_batch(samples: Samples, indices: np.ndarray, step_num_supervised: int) 
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:
-    """The batch with its tensors on a device. The host doesn't wait for it: what goes to CUDA is pinned first."""
-    pinned = device.type == "cuda"
+    """The batch with its tensors on a device. The host doesn't wait for it: what goes to CUDA is pinned first.
+
+    It waits for MPS, which can read what isn't there any more (github.com/pytorch/pytorch/issues/83015).
+    """
+    pinned, waits = device.type == "cuda", device.type in ("cpu", "mps")
 
     def move(value: Any) -> Any:
         if not isinstance(value, Tensor):
             return value
-        return (value.pin_memory() if pinned else value).to(device, non_blocking=device.type != "cpu")
+        return (value.pin_memory() if pinned else value).to(device, non_blocking=not waits)
 
     return cast(Batch, {name: move(value) for name, value in batch.items()})
 
