@@ -84,7 +84,7 @@ def faults(place: Place, precision: str) -> tuple[str, dict[str, Any]]:
             print(f"{fault.__name__}: {time.monotonic() - begun:.1f} s", flush=True)
     if missed:
         raise Failed("; ".join(missed[:3]))
-    return f"each of {len(table)} planted faults is found in {precision}", figures
+    return f"planted faults found in {precision}: {len(table)} of {len(table)}", figures
 
 
 @contextmanager
