@@ -2,13 +2,18 @@
 functions replaced by ones of the same signatures. Its checks themselves are run by CI: scripts/gpu --cpu."""
 
 import json
+import os
+import signal
 import subprocess
 import sys
 import time
 import warnings
+from collections.abc import Callable
+from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 from unittest.mock import create_autospec
 
 import pytest
@@ -21,8 +26,8 @@ from checks.process import Check, Failed, NotRun, Place, Result, run
 SCRIPT = Path(__file__).resolve().parents[1] / "scripts" / "gpu"
 
 
-def gpu(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, str(SCRIPT), *arguments], capture_output=True, text=True)
+def gpu(*arguments: str, **options: Any) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, str(SCRIPT), *arguments], capture_output=True, text=True, **options)
 
 
 def test_list_names_every_check_once() -> None:
@@ -39,10 +44,46 @@ def test_list_names_every_check_once() -> None:
     ("arguments", "message"),
     [(["speed"], "there is no check speed: see --list"), ([], "finds no GPU here; scripts/gpu --cpu")],
 )
-def test_mistakes(arguments: list[str], message: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    ended = gpu(*arguments)
+def test_mistakes(arguments: list[str], message: str, tmp_path: Path) -> None:
+    ended = gpu(*arguments, env={"PATH": str(tmp_path)})  # where there is no nvidia-smi
     assert ended.returncode != 0
     assert message in ended.stderr and "Traceback" not in ended.stderr
+
+
+def test_an_interpreter_without_the_packages(tmp_path: Path) -> None:
+    # -S: without site-packages. Its own imports need none.
+    ended = subprocess.run([sys.executable, "-S", str(SCRIPT), "--cpu"], capture_output=True, text=True, cwd=tmp_path)
+    assert ended.returncode == 1
+    assert "has no torch: activate" in ended.stderr and "Traceback" not in ended.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def processes(marker: str) -> list[int]:
+    found = []
+    for each in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):
+            if marker.encode() in (each / "environ").read_bytes():
+                found.append(int(each.name))
+    return found
+
+
+def test_stopped_it_leaves_nothing_behind(tmp_path: Path) -> None:
+    environment = os.environ | {"TMPDIR": str(tmp_path)}
+    command = [sys.executable, str(SCRIPT), "--cpu", "single", "--output", str(tmp_path)]
+    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as one:
+        until(lambda: list(tmp_path.glob("sft-gpu-*/single/killed.log")))  # runs of its own are under way
+        one.send_signal(signal.SIGTERM)
+        out, err = one.communicate(timeout=20)
+    assert one.returncode == 130 and out.endswith("stopped\n") and "Traceback" not in err, err
+    until(lambda: not processes(f"TMPDIR={tmp_path}"))
+    assert not list(tmp_path.glob("sft-gpu-*"))
+
+
+def until(condition: Callable[[], object]) -> None:
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
 
 
 def test_a_check_of_the_command_line(tmp_path: Path) -> None:
@@ -84,8 +125,6 @@ def hangs(place: Place) -> tuple[str, dict]:
 
 
 def dies(place: Place) -> tuple[str, dict]:
-    import os
-
     os.abort()
 
 

@@ -95,6 +95,14 @@ def test_benchmark(command: str) -> None:
     assert re.search(r"tokens/s|rows/s|save, s", shown)
 
 
+@pytest.mark.parametrize("line", [line for line in COMMANDS if line.startswith("scripts/bench ") and "--gpu" in line])
+def test_benchmark_on_a_gpu(line: str, tmp_path: Path) -> None:
+    # Its arguments are known, and without a GPU it says so.
+    bench = [sys.executable, str(ROOT / "scripts" / "bench"), *shlex.split(line)[1:]]
+    ended = subprocess.run(bench, env={"PATH": str(tmp_path)}, capture_output=True, text=True)
+    assert ended.stderr == "scripts/bench: nvidia-smi finds no GPU here: leave out --gpu\n"
+
+
 @pytest.mark.parametrize("line", [line for line in COMMANDS if line.startswith("scripts/gpu")])
 def test_gpu(line: str) -> None:
     # Shown and not run, but for --cpu, which CI runs: .ci/run.

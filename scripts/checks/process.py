@@ -12,7 +12,7 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from importlib import import_module
@@ -109,7 +109,7 @@ class Result:
         return document | ({"tail": self.tail} if self.tail else {})
 
 
-def run(checks: list[Check], place: Place, jobs: int, seconds: float) -> Iterator[Result]:
+def run(checks: list[Check], place: Place, jobs: int, seconds: float) -> Generator[Result, None, None]:
     """The result of each check as it ends; they begin in their order, `jobs` at a time, and end within `seconds`."""
     deadline = time.monotonic() + seconds
     server: Any = multiprocessing.get_context("forkserver")
@@ -117,29 +117,33 @@ def run(checks: list[Check], place: Place, jobs: int, seconds: float) -> Iterato
     # Nothing is worth measuring on the processor.
     waiting = [check if place.gpu else replace(check, alone=False) for check in checks]
     running: dict[Connection, Running] = {}
-    while waiting or running:
-        while waiting and len(running) < jobs and not any(each.check.alone for each in running.values()):
-            check = waiting[0]
-            if check.alone and running:
-                break
-            waiting.pop(0)
-            left = deadline - time.monotonic()
-            if reason := why_not(check, place) or ("no time is left" if left < LEAST else None):
-                yield Result(check, "not run", reason)
-            else:
-                started = Running(check, place, min(left, check.seconds if place.gpu else 600), server)
-                running[started.pipe] = started
-        if not running:
-            continue
-        soonest = min(each.deadline for each in running.values())
-        ready = wait(list(running), max(0.0, soonest - time.monotonic()))
-        late = [pipe for pipe, each in running.items() if each.deadline <= time.monotonic() and pipe not in ready]
-        for pipe in [*ready, *late]:
-            result = running.pop(pipe).end()  # type: ignore[call-overload]
-            if "in forked" in result.line:  # torch's words for it
-                os.environ["SFT_CHECKS_START"] = "spawn"
-                server = multiprocessing.get_context("spawn")
-            yield result
+    try:
+        while waiting or running:
+            while waiting and len(running) < jobs and not any(each.check.alone for each in running.values()):
+                check = waiting[0]
+                if check.alone and running:
+                    break
+                waiting.pop(0)
+                left = deadline - time.monotonic()
+                if reason := why_not(check, place) or ("no time is left" if left < LEAST else None):
+                    yield Result(check, "not run", reason)
+                else:
+                    started = Running(check, place, min(left, check.seconds if place.gpu else 600), server)
+                    running[started.pipe] = started
+            if not running:
+                continue
+            soonest = min(each.deadline for each in running.values())
+            ready = wait(list(running), max(0.0, soonest - time.monotonic()))
+            late = [pipe for pipe, each in running.items() if each.deadline <= time.monotonic() and pipe not in ready]
+            for pipe in [*ready, *late]:
+                result = running.pop(pipe).end()  # type: ignore[call-overload]
+                if "in forked" in result.line:  # torch's words for it
+                    os.environ["SFT_CHECKS_START"] = "spawn"
+                    server = multiprocessing.get_context("spawn")
+                yield result
+    finally:
+        for each in running.values():  # where it is stopped
+            each.end()
 
 
 def why_not(check: Check, place: Place) -> str | None:
@@ -172,6 +176,7 @@ class Running:
             except EOFError:
                 self.process.join()
                 line = f"its process ended with {_ending(self.process.exitcode)}"
+        self.process.kill()  # it may have no group of its own yet
         with suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
         self.process.join()

@@ -25,13 +25,17 @@ def roofline(place: Place) -> tuple[str, dict[str, Any]]:
     """Rates of the matrix products that the shapes are made of, in bf16 on random numbers, and of a copy."""
     import torch
 
+    from sft.model.objective import CHUNK_ELEMENTS
+
     names = ("qwen-0.5b", "qwen-1.5b", "llama-8b") if place.gpu else ("toy",)
     rates: dict[str, dict[str, float]] = {}
     for name in names:
-        shape, num_tokens = shapes.SHAPES[name], TOKENS if place.gpu else 64
-        products = shapes.matrices(shape) | {"lm_head": (shape["hidden_size"], shape["vocab_size"] // 8)}
+        shape = shapes.SHAPES[name]
+        products = {layer: (TOKENS if place.gpu else 64, *sizes) for layer, sizes in shapes.matrices(shape).items()}
+        chunk = CHUNK_ELEMENTS[place.device] // shape["vocab_size"]  # of tokens, as the loss takes them
+        products["lm_head"] = (min(TOKENS, chunk), shape["hidden_size"], shape["vocab_size"])
         rates[name] = {}
-        for layer, (inputs, outputs) in products.items():
+        for layer, (num_tokens, inputs, outputs) in products.items():
             a = torch.randn(num_tokens, inputs, device=place.device, dtype=torch.bfloat16)
             b = torch.randn(outputs, inputs, device=place.device, dtype=torch.bfloat16)
             seconds = median_seconds(place, lambda a=a, b=b: a @ b.T)

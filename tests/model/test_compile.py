@@ -36,6 +36,7 @@ def test_one_graph_for_all_layers_and_packs(
     torch._dynamo.reset()
     monkeypatch.setattr(attention, "varlen_attn", kernel.varlen_attn)
     monkeypatch.setattr(attention, "_kernel_takes", lambda query, *_: attention._has_flash_attention(query.device))
+    # What a graph can't hold, as the driver's answer.
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9 + 0 * os.getpid(), 0))
     graphs = CompileCounterWithBackend("eager")
     original = nn.Module.compile

@@ -2,6 +2,8 @@
 computes with is left in the host's memory, and nothing makes the host wait that needn't."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -124,7 +126,4 @@ for mistake in (
         continue
     raise AssertionError("not found")
 """
-    import subprocess
-    import sys
-
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(pretend.__file__).parent)
