@@ -30,10 +30,10 @@ def roofline(place: Place) -> tuple[str, dict[str, Any]]:
     names = ("qwen-0.5b", "qwen-1.5b", "llama-8b") if place.gpu else ("toy",)
     rates: dict[str, dict[str, float]] = {}
     for name in names:
-        shape = shapes.SHAPES[name]
-        products = {layer: (TOKENS if place.gpu else 64, *sizes) for layer, sizes in shapes.matrices(shape).items()}
+        shape, num_tokens = shapes.SHAPES[name], TOKENS if place.gpu else 64
+        products = {layer: (num_tokens, *sizes) for layer, sizes in shapes.matrices(shape).items()}
         chunk = CHUNK_ELEMENTS[place.device] // shape["vocab_size"]  # of tokens, as the loss takes them
-        products["lm_head"] = (min(TOKENS, chunk), shape["hidden_size"], shape["vocab_size"])
+        products["lm_head"] = (min(num_tokens, chunk), shape["hidden_size"], shape["vocab_size"])
         rates[name] = {}
         for layer, (num_tokens, inputs, outputs) in products.items():
             a = torch.randn(num_tokens, inputs, device=place.device, dtype=torch.bfloat16)
