@@ -19,6 +19,7 @@ from time import monotonic
 from typing import Any
 
 PROCESSES = multiprocessing.get_context("forkserver")
+STARTING = threading.Lock()  # forks from two threads at once aren't safe, and some libraries refuse them
 SHARED = {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
 # What each kind of rank is started with, and imported before. With CUDA a process must not touch it before it forks:
 # torch then asks the driver's library whether there is a GPU, and DeepSpeed isn't imported.
@@ -115,7 +116,8 @@ class Pool:
                 args=(there, rank, self.num_ranks, self.device, str(meeting), str(self._log(rank)), self.before),
                 daemon=True,
             )
-            process.start()
+            with STARTING:
+                process.start()
             there.close()
             self._ranks.append((process, here))
 
