@@ -21,7 +21,7 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
-PRELOADED = ["torch", "lightning", "transformers.models.llama.modeling_llama", "peft", "datasets", "hydra"]
+PRELOADED = ["torch", "lightning", "transformers.models.llama.modeling_llama", "datasets", "hydra"]
 PRELOADED += [
     "sft.model.streaming",
     "sft.model.attention",
@@ -31,7 +31,8 @@ PRELOADED += [
     "sft.training.fit",
     "sft.training.datamodule",
 ]
-PRELOADED_CPU = ["deepspeed", "torch._inductor.compile_fx"]  # which might touch CUDA
+# What might touch CUDA; peft does where bitsandbytes is installed.
+PRELOADED_CPU = ["deepspeed", "peft", "torch._inductor.compile_fx"]
 LEAST = 5.0  # seconds with which it is worth beginning a check
 OWN = ("sft", "checks", "benchmarks", "faults", "kernel", "demo_assets")  # modules that are not packages to install
 SHOWN, KEPT = 12, 80  # last lines of one that fails, on the terminal and in gpu.json
@@ -140,7 +141,9 @@ def run(checks: list[Check], place: Place, jobs: int, seconds: float) -> Generat
                 if "in forked" in result.line:  # torch's words for it
                     os.environ["SFT_CHECKS_START"] = "spawn"
                     server = multiprocessing.get_context("spawn")
-                yield result
+                    waiting.insert(0, result.check)
+                else:
+                    yield result
     finally:
         for each in running.values():  # where it is stopped
             each.end()
