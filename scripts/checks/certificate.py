@@ -90,12 +90,12 @@ def faults(place: Place, precision: str) -> tuple[str, dict[str, Any]]:
 @contextmanager
 def forking() -> Iterator[None]:
     """Ranks are forked from this process, which has imported all and not touched CUDA, instead of from a new server."""
-    from accelerate.utils import other
+    import torch
 
     from sft.training import pool
 
-    # `save_pretrained` imports DeepSpeed to ask whether a model is its engine, and that touches CUDA.
-    other.is_deepspeed_available = lambda: False
+    # transformers asks it in each forward pass, and that touches CUDA.
+    torch.cuda.is_current_stream_capturing = lambda: False
     server, pool.PROCESSES = pool.PROCESSES, context()
     try:
         yield
