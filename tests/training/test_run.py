@@ -2,8 +2,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
 
 from sft.errors import UserError
+from sft.mistakes import CONF
 from sft.training.run import Run, identity
 
 
@@ -52,6 +55,37 @@ def test_what_decides_the_numbers_is(changes: dict[str, Any]) -> None:
     assert identity(settings(**changes)) != identity(settings())
 
 
+def targets(model: str, schedule: str, rows: str) -> dict[str, Any]:
+    data = {"path": "d", "conversation": {"_target_": rows, "_partial_": True}}
+    return settings(model={"_target_": model, "path": "m"}, schedule={"_target_": schedule}, data=data)
+
+
+BEGUN = targets("sft.model.loading.ModelSource", "sft.model.optimizer.linear", "sft.data.conversation.text")
+
+
+def test_where_the_projects_code_lies_is_not_in_the_name(tmp_path: Path) -> None:
+    moved = targets("sft.elsewhere.ModelSource", "sft.other.linear", "sft.shapes.text")
+    assert identity(moved) == identity(BEGUN) == "8f8cbd2f"
+    run = {"run": "run", "runs_dir": str(tmp_path)}
+    with Run(tmp_path / "run").attempt(BEGUN | run, {}, 9, main=True):
+        pass
+    assert Run.of(moved | run).folder == tmp_path / "run"
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        targets("sft.model.loading.ModelSource", "sft.model.optimizer.cosine", "sft.data.conversation.text"),
+        targets("sft.model.loading.ModelSource", "sft.model.optimizer.linear", "sft.data.conversation.messages"),
+        targets("sft.model.loading.ModelSource", "sft.model.optimizer.linear", "mine.text"),
+        targets("mine.ModelSource", "sft.model.optimizer.linear", "sft.data.conversation.text"),
+    ],
+    ids=["schedule", "row function", "a user's row function", "a user's model"],
+)
+def test_which_code_it_is_decides(other: dict[str, Any]) -> None:
+    assert identity(other) != identity(BEGUN)
+
+
 def test_a_folder_that_is_no_run_is_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "runs" / "mine").mkdir(parents=True)
@@ -97,3 +131,16 @@ def test_folder_that_another_rank_is_making_is_no_strangers(tmp_path: Path) -> N
     (folder / "notes.txt").mkdir()
     with pytest.raises(UserError, match="exists and is no run"):
         Run.of(mine)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "digits"),
+    [
+        (["model.path=m", "data.path=d"], "6f5f9745"),
+        (["experiment=gsm8k", "adapter=lora", "schedule=linear", "model.path=m"], "3e8898f0"),
+        (["data=messages", "schedule=warmup_stable_decay", "optimizer=sgd", "model.path=m", "data.path=d"], "e9ab0592"),
+    ],
+)
+def test_runs_keep_the_names_that_they_were_begun_with(overrides: list[str], digits: str) -> None:
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        assert identity(OmegaConf.to_container(compose("train", overrides), resolve=True)) == digits

@@ -45,16 +45,32 @@ NOT_DECIDING = (
     "data.cache_dir",
     "data.max_lost",
 )
+# Where the project keeps its own classes and functions decides nothing: each is known by the name that it had when the
+# first hash was made of it.
+TARGETS = {
+    "sft.model.loading": ("ModelSource",),
+    "sft.model.adapter": ("Adapter",),
+    "sft.data.dataset": ("DataConfig",),
+    "sft.data.conversation": ("prompt_response", "messages", "text"),
+    "sft.model.optimizer": ("constant", "linear", "cosine", "warmup_stable_decay"),
+}
 
 
 def deciding(config: Mapping[str, Any]) -> dict[str, Any]:
     """The settings of a resolved configuration that decide the numbers, by dotted name."""
     flat = _flatten(config)
     return {
-        name: value
+        name: _first_name(value) if name.endswith("._target_") else value
         for name, value in sorted(flat.items())
         if _within(name, DECIDING) and not _within(name, NOT_DECIDING)
     }
+
+
+def _first_name(target: str) -> str:
+    """Of what a `_target_` names; a user's own, outside of this package, is known by its own name."""
+    package, _, name = target.rpartition(".")
+    modules = [module for module, names in TARGETS.items() if name in names and package.startswith("sft.")]
+    return f"{modules[0]}.{name}" if modules else target
 
 
 def identity(config: Mapping[str, Any]) -> str:
