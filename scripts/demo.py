@@ -15,9 +15,9 @@ from rich.table import Table
 
 from demo_assets import write_assets
 from sft.commands.generate import answers
+from sft.runs.run import Run, write_json
 from sft.training.metrics import MetricsFile
-from sft.training.run import Run, write_json
-from sft.training.setup import quiet
+from sft.training.prepare import quiet
 
 ASSETS = Path(os.environ.get("SFT_CACHE", "cache")) / "demo"
 BASE, TUNED = Run(Path("runs/demo-base")), Run(Path("runs/demo"))

@@ -6,11 +6,12 @@ from typing import Any
 import torch
 
 from sft.data.batch import Batch
-from sft.data.tokenization import IGNORE
-from sft.model import objective
-from sft.model.module import SFTModule
-from sft.training import datamodule, samples, strategies
-from sft.training.matrix import Cell
+from sft.data.mask import IGNORE
+from sft.model import loss
+from sft.proof import excerpt
+from sft.proof.cells import Cell
+from sft.training import datamodule, strategies
+from sft.training.module import SFTModule
 
 
 def mean_of_each_micro_batch() -> None:
@@ -38,8 +39,8 @@ def divided_by_the_accumulation_again_by_deepspeed() -> None:
 
 
 def _with_inputs(**changes: object) -> None:
-    original = objective.model_inputs
-    objective.model_inputs = lambda batch: (
+    original = loss.model_inputs
+    loss.model_inputs = lambda batch: (
         original(batch) | {name: value(batch) if callable(value) else value for name, value in changes.items()}
     )
 
@@ -57,16 +58,16 @@ def positions_go_on() -> None:
 
 
 def shifted_mask() -> None:
-    original = samples.Excerpt.__getitem__
+    original = excerpt.Excerpt.__getitem__
 
-    def shifted(self: samples.Excerpt, index: int) -> tuple[object, object]:
+    def shifted(self: excerpt.Excerpt, index: int) -> tuple[object, object]:
         ids, labels = original(self, index)
         moved = ids.copy()
         moved[1:][labels[:-1] == IGNORE] = IGNORE
         moved[0] = IGNORE
         return ids, moved
 
-    samples.Excerpt.__getitem__ = shifted
+    excerpt.Excerpt.__getitem__ = shifted
 
 
 def small_step_dropped() -> None:
@@ -93,13 +94,13 @@ def small_step_without_update() -> None:
 
 
 def tokens_without_loss_counted() -> None:
-    original = samples.Excerpt.__init__
+    original = excerpt.Excerpt.__init__
 
-    def __init__(self: samples.Excerpt, *arguments: Any) -> None:
+    def __init__(self: excerpt.Excerpt, *arguments: Any) -> None:
         original(self, *arguments)
         self.num_supervised = self.lengths
 
-    samples.Excerpt.__init__ = __init__
+    excerpt.Excerpt.__init__ = __init__
 
 
 def weights_decay_all() -> None:
@@ -115,7 +116,7 @@ def weights_decay_all() -> None:
 
 
 def optimizer_forgotten_on_resume() -> None:
-    from sft.training.checkpoint import Checkpoint
+    from sft.checkpoint.checkpoint import Checkpoint
 
     original = Checkpoint.restore
 

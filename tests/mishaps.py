@@ -9,7 +9,7 @@ from typing import Any
 import lightning as L
 from lightning.pytorch.callbacks import Callback
 
-from sft.training import preemption
+from sft.runs import signals
 
 
 class AtStep(Callback):
@@ -74,7 +74,7 @@ class UntilSignal(AtStep):
     def act(self, trainer: L.Trainer) -> None:
         if self.once.exists():
             return
-        while not preemption.received():
+        while not signals.received():
             time.sleep(0.1)
         trainer.strategy.barrier()
         self.once.touch()

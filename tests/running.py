@@ -12,12 +12,12 @@ from pathlib import Path
 import pytest
 
 from sft import cli
-from sft.training import preemption
+from sft.runs import signals
 
 # Each child is forked from a server that has imported what takes seconds and done nothing with it.
 PROCESSES = multiprocessing.get_context("forkserver")
 PROCESSES.set_forkserver_preload(
-    ["lightning", "deepspeed", "datasets", "transformers.models.llama.modeling_llama", "sft.model.module"]
+    ["lightning", "deepspeed", "datasets", "transformers.models.llama.modeling_llama", "sft.training.module"]
 )
 
 
@@ -64,7 +64,7 @@ class Sft:
 
     def __call__(self, command: str, *arguments: str) -> int:
         """Exit code of `sft COMMAND ARGUMENTS`, run here."""
-        handlers = {each: signal.getsignal(each) for each in preemption.SIGNALS}
+        handlers = {each: signal.getsignal(each) for each in signals.SIGNALS}
         with self.monkeypatch.context() as patch:
             patch.setattr(sys, "argv", ["sft", command, *arguments])
             try:

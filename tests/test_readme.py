@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from running import Sft
-from sft.training import matrix
+from sft.proof import cells
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = {path: path.read_text() for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))}
@@ -63,11 +63,11 @@ def test_training_command(line: str, ready: Sft, model_folder: Path) -> None:
 
 @pytest.mark.parametrize("line", [line for line in COMMANDS if line.startswith("sft certify")])
 def test_certificate(line: str, ready: Sft, model_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def one(quick: bool, precision: str, device: str, most_ranks: int) -> list[matrix.Cell]:
+    def one(quick: bool, precision: str, device: str, most_ranks: int) -> list[cells.Cell]:
         fixed = {"accumulation": 2, "packed": True, "resumed": False, "optimizer": "adamw"}
-        return [matrix.Cell("ddp", 2, **fixed, precision=precision, device=device)]
+        return [cells.Cell("ddp", 2, **fixed, precision=precision, device=device)]
 
-    monkeypatch.setattr(matrix, "cells", one)
+    monkeypatch.setattr(cells, "all_cells", one)
     arguments = [each.replace("Qwen/Qwen3-0.6B", str(model_folder)) for each in shlex.split(line)[2:]]
     assert ready("certify", *arguments, "data.max_length=256", "data.num_workers=1") == 0
 

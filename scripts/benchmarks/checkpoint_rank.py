@@ -17,9 +17,9 @@ from transformers.integrations import HfDeepSpeedConfig
 
 from benchmarks.fit_rank import parts
 from benchmarks.ranks import Peak
-from sft.model.module import SFTModule
-from sft.training.checkpoint import latest
-from sft.training.saving import flush_file, save
+from sft.checkpoint.checkpoint import latest
+from sft.checkpoint.save import flush_file, save
+from sft.training.module import SFTModule
 
 
 def main(

@@ -10,12 +10,12 @@ from lightning.pytorch.callbacks import Callback
 
 from sft.data.dataset import Split
 from sft.data.rows import Source
-from sft.data.schedule import check_division
+from sft.data.step_plan import check_division
 from sft.data.store import Store
 from sft.mistakes import CONF
-from sft.model.module import SFTModule
 from sft.training.datamodule import SFTDataModule
-from sft.training.setup import model_source, quiet
+from sft.training.module import SFTModule
+from sft.training.prepare import model_source, quiet
 from sft.training.strategies import build
 
 

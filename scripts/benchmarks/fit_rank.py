@@ -16,9 +16,9 @@ from lightning.pytorch.callbacks import Callback
 
 from benchmarks import fit
 from benchmarks.ranks import Peak, bytes_sent
-from sft.model.module import SFTModule
 from sft.training.datamodule import SFTDataModule
 from sft.training.metrics import StepMetrics
+from sft.training.module import SFTModule
 
 if not torch.cuda.is_available():
     import deepspeed  # noqa: F401  looks at CUDA, which a process that forks must not

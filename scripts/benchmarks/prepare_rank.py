@@ -7,7 +7,7 @@ import numpy as np
 
 from benchmarks import generated
 from benchmarks.prepare import write_model
-from sft.model.stream import File
+from sft.checkpoint.safetensors_file import File
 
 
 def main(folder: Path, rank: int, num_ranks: int, options: dict[str, Any]) -> dict[str, int]:

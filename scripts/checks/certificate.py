@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from checks.process import Failed, Place, context
-from sft.training.matrix import Cell, Result
+from sft.proof.cells import Cell, Result
 
 TIMEOUT = 120.0  # seconds of a cell
 
@@ -18,7 +18,7 @@ def composed(place: Place, precision: str, *overrides: str) -> Any:
     from hydra import compose, initialize_config_dir
 
     from sft.mistakes import CONF
-    from sft.training.setup import quiet
+    from sft.training.prepare import quiet
 
     quiet()
     device = "gpu" if place.gpu else "cpu"
@@ -29,13 +29,13 @@ def composed(place: Place, precision: str, *overrides: str) -> Any:
 def certify(place: Place, precision: str, strategies: list[str]) -> tuple[str, dict[str, Any]]:
     """Resumed or not, packed or not, SGD or AdamW, on one rank."""
     from sft.commands import certify as command
-    from sft.training.matrix import cells
-    from sft.training.pool import seeing
+    from sft.proof.cells import all_cells
+    from sft.proof.rank_pool import seeing
 
     device = "gpu" if place.gpu else "cpu"
     folder = place.folder / f"certificate-{precision}-{'-'.join(strategies)}"
     folder.mkdir()
-    chosen = [cell for cell in cells(True, precision, device, most_ranks=1) if cell.strategy in strategies]
+    chosen = [cell for cell in all_cells(True, precision, device, most_ranks=1) if cell.strategy in strategies]
     if not place.gpu:  # the whole of them is sft certify's own test
         chosen = [cell for cell in chosen if cell.packed]
     with seeing(device), forking():
@@ -56,7 +56,7 @@ def faults(place: Place, precision: str) -> tuple[str, dict[str, Any]]:
     """Each fault that can show on one rank fails its cells and no others."""
     from faults import FAULTS
     from sft.commands.certify import make_references, prepare
-    from sft.training.pool import seeing
+    from sft.proof.rank_pool import seeing
 
     device = "gpu" if place.gpu else "cpu"
     folder = place.folder / f"faults-{precision}"
@@ -92,15 +92,15 @@ def forking() -> Iterator[None]:
     """Ranks are forked from this process, which has imported all and not touched CUDA, instead of from a new server."""
     import torch
 
-    from sft.training import pool
+    from sft.proof import rank_pool
 
     # transformers asks it in each forward pass, and that touches CUDA.
     torch.cuda.is_current_stream_capturing = lambda: False
-    server, pool.PROCESSES = pool.PROCESSES, context()
+    server, rank_pool.PROCESSES = rank_pool.PROCESSES, context()
     try:
         yield
     finally:
-        pool.PROCESSES = server
+        rank_pool.PROCESSES = server
 
 
 def possible(cell: Cell) -> bool:

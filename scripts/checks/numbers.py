@@ -14,11 +14,11 @@ from torch import Tensor, nn
 from checks.assets import write_model
 from checks.process import Failed, Place, only_trace
 from sft.data.batch import Batch, make_batch, to_device
-from sft.data.tokenization import IGNORE
+from sft.data.mask import IGNORE
 from sft.model import attention as packed
 from sft.model.adapter import Adapter, initial
 from sft.model.loading import ModelSource, decoder_layers
-from sft.model.objective import Objective, linear_nll
+from sft.model.loss import Objective, linear_nll
 
 # Largest relative error of a vector of numbers, ‖a − b‖ / ‖b‖. In bf16 a rounding is 2^-9 = 0.002 of a number, and some
 # follow each other.

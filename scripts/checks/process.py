@@ -23,7 +23,7 @@ from typing import Any
 
 PRELOADED = ["torch", "lightning", "transformers.models.llama.modeling_llama", "datasets", "hydra"]
 PRELOADED += [
-    "sft.model.streaming",
+    "sft.model.sharded_loading",
     "sft.model.attention",
     "sft.cli",
     "sft.commands.export",

@@ -12,7 +12,7 @@ from checks.assets import write_data, write_model
 from checks.process import Failed, NotRun, Place, Sft, Started, context
 
 STEPS, SAVED, KILLED = 6, 2, 5  # killed in this step, counted from 1, and so resumed after the one before
-KILL = f"+callbacks.kill={{_target_: sft.training.rehearsal.SignalInStep, step: {KILLED}, name: SIGKILL}}"
+KILL = f"+callbacks.kill={{_target_: sft.proof.rehearsal.SignalInStep, step: {KILLED}, name: SIGKILL}}"
 MEASURED = ("rms_difference", "rms_of_bf16", "largest_difference", "num_tokens")  # of an export
 EXPORTED_ON_CPU = ("single", "deepspeed_zero2", "fsdp2")  # a cold process each
 # What gloo says of an operation that it has for the processor alone, and a device mesh of options that can't be copied.
@@ -49,7 +49,7 @@ class Lab:
         return self.sft.folder / "runs" / run
 
     def last(self, run: str) -> Any:
-        from sft.training.checkpoint import complete
+        from sft.checkpoint.checkpoint import complete
 
         return complete(self.run_folder(run) / "checkpoints")[-1]
 
@@ -190,7 +190,7 @@ def preflight(place: Place) -> tuple[str, dict[str, Any]]:
         port = str(free.getsockname()[1])
     rank = {"SLURM_PROCID": "0", "SLURM_NTASKS": "1", "SLURM_LOCALID": "0", "SLURMD_NODENAME": "here"}
     shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "SLURM_GPUS_ON_NODE": str(int(place.gpu))}
-    check = ("sft.cluster.preflight", "check", str(folder), "--write-mb", "16", "--timeout", "60")
+    check = ("sft.cluster.preflight.__main__", "check", str(folder), "--write-mb", "16", "--timeout", "60")
     sft.start("check", *check, **rank, **shared).end()
     report = json.loads((folder / "rank-0.json").read_text())
     health = report["gpus"]["health"]

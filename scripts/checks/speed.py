@@ -25,7 +25,7 @@ def roofline(place: Place) -> tuple[str, dict[str, Any]]:
     """Rates of the matrix products that the shapes are made of, in bf16 on random numbers, and of a copy."""
     import torch
 
-    from sft.model.objective import CHUNK_ELEMENTS
+    from sft.model.loss import CHUNK_ELEMENTS
 
     names = ("qwen-0.5b", "qwen-1.5b", "llama-8b") if place.gpu else ("toy",)
     rates: dict[str, dict[str, float]] = {}
@@ -172,7 +172,7 @@ def write_weights(place: Place, shape: str, folder: Path) -> dict[str, Any]:
     import torch
 
     from benchmarks.prepare import write_model
-    from sft.model.export import write_shards
+    from sft.export.folder import write_shards
 
     write_model(folder, settings(place, shape, compiled=False) | {"weights": False})
     layout = weights(folder)

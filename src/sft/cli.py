@@ -12,9 +12,9 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, NoReturn
 
-from sft.cluster import submitted
+from sft.cluster import submitit_rank
 from sft.mistakes import CONF, CONFIGURATION, explain
-from sft.training import failure, preemption
+from sft.runs import failure, signals
 
 COMMANDS = {
     "train": "fine-tune a model; started again, resume it",
@@ -45,7 +45,7 @@ def main() -> None:
         print(_command_help(command))
         return
     if command in ("train", "job"):
-        preemption.install()  # before all that takes time, in which a signal would be fatal
+        signals.install()  # before all that takes time, in which a signal would be fatal
         faulthandler.enable(sys.__stderr__ or sys.stderr)
         if command == "train" and "SFT_JOB_FOLDER" in os.environ:  # a rank's file holds all attempts of a job
             print(f"restart {os.environ.get('SLURM_RESTART_COUNT', 0)} on {socket.gethostname()}", file=sys.stderr)
@@ -58,7 +58,7 @@ def main() -> None:
 
 def _leave(code: int = 0) -> None:
     """Ends a process that was one of several ranks: threads of a process group can crash an interpreter's own end."""
-    ranks: Any = sys.modules.get("sft.training.ranks")
+    ranks: Any = sys.modules.get("sft.ranks")
     if ranks is not None:
         ranks.disband()
     if ranks is not None and ranks.disbanded:
@@ -83,11 +83,11 @@ def _run(command: str, arguments: list[str]) -> None:
 
     def task(config: Any) -> Any:  # pickled where it is a job: it must refer to nothing that only lives here
         sys.argv = typed
-        with submitted.rank() if submitted.is_submitted() else nullcontext():
+        with submitit_rank.rank() if submitit_rank.is_submitted() else nullcontext():
             try:
                 return import_module(f"sft.commands.{command}").main(config)
-            except preemption.Interrupted as stopped:
-                if submitted.is_submitted():
+            except signals.Interrupted as stopped:
+                if submitit_rank.is_submitted():
                     raise
                 _report(stopped, command)
             except Exception as error:  # here, since Hydra would print a line of its own
@@ -122,7 +122,7 @@ def _tell(error: Exception, command: str) -> str:
 def _report(error: Exception, command: str) -> NoReturn:
     """Ends with the line for a user's mistake, or with the traceback of ours; a run that a signal has stopped has said
     so."""
-    if isinstance(error, preemption.Interrupted):
+    if isinstance(error, signals.Interrupted):
         _leave(error.exit_code)
         sys.exit()
     if folder := os.environ.get("SFT_JOB_FOLDER"):

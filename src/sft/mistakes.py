@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from sft.errors import UserError
-from sft.training import failure
+from sft.runs import failure
 
 CONF = Path(__file__).resolve().parents[2] / "conf"
 CONFIGURATION = {"job": "train", "submit": "train"}  # of the commands that have none of their own

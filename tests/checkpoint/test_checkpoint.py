@@ -8,10 +8,10 @@ import torch
 from safetensors.torch import load_file
 
 from conftest import tiny_llama
+from sft.checkpoint import checkpoint as checkpoints
+from sft.checkpoint import save as saving
 from sft.errors import UserError
 from sft.model.optimizer import build
-from sft.training import checkpoint as checkpoints
-from sft.training import saving
 
 
 def trained(seed: int = 0, factory: Any = torch.optim.AdamW, **changes: object) -> tuple[Any, Any]:

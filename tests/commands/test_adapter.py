@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM
 
 from commands.test_resume import KILL, MOMENTS, SETTINGS, final_files, rows
 from running import Sft
-from sft.training.checkpoint import Checkpoint, latest
+from sft.checkpoint.checkpoint import Checkpoint, latest
 
 # Another seed than the base model was drawn from: it must be read, also when a run is resumed.
 LORA = ("adapter=lora", "adapter.r=4", "adapter.alpha=8", "adapter.dropout=0.1", "optimizer.lr=5e-2", "seed=1")

@@ -13,10 +13,10 @@ from faults import FAULTS, cell
 from running import Sft
 from sft.commands.certify import certify
 from sft.mistakes import CONF
-from sft.training import matrix
-from sft.training.certificate import Certificate
-from sft.training.matrix import STRATEGIES, Cell, cells
-from sft.training.pool import seeing
+from sft.proof import cells
+from sft.proof.cells import STRATEGIES, Cell, all_cells
+from sft.proof.certificate import Certificate
+from sft.proof.rank_pool import seeing
 
 
 def made(folder: Path, chosen: list[Cell], before: Callable[[], None] | None = None, *overrides: str) -> Certificate:
@@ -28,9 +28,9 @@ def made(folder: Path, chosen: list[Cell], before: Callable[[], None] | None = N
 
 def test_matrix_is_whole() -> None:
     assert set(STRATEGIES) <= {path.stem for path in (CONF / "strategy").glob("*.yaml")}
-    everything = cells()
+    everything = all_cells()
     assert len(set(everything)) == len(everything) == (1 + 5 * 3) * 24
-    quick = cells(quick=True)
+    quick = all_cells(quick=True)
     assert set(quick) <= set(everything)
     assert {each.strategy for each in quick} == set(STRATEGIES)
     for name, values in {"num_ranks": {1, 2}, "accumulation": {1, 2}, "packed": {True, False}}.items():
@@ -40,7 +40,7 @@ def test_matrix_is_whole() -> None:
 @pytest.mark.timeout(900)
 def test_quick_certificate_passes(sft: Sft, capfd: pytest.CaptureFixture[str]) -> None:
     assert sft("certify", "quick=true", "output=certificate") == 0
-    assert f"passed: {len(cells(quick=True))} of {len(cells(quick=True))} cells pass" in capfd.readouterr().out
+    assert f"passed: {len(all_cells(quick=True))} of {len(all_cells(quick=True))} cells pass" in capfd.readouterr().out
     document = json.loads(Path("certificate/certificate.json").read_text())
     assert document["passed"] and all(each["passed"] for each in document["cells"])
     for reference in document["references"]:
@@ -52,7 +52,7 @@ def test_quick_certificate_passes(sft: Sft, capfd: pytest.CaptureFixture[str]) -
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.__name__)
 def test_fault_is_found_where_it_matters(fault: Callable[[], None], tmp_path: Path) -> None:
     failing, passing = FAULTS[fault]
-    order = cells()
+    order = all_cells()
     # transformers' own attention, which is what a cache or a mask confuses.
     certificate = made(tmp_path, sorted([*failing, *passing], key=order.index), fault, "model.attention=sdpa")
     assert {result.cell for result in certificate.results if not result.passed} == set(failing)
@@ -135,7 +135,7 @@ def test_weights_that_hardly_move_prove_nothing(tmp_path: Path) -> None:
 
 
 def test_exit_code_is_1_where_a_cell_fails(sft: Sft, capsys: pytest.CaptureFixture[str]) -> None:
-    sft.monkeypatch.setattr(matrix, "cells", lambda *_: [cell()])
+    sft.monkeypatch.setattr(cells, "all_cells", lambda *_: [cell()])
     assert sft("certify", "optimizers.sgd.lr=1e-6") == 1
     assert "FAILED: 0 of 1 cells pass" in capsys.readouterr().out
     assert len(list(Path("certificates").glob("*/certificate.md"))) == 1

@@ -14,8 +14,8 @@ from transformers import AutoTokenizer
 from commands.test_resume import final_files
 from conftest import tiny_llama
 from running import Sft
-from sft.model import stream
-from sft.training.checkpoint import Checkpoint
+from sft.checkpoint import safetensors_file
+from sft.checkpoint.checkpoint import Checkpoint
 
 Prepare = Callable[[Path], None]
 
@@ -202,7 +202,7 @@ def test_full_disk_in_a_save(
 ) -> None:
     settings = ("run=run", "epochs=1", "val_every=1")
     assert sft.train("run=whole", *settings[1:]) == 0
-    write, calls = stream.write, []
+    write, calls = safetensors_file.write, []
 
     def full(*arguments: Any) -> dict[str, int]:
         calls.append(arguments)
@@ -212,7 +212,7 @@ def test_full_disk_in_a_save(
 
     capsys.readouterr()
     with monkeypatch.context() as patch:
-        patch.setattr(stream, "write", full)
+        patch.setattr(safetensors_file, "write", full)
         assert sft.train(*settings) == 2
     (line,) = capsys.readouterr().err.strip().splitlines()
     assert line.startswith("sft: the disk is full")

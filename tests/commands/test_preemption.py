@@ -9,10 +9,10 @@ import pytest
 
 from commands.test_resume import final_files, rows
 from running import Sft
-from sft.training.checkpoint import complete
+from sft.checkpoint.checkpoint import complete
 
 SETTINGS = ("epochs=2", "val_every=4", "checkpoint.save_every=4", "micro_batch_size=1")
-TARGET = "sft.training.rehearsal.SignalInStep"
+TARGET = "sft.proof.rehearsal.SignalInStep"
 
 
 def in_step(step: int, rank: int = 0, name: str = "SIGUSR1") -> list[str]:

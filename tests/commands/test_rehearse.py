@@ -16,7 +16,7 @@ from conftest import CHATML
 from running import Sft
 from sft.commands.rehearse import check_stops
 from sft.errors import UserError
-from sft.training.rehearsal import FOREIGN, Failed, explain, run
+from sft.proof.rehearsal import FOREIGN, Failed, explain, run
 from test_readme import COMMANDS, ROOT
 
 STAGES = ["check", "train", "validate", "save", "SIGUSR1", "resume", "export", "generate"]

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from running import Sft
-from sft.training.checkpoint import best, complete
+from sft.checkpoint.checkpoint import best, complete
 from sft.training.metrics import TIMINGS
 
 SETTINGS = (
@@ -38,16 +38,16 @@ def kill_at(module, name, call, after=False):
 """
 MOMENTS = {
     # Between backward and the optimizer's step of the 4th step.
-    "in a step": 'kill_at("sft.model.module", "SFTModule.configure_gradient_clipping", 4)',
+    "in a step": 'kill_at("sft.training.module", "SFTModule.configure_gradient_clipping", 4)',
     # The 2nd checkpoint: weights and the optimizer's state are written, what belongs to them is not.
-    "in a save": 'kill_at("sft.model.stream", "write", 2, after=True)',
+    "in a save": 'kill_at("sft.checkpoint.safetensors_file", "write", 2, after=True)',
     # All is written, the name is not there yet.
-    "before a rename": 'kill_at("sft.training.saving", "flush", 3, after=True)',
-    "in a removal": 'kill_at("sft.training.checkpoint", "remove", 1)',
+    "before a rename": 'kill_at("sft.checkpoint.save", "flush", 3, after=True)',
+    "in a removal": 'kill_at("sft.checkpoint.checkpoint", "remove", 1)',
     "in the metrics": 'kill_at("sft.training.metrics", "os.replace", 6)',
     "in the store": 'kill_at("sft.data.build", "_sync", 2)',
-    "in the export": 'kill_at("sft.model.export", "publish", 1)',
-    "before the first step": 'kill_at("sft.training.resume", "Checkpoints.on_train_batch_start", 1)',
+    "in the export": 'kill_at("sft.export.folder", "publish", 1)',
+    "before the first step": 'kill_at("sft.training.checkpointing", "Checkpoints.on_train_batch_start", 1)',
 }
 
 

@@ -10,7 +10,7 @@ import torch
 from commands.test_resume import rows
 from conftest import tiny_llama
 from running import Sft
-from sft.training.checkpoint import complete
+from sft.checkpoint.checkpoint import complete
 
 # Two epochs of 11 packs in steps of 4: the last step of an epoch has 3, and leaves a rank of 4 without any.
 SETTINGS = (
@@ -26,7 +26,8 @@ SETTINGS = (
 )
 # In mid-epoch: the checkpoint of step 4 is there, step 6 is the second epoch's last.
 KILL = (
-    "import os, signal\nfrom sft.training.resume import Checkpoints\noriginal = Checkpoints.on_train_batch_start\n"
+    "import os, signal\nfrom sft.training.checkpointing import Checkpoints\n"
+    "original = Checkpoints.on_train_batch_start\n"
     "def kill(self, trainer, *rest):\n    if trainer.global_step == 5: os.kill(os.getpid(), signal.SIGKILL)\n"
     "    return original(self, trainer, *rest)\nCheckpoints.on_train_batch_start = kill"
 )
@@ -126,8 +127,8 @@ def test_resumed_elsewhere_goes_on_alike(lab: Lab, before: Place, after: Place) 
 
 LOOK = """
 import json, os
-from sft.model.sharding import of_parameter
-from sft.training.resume import Checkpoints
+from sft.checkpoint.shards import of_parameter
+from sft.training.checkpointing import Checkpoints
 
 restore = Checkpoints.on_fit_start
 

@@ -15,7 +15,7 @@ from huggingface_hub import constants
 from cluster import Cluster
 from running import Sft
 from sft.cluster.sbatch import PROJECT, site_environment
-from sft.training.run import Run
+from sft.runs.run import Run
 
 # Options of a job that the false Slurm has nodes for.
 FITTING = ["--nodes=2", "--ntasks-per-node=2", "--gpus-per-node=2", "--cpus-per-task=4"]

@@ -8,9 +8,9 @@ import pytest
 from optuna.trial import TrialState
 
 from running import Sft
-from sft.training.checkpoint import complete
+from sft.checkpoint.checkpoint import complete
+from sft.runs.run import Run
 from sft.training.pruning import Pruning, journal
-from sft.training.run import Run
 
 QUICK = ("max_steps=4", "val_every=2", "export=false", "logger=none")
 

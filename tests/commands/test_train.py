@@ -18,10 +18,10 @@ from transformers import AutoModelForCausalLM
 
 from commands.test_resume import rows
 from running import Sft
+from sft.checkpoint.checkpoint import complete
 from sft.commands.train import check_devices
 from sft.errors import UserError
-from sft.training import events
-from sft.training.checkpoint import complete
+from sft.runs import events
 
 SGD = ("optimizer=sgd", "optimizer.lr=0.5", "trainer.gradient_clip_val=null", "schedule=constant")
 
@@ -56,7 +56,7 @@ def reference(
 
 def planned(sft: Sft, num_steps: int, packing: bool = True) -> list[list[dict[str, list[int]]]]:
     """The samples of each step, from the step plan over what `sft preview` dumps."""
-    from sft.data.schedule import epoch_plan
+    from sft.data.step_plan import epoch_plan
 
     assert sft("preview", *sft.settings, "preview.dump=samples.jsonl", "preview.packs=1", "data.val_size=0") == 0
     samples = [json.loads(line) for line in (sft.folder / "samples.jsonl").read_text().splitlines()]
@@ -135,7 +135,8 @@ def test_resume_with_another_accumulation(sft: Sft) -> None:
     settings = (*SGD, "epochs=2", "checkpoint.save_every=2", "val_every=2", "export=false")
     assert sft.train("run=whole", "micro_batch_size=4", *settings) == 0
     stop = (
-        "import os, signal\nfrom sft.training.resume import Checkpoints\noriginal = Checkpoints.on_train_batch_start\n"
+        "import os, signal\nfrom sft.training.checkpointing import Checkpoints\n"
+        "original = Checkpoints.on_train_batch_start\n"
         "def stop(self, trainer, *rest):\n    if trainer.global_step == 3: os.kill(os.getpid(), signal.SIGKILL)\n"
         "    return original(self, trainer, *rest)\nCheckpoints.on_train_batch_start = stop"
     )
@@ -234,7 +235,7 @@ def test_trackers(sft: Sft, logger: str, expected: str) -> None:
 def test_second_process_at_the_same_run_is_refused(sft: Sft, capsys: pytest.CaptureFixture[str]) -> None:
     assert sft.train("run=run", "max_steps=1", "export=false") == 0
     status = json.loads((sft.run_folder() / "status.json").read_text())
-    from sft.training.run import _process
+    from sft.runs.run import _process
 
     parent = os.getppid()
     status |= {"state": "running", "pid": parent, "process": _process(parent)}

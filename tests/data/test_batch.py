@@ -3,7 +3,7 @@ import pytest
 import torch
 
 from sft.data.batch import make_batch, to_device
-from sft.data.tokenization import IGNORE
+from sft.data.mask import IGNORE
 
 SAMPLES = [
     (np.array([5, 6, 7], dtype=np.int32), np.array([IGNORE, 6, 7], dtype=np.int32)),

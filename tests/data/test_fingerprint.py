@@ -12,8 +12,8 @@ import pytest
 from sft.data import fingerprint
 from sft.data.conversation import prompt_response, text
 from sft.data.fingerprint import data_fingerprint, mask_fingerprint
+from sft.data.mask import Tokenization
 from sft.data.rows import Source
-from sft.data.tokenization import Tokenization
 from sft.errors import UserError
 
 from .conftest import CHAT, word_tokenizer

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 from tokenizers import AddedToken
 
+from sft.data.chat_template import encode, render, stop_token_id
 from sft.data.conversation import Conversation, Empty, messages
-from sft.data.template import encode, render, stop_token_id
-from sft.data.tokenization import IGNORE, Sample, Tokenization
+from sft.data.mask import IGNORE, Sample, Tokenization
 from sft.errors import UserError
 
 from .conftest import CHAT, byte_tokenizer, metaspace_tokenizer, word_tokenizer

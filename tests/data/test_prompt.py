@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 
 from sft.data.conversation import messages, prompt_response, text
+from sft.data.mask import IGNORE, Tokenization
 from sft.data.prompt import served_ids
-from sft.data.tokenization import IGNORE, Tokenization
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ from itertools import product
 import numpy as np
 import pytest
 
-from sft.data.schedule import (
+from sft.data.step_plan import (
     EpochPlan,
     Step,
     check_division,

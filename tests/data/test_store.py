@@ -19,9 +19,9 @@ import pytest
 from sft.data import build as build_module
 from sft.data import store as store_module
 from sft.data.conversation import messages, prompt_response
+from sft.data.mask import IGNORE, Tokenization
 from sft.data.rows import Source
 from sft.data.store import Store, build_or_open
-from sft.data.tokenization import IGNORE, Tokenization
 from sft.errors import UserError
 
 from .conftest import word_tokenizer

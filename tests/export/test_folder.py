@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from sft.errors import UserError
-from sft.model.export import write_folder
+from sft.export.folder import write_folder
 from sft.model.loading import ModelSource
 
 SIZE: dict[str, Any] = {

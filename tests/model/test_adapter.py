@@ -10,12 +10,12 @@ import torch
 from peft import PeftModel
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from model.test_export import SIZE, Weights
+from export.test_folder import SIZE, Weights
 from sft.errors import UserError
+from sft.export.merge import merged, stored_weights, write_weights
 from sft.model import adapter as adapters
 from sft.model.adapter import Adapter
 from sft.model.loading import ModelSource
-from sft.model.merging import merged, stored_weights, write_weights
 
 # Any kind of model whose linear layers differ from the others' in something that merging has to know.
 KINDS = {
@@ -146,7 +146,7 @@ def test_merging_is_in_fp32_and_holds_one_weight(tmp_path: Path) -> None:
 
 
 def test_files_that_are_not_the_model_as_it_is_are_left_to_peft(tmp_path: Path) -> None:
-    from sft.model.merging import empty_model, weights
+    from sft.export.merge import empty_model, weights
 
     for kind, streams in (("tied", True), ("other names on disk", True), ("experts joined in memory", False)):
         source = ModelSource(path=str(base_folder(tmp_path / kind, kind)))

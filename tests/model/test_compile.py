@@ -5,14 +5,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from model.test_loss import pack
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import kernel
-from model.test_objective import pack
 from sft.model import attention
 from sft.model.loading import ModelSource
-from sft.model.objective import Objective
+from sft.model.loss import Objective
 
 PACKS = [[5, 9, 9, 3, 17], [30], [4, 4, 12], [7] * 9]
 

@@ -9,9 +9,9 @@ from torch import Tensor
 from transformers import Gemma2Config, Gemma2ForCausalLM, GraniteConfig, GraniteForCausalLM, PreTrainedModel
 
 from conftest import tiny_llama
-from sft.data.tokenization import IGNORE
-from sft.model import attention, objective
-from sft.model.objective import Objective, linear_nll
+from sft.data.mask import IGNORE
+from sft.model import attention, loss
+from sft.model.loss import Objective, linear_nll
 
 LENGTHS = [5, 9, 9, 3, 17]
 NUM_PROMPT = 2
@@ -97,7 +97,7 @@ def test_what_would_let_samples_see_each_other(model: PreTrainedModel, leak: dic
     # Why `model_inputs` has no cache and no mask: with transformers' own attention either leaks without a word.
     batch = pack(LENGTHS)
     other = plain(model)
-    inputs = objective.model_inputs(batch)
+    inputs = loss.model_inputs(batch)
     isolated = other(**inputs).logits
     leaking = other(**{**inputs, **leak}).logits
     alone = torch.cat([other(ids, use_cache=False).logits for ids in samples(batch)], dim=1)
@@ -125,7 +125,7 @@ def test_chunks_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     hidden, weight, target = torch.randn(100, 8), torch.randn(50, 8), torch.randint(0, 50, (100,))
     results = []
     for elements in (1, 10**9):  # at least 16 rows: 7 chunks, the last of 4; then one
-        monkeypatch.setitem(objective.CHUNK_ELEMENTS, "cpu", elements)
+        monkeypatch.setitem(loss.CHUNK_ELEMENTS, "cpu", elements)
         h, w = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
         nll = linear_nll(h, w, target)
         nll.backward()
@@ -194,8 +194,8 @@ def test_one_matrix_is_found_out_and_the_check_draws_no_random_number(model: Pre
     model.config.attention_dropout = 0.5
     measure = Objective()
     state = torch.get_rng_state()
-    inputs = objective.model_inputs(pack(LENGTHS))
-    assert objective.head_is_one_matrix(model, inputs)
+    inputs = loss.model_inputs(pack(LENGTHS))
+    assert loss.head_is_one_matrix(model, inputs)
     assert torch.equal(torch.get_rng_state(), state)
     assert model.training
     assert measure.plain_head is None

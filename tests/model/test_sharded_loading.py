@@ -8,14 +8,14 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from conftest import tiny_llama
-from sft.model import streaming
+from sft.model import sharded_loading
 from sft.model.loading import ModelSource
 
 
 def streamed(folder: Path) -> Any:
     source = ModelSource(path=str(folder))
     options = {"dtype": torch.float32, "attn_implementation": "sdpa"}
-    return streaming.load_streamed(source, source.load_config(), options, weights=True, shard=None)
+    return sharded_loading.load_streamed(source, source.load_config(), options, weights=True, shard=None)
 
 
 def assert_equal(model: Any, folder: Path) -> None:
@@ -53,13 +53,13 @@ def test_weights_that_are_stored_otherwise_are_left_to_transformers(
     model = tiny_llama()
     model.save_pretrained(tmp_path)
     shapes = {name: list(parameter.shape) for name, parameter in model.named_parameters()}
-    assert streaming.weight_reader(str(tmp_path), None, shapes, "model") is not None
+    assert sharded_loading.weight_reader(str(tmp_path), None, shapes, "model") is not None
     tensors = load_file(tmp_path / "model.safetensors")
     tensors["model.norm.scale"] = tensors.pop("model.norm.weight")
     save_file(tensors, tmp_path / "model.safetensors")
-    assert streaming.weight_reader(str(tmp_path), None, shapes, "model") is None
-    assert streaming.weight_reader(str(tmp_path), None, {"model.embed_tokens.weight": [32, 264]}, "model") is None
+    assert sharded_loading.weight_reader(str(tmp_path), None, shapes, "model") is None
+    assert sharded_loading.weight_reader(str(tmp_path), None, {"model.embed_tokens.weight": [32, 264]}, "model") is None
     tensors["model.norm.weight"] = tensors.pop("model.norm.scale")
     save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
-    monkeypatch.setattr(streaming, "weight_reader", lambda *_: None)
+    monkeypatch.setattr(sharded_loading, "weight_reader", lambda *_: None)
     assert_equal(streamed(tmp_path), tmp_path)

@@ -8,12 +8,12 @@ import pytest
 from omegaconf import OmegaConf
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from sft.data.schedule import epoch_plan
-from sft.data.tokenization import IGNORE
+from sft.data.mask import IGNORE
+from sft.data.step_plan import epoch_plan
 from sft.errors import UserError
-from sft.training import shrink
-from sft.training.reference import check_order
-from sft.training.samples import LEFT_OVER, excerpt, made_up
+from sft.proof import shrink
+from sft.proof.excerpt import LEFT_OVER, excerpt, made_up
+from sft.proof.reference import check_order
 
 ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
     "grouped heads": ("llama", {"num_attention_heads": 32, "num_key_value_heads": 8}),

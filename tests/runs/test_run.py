@@ -7,7 +7,7 @@ from omegaconf import OmegaConf
 
 from sft.errors import UserError
 from sft.mistakes import CONF
-from sft.training.run import Run, identity
+from sft.runs.run import Run, identity
 
 
 def settings(**changes: Any) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from cluster import Cluster, eventually
 from commands.test_resume import final_files, rows
 from offline import history
 from running import Sft
-from sft.training import events
+from sft.runs import events
 
 pytestmark = [pytest.mark.xdist_group("slurm"), pytest.mark.timeout(600)]
 

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from cluster import Cluster
-from sft.cluster import gpus
-from sft.cluster.nodes import Limits, Verdict, judge
+from sft.cluster.preflight import gpus
+from sft.cluster.preflight.judge import Limits, Verdict, judge
 
 NODES = ["n1", "n2", "n3"]
 # index, driver, temperature, uncorrected errors, pages to retire, rows to remap, rows that can't be, heat, power

@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 import yaml
 
-from sft.cluster.verdict import Death, decide, ended, examine
+from sft.cluster.requeue_policy import Death, decide, ended, examine
 from sft.errors import UserError
-from sft.training import events, failure
-from sft.training.failure import NotFinite
+from sft.runs import events, failure
+from sft.runs.failure import NotFinite
 
 BUDGETS = yaml.safe_load((Path(__file__).parents[2] / "conf" / "cluster" / "default.yaml").read_text())["max_requeues"]
 

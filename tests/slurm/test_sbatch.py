@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from sft.cluster.sbatch import Job, site_environment
-from sft.cluster.timing import duration
+from sft.cluster.time_limit import duration
 from sft.errors import UserError
 
 SCRIPT = """\

@@ -12,8 +12,8 @@ import pytest
 
 from cluster import Cluster
 from running import Sft
+from sft.cluster.submitit_watcher import Watcher
 from sft.cluster.sweep import pick
-from sft.cluster.watcher import Watcher
 from sft.errors import UserError
 
 pytestmark = pytest.mark.xdist_group("slurm")
@@ -82,7 +82,7 @@ def test_one_job_of_an_array_requeues_itself_alone(tmp_path: Path) -> None:
 def test_a_job_a_setting_goes_on_after_a_signal_and_the_table_ends_it(cluster: Cluster, sft: Sft) -> None:
     job = ("hydra/launcher=slurm", "hydra.launcher.tasks_per_node=2", "hydra.launcher.cpus_per_task=1")
     # In one of them the second rank gets a signal in step 3.
-    signal = "{_target_: sft.training.rehearsal.SignalInStep, step: ${seed}, rank: 1, name: SIGUSR1}"
+    signal = "{_target_: sft.proof.rehearsal.SignalInStep, step: ${seed}, rank: 1, name: SIGUSR1}"
     command = [
         str(Path(sys.executable).with_name("sft")),
         "train",

@@ -10,7 +10,7 @@ import pytest
 
 import pretend
 from running import Ended, Sft
-from sft.training.checkpoint import Checkpoint, complete
+from sft.checkpoint.checkpoint import Checkpoint, complete
 
 INSTALL = "import pretend\npretend.install()"
 

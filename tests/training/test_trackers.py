@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from sft.training import tracking
+from sft.training import trackers
 
 VALIDATED = {2: "0.5"}
 HISTORY = [{"step": str(k), "train/loss": str(9 - k), "val/loss": VALIDATED.get(k, "")} for k in range(4)]
@@ -38,7 +38,7 @@ def test_only_what_is_missing_is_sent(had: int, sent: list[int], tmp_path: Path,
     monkeypatch.setenv("WANDB_API_KEY", "x" * 40)
     monkeypatch.delenv("WANDB_MODE")
     options: dict[str, Any] = {"group": "g", "project": "p", "mode": "auto"}
-    logger = tracking.wandb_logger(run="r", folder=tmp_path, history=HISTORY, **options)
+    logger = trackers.wandb_logger(run="r", folder=tmp_path, history=HISTORY, **options)
     for step in (4, 5):
         logger.log_metrics({"train/loss": 1.0}, step=step)
     assert (asked["id"], asked["resume"], asked["mode"], asked["group"]) == ("r", "allow", "online", "g")

@@ -23,7 +23,7 @@ from hydra.core.utils import JobStatus
 from omegaconf import OmegaConf, open_dict
 
 from sft.errors import UserError
-from sft.training import preemption
+from sft.runs import signals
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Job:
     number: int
     overrides: list[str]
     shown: str  # what is its own
-    run: Any  # sft.training.run.Run
+    run: Any  # sft.runs.run.Run
     settings: dict[str, Any]
 
 
@@ -79,7 +79,7 @@ class Grid(BasicSweeper):
     def job(self, number: int, overrides: list[str], varied: Iterable[str]) -> Job:
         """A setting that is seen to be right; `UserError` where it isn't."""
         from sft.commands.train import check
-        from sft.training.run import Run
+        from sft.runs.run import Run
 
         shown = " ".join(each for each in overrides if each.partition("=")[0] in varied) or "this setting"
         if self.queued:
@@ -131,10 +131,10 @@ class Grid(BasicSweeper):
             return
         from submitit.slurm.slurm import SlurmJob
 
-        from sft.cluster.watcher import Watcher
+        from sft.cluster.submitit_watcher import Watcher
 
         SlurmJob.watcher = Watcher()
-        for each in preemption.SIGNALS:  # there is nothing to save here
+        for each in signals.SIGNALS:  # there is nothing to save here
             signal.signal(each, signal.SIG_DFL)
         logs = self.config.hydra.launcher.submitit_folder.replace("%j", "JOB/JOB_RANK_log.out")
         print(f"the jobs' logs: {logs}", flush=True)
@@ -177,8 +177,8 @@ class Grid(BasicSweeper):
 
     def result(self, ended: Ended) -> Any:
         """The `Result` of its run, which may have no folder if it failed."""
-        from sft.training.results import Result
-        from sft.training.run import deciding
+        from sft.runs.results import Result
+        from sft.runs.run import deciding
 
         run = ended.job.run
         there = (run.folder / "config.yaml").exists()
@@ -190,7 +190,7 @@ class Grid(BasicSweeper):
     def finish(self, results: list[Any]) -> None:
         """The table, the best on top; exit code 1 where something failed."""
         from sft.commands.compare import show
-        from sft.training.results import best_first
+        from sft.runs.results import best_first
 
         print(flush=True)
         show(best_first({result.name: result for result in results}.values()))

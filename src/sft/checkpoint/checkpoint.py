@@ -24,9 +24,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from sft.checkpoint import safetensors_file, shards
 from sft.errors import UserError
-from sft.model import sharding, stream
-from sft.training.ranks import place, together
+from sft.ranks import place, together
 
 FORMAT = 2
 
@@ -88,7 +88,7 @@ class Checkpoint:
         def compare() -> None:
             for name, recorded in list(self.state["files"].items())[rank::world_size]:
                 path = self.path / name
-                if not path.exists() or stream.checksum(path) != recorded:
+                if not path.exists() or safetensors_file.checksum(path) != recorded:
                     raise UserError(
                         f"{path} is damaged (its checksum is another): remove the folder {self.path}, and the run "
                         "goes on from the checkpoint before it"
@@ -101,7 +101,7 @@ class Checkpoint:
         state, fields = self.state, self._fields
         if state["format"] != FORMAT:
             raise UserError(f"{self.path} has format {state['format']}, this is {FORMAT}: start the run anew")
-        own = {name: sharding.full_shape(parameter) for name, parameter in sharding.named_trainable(model)}
+        own = {name: shards.full_shape(parameter) for name, parameter in shards.named_trainable(model)}
         if own.keys() != state["shapes"].keys() - state["buffers"]:
             differing = sorted(own.keys() ^ (state["shapes"].keys() - set(state["buffers"])))
             raise UserError(f"{self.path} is a checkpoint of another model: {', '.join(differing[:3])} differ")
@@ -111,14 +111,14 @@ class Checkpoint:
                     f"{self.path} is a checkpoint of another model: {name} has shape {state['shapes'][name]}, the "
                     f"model's is {shape}"
                 )
-        inner = sharding.inner(optimizer)
+        inner = shards.inner(optimizer)
         for group, saved in zip(optimizer.param_groups, state["groups"], strict=True):
             assert group["param_names"] == saved["param_names"], "the optimizer's groups are others"
             group.update({key: value for key, value in saved.items() if key != "param_names"})
         # DeepSpeed's own optimizers count steps in plain numbers, torch's in tensors, fused ones on the device.
         plain = type(inner).__module__.startswith("deepspeed")
         on_device = any(group.get("fused") or group.get("capturable") for group in inner.param_groups)
-        for part in sharding.held(model, optimizer):
+        for part in shards.held(model, optimizer):
             self.read(part.name, "weight", part.start, part.weight)
             # States that the optimizer makes at its first step; none of them, no entry.
             for field in fields.get(part.name, []):
@@ -136,14 +136,14 @@ class Checkpoint:
                 whole = torch.empty(buffer.numel(), dtype=buffer.dtype)
                 self.read(name, "weight", 0, whole)
                 buffer.copy_(whole.view(buffer.shape))
-        sharding.publish(optimizer)
+        shards.publish(optimizer)
 
     @cached_property
     def _pieces(self) -> dict[tuple[str, str], list["_Piece"]]:
         """What the files hold, by name and field."""
         pieces: dict[tuple[str, str], list[_Piece]] = {}
         for path in sorted(self.path.glob("shard-*.safetensors")):
-            file = stream.File(path)
+            file = safetensors_file.File(path)
             for key, (dtype, shape) in file.layout.items():
                 name, field, start = key.rsplit("|", 2)
                 pieces.setdefault((name, field), []).append(_Piece(file, key, int(start), shape[0], dtype))
@@ -160,7 +160,7 @@ class Checkpoint:
 
 
 class _Piece(NamedTuple):
-    file: stream.File
+    file: safetensors_file.File
     key: str
     start: int
     numel: int
@@ -170,7 +170,7 @@ class _Piece(NamedTuple):
 def saved_buffers(model: nn.Module) -> list[tuple[str, Tensor]]:
     """Those of the model; none where only an adapter is trained, since the base model has them."""
     all_trained = all(parameter.requires_grad for parameter in model.parameters())
-    return sharding.persistent_buffers(model) if all_trained else []
+    return shards.persistent_buffers(model) if all_trained else []
 
 
 def complete(folder: Path) -> list[Checkpoint]:

@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sft.checkpoint import safetensors_file, shards
+from sft.checkpoint.checkpoint import FORMAT, Checkpoint, discard_unfinished, saved_buffers
+from sft.checkpoint.shards import Part
 from sft.errors import UserError
-from sft.model import sharding, stream
-from sft.model.sharding import Part
-from sft.training.checkpoint import FORMAT, Checkpoint, discard_unfinished, saved_buffers
-from sft.training.ranks import place, together
+from sft.ranks import place, together
 
 
 def save(
@@ -66,10 +66,10 @@ def save(
 
 def _write_shard(path: Path, model: nn.Module, optimizer: Any, rank: int, world_size: int) -> dict[str, int]:
     """Writes this rank's share of weights and optimizer state; size and checksum of the file."""
-    parts = sharding.held(model, optimizer)
-    if sharding.replicated(model, optimizer):
+    parts = shards.held(model, optimizer)
+    if shards.replicated(model, optimizer):
         parts = _dealt(parts, rank, world_size)
-    states = sharding.inner(optimizer).state
+    states = shards.inner(optimizer).state
     values: dict[str, Tensor] = {}  # views of what is in memory anyway
     for part in parts:
         values[f"{part.name}|weight|{part.start}"] = part.weight
@@ -78,13 +78,13 @@ def _write_shard(path: Path, model: nn.Module, optimizer: Any, rank: int, world_
                 if part.start == 0:
                     values[f"{part.name}|{field}|0"] = torch.tensor([float(value)])
             elif isinstance(value, Tensor):
-                if sharding.flat(value).numel() != sharding.flat(part.holder).numel():
+                if shards.flat(value).numel() != shards.flat(part.holder).numel():
                     raise UserError(f"the optimizer's state {field} of {part.name} isn't shaped like it: use another")
                 values[f"{part.name}|{field}|{part.start}"] = part.of(value)
     if rank == 0:
         values |= {f"{name}|weight|0": buffer.reshape(-1) for name, buffer in saved_buffers(model)}
     layout = {key: (value.dtype, list(value.shape)) for key, value in values.items()}
-    return stream.write(path, layout, values.__getitem__)
+    return safetensors_file.write(path, layout, values.__getitem__)
 
 
 def is_scalar(value: Any) -> bool:
@@ -107,9 +107,9 @@ def _dealt(parts: list[Part], rank: int, world_size: int) -> list[Part]:
 
 def _description(model: nn.Module, optimizer: Any) -> dict[str, Any]:
     """Shapes, hyperparameters of each group, and which states are single numbers."""
-    shapes = {name: sharding.full_shape(parameter) for name, parameter in sharding.named_trainable(model)}
+    shapes = {name: shards.full_shape(parameter) for name, parameter in shards.named_trainable(model)}
     buffers = {name: list(buffer.shape) for name, buffer in saved_buffers(model)}
-    states = sharding.inner(optimizer).state.values()
+    states = shards.inner(optimizer).state.values()
     scalars = sorted({field for state in states for field, value in state.items() if is_scalar(value)})
     groups = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
     return {"groups": groups, "shapes": shapes | buffers, "buffers": list(buffers), "scalars": scalars}

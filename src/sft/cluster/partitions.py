@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from sft.cluster.sbatch import Job, count_gpus
-from sft.cluster.submission import ask
-from sft.cluster.timing import clock, duration
+from sft.cluster.slurm import ask
+from sft.cluster.time_limit import clock, duration
 from sft.errors import UserError
 
 

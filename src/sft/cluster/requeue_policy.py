@@ -18,7 +18,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from sft.training import failure
+from sft.runs import failure
 
 # As srun tells a process's end by a signal. One that could not yet remember SIGUSR1 or SIGTERM dies of it.
 ENDS = {

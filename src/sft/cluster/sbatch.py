@@ -13,9 +13,9 @@ from functools import cache
 from pathlib import Path
 from typing import NoReturn
 
-from sft.cluster.timing import duration
+from sft.cluster.time_limit import duration
 from sft.errors import UserError
-from sft.training.preemption import SIGNALS
+from sft.runs.signals import SIGNALS
 
 PROJECT = Path(__file__).resolve().parents[3]
 SCRIPT = "slurm/train.sbatch"

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from sft.cluster.sbatch import Job
 from sft.errors import UserError
-from sft.training import events
+from sft.runs import events
 
 ANSWER = 20  # seconds that Slurm may take
 UNAVAILABLE = "Requested node configuration is not available"

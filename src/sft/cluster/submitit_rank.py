@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from sft.training import preemption
+from sft.runs import signals
 
 
 def is_submitted() -> bool:
@@ -20,7 +20,7 @@ def rank() -> Iterator[None]:
     """Remembers signals as a typed command does, in the place of submitit, which would requeue the job in the middle of
     a step. A run that a signal has stopped goes back into the queue, and leaves no result: what waits for it waits on.
     """
-    preemption.install()
+    signals.install()
     code = 1
 
     def end() -> None:
@@ -33,7 +33,7 @@ def rank() -> Iterator[None]:
     atexit.register(end)
     try:
         yield
-    except preemption.Interrupted as stopped:
+    except signals.Interrupted as stopped:
         if os.environ["SLURM_PROCID"] != "0":
             code = 0
         else:

@@ -31,10 +31,10 @@ from omegaconf import OmegaConf
 from sft.errors import UserError
 
 if TYPE_CHECKING:
-    from sft.training.certificate import Certificate
-    from sft.training.matrix import Cell, Result
-    from sft.training.reference import Reference
-    from sft.training.samples import Excerpt
+    from sft.proof.cells import Cell, Result
+    from sft.proof.certificate import Certificate
+    from sft.proof.excerpt import Excerpt
+    from sft.proof.reference import Reference
 
 Key = tuple[str, bool]  # optimizer, packed: what a reference depends on
 
@@ -42,10 +42,10 @@ Key = tuple[str, bool]  # optimizer, packed: what a reference depends on
 def main(config: Any) -> None:
     from rich.console import Console
 
-    from sft.training.matrix import cells
-    from sft.training.pool import seeing
-    from sft.training.run import identity
-    from sft.training.setup import quiet
+    from sft.proof.cells import all_cells
+    from sft.proof.rank_pool import seeing
+    from sft.runs.run import identity
+    from sft.training.prepare import quiet
 
     quiet()
     most_ranks = check(config)
@@ -53,7 +53,7 @@ def main(config: Any) -> None:
     kinds = {"quick": config.quick, config.precision: config.precision != "32-true", "gpu": config.device == "gpu"}
     kind = "".join(f"-{name}" for name, true in kinds.items() if true)
     output = Path(config.output or f"certificates/{config.name}-{identity(settings)}{kind}")
-    chosen = cells(config.quick, config.precision, config.device, most_ranks)
+    chosen = all_cells(config.quick, config.precision, config.device, most_ranks)
     with seeing(config.device), tempfile.TemporaryDirectory(prefix="sft-certify-") as folder:
         certificate = certify(config, Path(folder), chosen)
     certificate.save(output)
@@ -80,7 +80,7 @@ def check(config: Any) -> int:
 
 def certify(config: Any, folder: Path, cells: "list[Cell]", before: Callable[[], None] | None = None) -> "Certificate":
     """Runs the cells in `folder` and returns their `Certificate`; `before` is called in each rank's process first."""
-    from sft.training.certificate import Certificate
+    from sft.proof.certificate import Certificate
 
     started = time.monotonic()
     config, excerpt = prepare(config, folder)
@@ -105,10 +105,10 @@ def certify(config: Any, folder: Path, cells: "list[Cell]", before: Callable[[],
 
 def prepare(config: Any, folder: Path) -> "tuple[Any, Excerpt]":
     """Writes the small model and the samples into `folder`; returns the configuration of all cells."""
-    from sft.training import matrix
-    from sft.training.samples import excerpt, made_up
-    from sft.training.setup import setup
-    from sft.training.shrink import first_rows, on_device, shrink, write_model
+    from sft.proof.cells import GLOBAL_BATCH_SIZE, RESUME_AT
+    from sft.proof.excerpt import excerpt, made_up
+    from sft.proof.shrink import first_rows, on_device, shrink, write_model
+    from sft.training.prepare import setup
 
     config = config.copy()
     OmegaConf.set_struct(config, False)
@@ -118,9 +118,9 @@ def prepare(config: Any, folder: Path) -> "tuple[Any, Excerpt]":
         first_rows(read.data)
         read.data.val_path, read.data.val_split, read.data.val_size = None, None, 0
         train = setup(read).splits.train
-        samples = excerpt(train, train.lengths, matrix.GLOBAL_BATCH_SIZE)
+        samples = excerpt(train, train.lengths, GLOBAL_BATCH_SIZE)
     else:
-        samples = made_up(config.seed, matrix.GLOBAL_BATCH_SIZE)
+        samples = made_up(config.seed, GLOBAL_BATCH_SIZE)
     if model_named:
         config = shrink(config, folder, samples.vocab_size)
     else:
@@ -132,7 +132,7 @@ def prepare(config: Any, folder: Path) -> "tuple[Any, Excerpt]":
     on_device(config, config.device, config.precision)
     samples.save(folder / "samples.npz")
     config.callbacks, config.logger = None, None
-    config.val_every, config.checkpoint = None, {"save_every": matrix.RESUME_AT, "keep_last": 2}
+    config.val_every, config.checkpoint = None, {"save_every": RESUME_AT, "keep_last": 2}
     return config, samples
 
 
@@ -143,20 +143,18 @@ def make_references(
     import numpy as np
     from hydra.utils import instantiate
 
-    from sft.training import matrix, reference
-    from sft.training.pool import Pool, RankError
+    from sft.proof import reference
+    from sft.proof.cells import GLOBAL_BATCH_SIZE, NUM_STEPS
+    from sft.proof.rank_pool import Pool, RankError
 
     schedule = instantiate(config.schedule)
     adapter = instantiate(config.adapter, _convert_="all") or None
     lora = adapter.lora_config() if adapter else None
-    steps = {
-        packed: excerpt.steps(matrix.NUM_STEPS, matrix.GLOBAL_BATCH_SIZE, packed, config.seed)
-        for packed in (True, False)
-    }
+    steps = {packed: excerpt.steps(NUM_STEPS, GLOBAL_BATCH_SIZE, packed, config.seed) for packed in (True, False)}
     if not all(reference.check_order(each, len(excerpt)) for each in steps.values()):
         raise AssertionError("the step plan takes a sample twice in an epoch, or leaves one out")
 
-    def work(pool: Pool, key: Key, clip: float, num_steps: int = matrix.NUM_STEPS) -> "Reference":
+    def work(pool: Pool, key: Key, clip: float, num_steps: int = NUM_STEPS) -> "Reference":
         optimizer, packed = key
         samples = [[excerpt[index] for index in step] for step in steps[packed][:num_steps]]
         make_optimizer = instantiate(config.optimizers[optimizer], _convert_="all")
@@ -186,18 +184,18 @@ def run_group(
     before: Callable[[], None] | None,
 ) -> "list[Result]":
     """The cells of one strategy on so many ranks, in several process groups at once."""
-    from sft.training import matrix
-    from sft.training.pool import Pool, RankError
+    from sft.proof.cells import Result, compare, run_cell
+    from sft.proof.rank_pool import Pool, RankError
 
     def work(pool: Pool, pair: "list[Cell]") -> "list[Result]":
         made = []
         for cell in pair:
             begun = time.monotonic()
             try:
-                outcome = pool(matrix.run, settings, folder, cell, timeout=timeout)
-                result = matrix.compare(cell, outcome, references[cell.optimizer, cell.packed])
+                outcome = pool(run_cell, settings, folder, cell, timeout=timeout)
+                result = compare(cell, outcome, references[cell.optimizer, cell.packed])
             except (RankError, OSError) as error:
-                result = matrix.Result(cell, error=str(error))
+                result = Result(cell, error=str(error))
             made.append(replace(result, seconds=time.monotonic() - begun))
         for cell in pair:
             shutil.rmtree(folder / str(cell), ignore_errors=True)

@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from sft.errors import UserError
-from sft.training.results import Result, best_first, differing
-from sft.training.run import Run
+from sft.runs.results import Result, best_first, differing
+from sft.runs.run import Run
 
 
 def main(config: Any) -> None:

@@ -17,13 +17,13 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from sft.checkpoint.checkpoint import Checkpoint, best, complete
 from sft.errors import UserError
-from sft.training.checkpoint import Checkpoint, best, complete
-from sft.training.run import Run
+from sft.runs.run import Run
 
 
 def main(config: Any) -> None:
-    from sft.training.setup import quiet
+    from sft.training.prepare import quiet
 
     quiet()
     run = Run.find(config.run, config.runs_dir)
@@ -47,10 +47,10 @@ def export(
     """
     import torch
 
-    from sft.model.export import Layout, Read, publish, verify, write_folder
-    from sft.model.merging import merged, write_adapter
+    from sft.export.folder import Layout, Read, publish, verify, write_folder
+    from sft.export.merge import merged, write_adapter
     from sft.training.log import log
-    from sft.training.setup import model_source
+    from sft.training.prepare import model_source
 
     dtypes = {None: None, "float32": torch.float32, "bfloat16": torch.bfloat16}
     if dtype not in dtypes:

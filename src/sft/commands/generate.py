@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import Any
 
 from sft.errors import UserError
-from sft.training.run import Run
+from sft.runs.run import Run
 
 
 def main(config: Any) -> None:
-    from sft.training.setup import quiet
+    from sft.training.prepare import quiet
 
     run = Run.find(config.run, config.runs_dir)
     folder = run.exported()

@@ -14,12 +14,12 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from sft.cluster.submission import NoAnswer, refuse_queued
-from sft.cluster.verdict import Death, decide, ended, examine
+from sft.cluster.requeue_policy import Death, decide, ended, examine
+from sft.cluster.slurm import NoAnswer, refuse_queued
 from sft.commands.train import check
 from sft.errors import UserError
-from sft.training import events, preemption
-from sft.training.run import Run
+from sft.runs import events, signals
+from sft.runs.run import Run
 
 
 def main(config: Any) -> None:
@@ -42,10 +42,10 @@ def main(config: Any) -> None:
     if unfinished and not _concluded(run.folder, unfinished, story, budgets):
         sys.exit(1)
     events.record(run.folder, "job", **allocation, max_requeues=budgets)
-    if preemption.received():
+    if signals.received():
         events.record(run.folder, "signal", step=_step(run.folder))
     print(run.folder, flush=True)
-    sys.exit(preemption.EXIT_CODE if preemption.received() else 0)
+    sys.exit(signals.EXIT_CODE if signals.received() else 0)
 
 
 def logs(run: Path) -> Path:
@@ -106,7 +106,7 @@ def end(arguments: list[str]) -> None:
         events.record(run.folder, "stop", **death.event(), why="the job was cancelled")
         print(f"stopped at step {death.step}: the job was cancelled; submitted again, it goes on", flush=True)
     elif _concluded(run.folder, death, story, story[start]["max_requeues"]):
-        sys.exit(preemption.EXIT_CODE)
+        sys.exit(signals.EXIT_CODE)
 
 
 def _concluded(folder: Path, death: Death, story: list[dict[str, Any]], budgets: dict[str, int]) -> bool:

@@ -15,15 +15,15 @@ from typing import Any
 
 import numpy as np
 
-from sft.data.schedule import check_division
-from sft.training.setup import Prepared
+from sft.data.step_plan import check_division
+from sft.training.prepare import Prepared
 
 
 def main(config: Any) -> None:
     from rich.console import Console
 
     from sft.commands.train import world_size
-    from sft.training.setup import quiet, setup
+    from sft.training.prepare import quiet, setup
 
     quiet()
     check_division(config.global_batch_size, world_size(config), config.micro_batch_size)
@@ -77,7 +77,7 @@ def marked(tokenizer: Any, sample: tuple[Any, Any], colour: bool) -> Any:
     """A sample's text with its supervised stretches marked."""
     from rich.text import Text
 
-    from sft.data.tokenization import IGNORE
+    from sft.data.mask import IGNORE
 
     text, (input_ids, labels) = Text(), sample
     start, supervised = 0, labels != IGNORE

@@ -23,7 +23,7 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from sft.errors import UserError
-from sft.training.run import Run
+from sft.runs.run import Run
 
 NUM_RANKS = 2
 STEPS, SAVED, SIGNALLED = 4, 2, 3  # of the rehearsed run; validated and saved each SAVED, SIGUSR1 in step SIGNALLED
@@ -32,8 +32,8 @@ PRECISIONS = ("32-true", "bf16-mixed", "bf16-true")  # that a processor has
 
 def main(config: Any) -> None:
     os.environ["DS_ACCELERATOR"] = "cpu"  # or DeepSpeed, which others import, looks for one and says so
-    from sft.training import rehearsal
-    from sft.training.setup import quiet
+    from sft.proof import rehearsal
+    from sft.training.prepare import quiet
 
     quiet()
     folder = Path(tempfile.mkdtemp(prefix="sft-rehearsal-"))
@@ -80,7 +80,7 @@ class Stages:
 def _check(config: Any, folder: Path, num_rows: int) -> str:
     """Checks the settings as they are, then makes the small form of them: `folder/conf/rehearsed.yaml`."""
     from sft.commands.train import check
-    from sft.training.setup import setup
+    from sft.training.prepare import setup
 
     small = copy.deepcopy(config)
     if config.adapter:
@@ -110,8 +110,8 @@ def _check(config: Any, folder: Path, num_rows: int) -> str:
 
 def check_stops(prepared: Any) -> str:
     """The tokens at which the exported model will stop; refuses samples that don't teach it to."""
-    from sft.data.template import special_ids
-    from sft.data.tokenization import IGNORE
+    from sft.data.chat_template import special_ids
+    from sft.data.mask import IGNORE
 
     tokenizer, train = prepared.tokenizer, prepared.splits.train
     stops = [token for token in prepared.stop_token_ids if token in special_ids(tokenizer)]
@@ -155,7 +155,7 @@ def _cut(data: Any, folder: Path, num_rows: int) -> None:
 
 def _shrink(config: Any, prepared: Any, folder: Path) -> None:
     """Makes of a configuration that of a run of seconds."""
-    from sft.training.shrink import write_model
+    from sft.proof.shrink import write_model
 
     source = prepared.source
     write_model(folder / "model", source.load_config(), None, config.seed, source.trust_remote_code)
@@ -177,15 +177,15 @@ def _shrink(config: Any, prepared: Any, folder: Path) -> None:
     config.val_every = config.checkpoint.save_every = SAVED
     config.callbacks = {
         **(config.callbacks or {}),
-        "rehearsal": {"_target_": "sft.training.rehearsal.SignalInStep", "step": SIGNALLED},
+        "rehearsal": {"_target_": "sft.proof.rehearsal.SignalInStep", "step": SIGNALLED},
     }
     config.runs_dir, config.run, config.export = str(folder / "runs"), "rehearsal", False
 
 
 def _rehearse(folder: Path, stages: Stages, timeout: float) -> None:
     """The commands, each in a process of its own."""
-    from sft.training import rehearsal
-    from sft.training.preemption import EXIT_CODE
+    from sft.proof import rehearsal
+    from sft.runs.signals import EXIT_CODE
 
     train = ["train", "--config-dir", str(folder / "conf"), "--config-name", "rehearsed"]
     of_run = ["run=rehearsal", f"runs_dir={folder / 'runs'}"]

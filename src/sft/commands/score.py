@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from sft.errors import UserError
-from sft.training.run import Run
+from sft.runs.run import Run
 
 
 def main(config: Any) -> None:
@@ -28,12 +28,12 @@ def main(config: Any) -> None:
     from transformers import AutoTokenizer
 
     from sft.data.batch import make_batch, to_device
-    from sft.data.schedule import eval_plan
-    from sft.data.tokenization import IGNORE
+    from sft.data.mask import IGNORE
+    from sft.data.step_plan import eval_plan
     from sft.model import attention
     from sft.model.loading import load_exported
-    from sft.model.objective import Objective
-    from sft.training.setup import quiet
+    from sft.model.loss import Objective
+    from sft.training.prepare import quiet
 
     quiet()
     settings = run.config

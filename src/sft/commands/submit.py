@@ -27,18 +27,18 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
-from sft.cluster import partitions, storage, submission, timing
+from sft.cluster import partitions, slurm, storage, time_limit
 from sft.cluster.sbatch import PROJECT, SCRIPT, Job, split
 from sft.commands.rehearse import check_writable
 from sft.commands.train import check
 from sft.errors import UserError
-from sft.training import events
-from sft.training.run import Run
+from sft.runs import events
+from sft.runs.run import Run
 
 
 def main(config: Any) -> None:
     own, job = request(sys.argv[2:])
-    submission.check_installed()
+    slurm.check_installed()
     with chdir(PROJECT):
         _submit(config, job, dry_run="--dry-run" in own, rehearse="--rehearse" in own)
 
@@ -64,20 +64,20 @@ def _submit(config: Any, job: Job, dry_run: bool, rehearse: bool) -> None:
     found = partitions.nodes()
     waits = partitions.check_resources(job, found)
     limit = partitions.limit(job, found)
-    timing.check_limit(limit, job.lead)
+    time_limit.check_limit(limit, job.lead)
     save_every = config.checkpoint.save_every or config.val_every
-    notes += timing.check_interval(limit, job.lead, num_ranks, events.read(run.folder), save_every)
-    submission.check_account(job.account)
+    notes += time_limit.check_interval(limit, job.lead, num_ranks, events.read(run.folder), save_every)
+    slurm.check_account(job.account)
     name = job.name or run.folder.name
-    submission.refuse_queued(run.folder)
+    slurm.refuse_queued(run.folder)
     log = job.output or str(PROJECT / run.folder / "logs").replace("%", "%%") + "/%j.out"
     ours = [f"--chdir={PROJECT}", f"--job-name={name}", f"--output={log}"]
     command = ["sbatch", "--parsable", *ours, *job.options, str(PROJECT / SCRIPT), *job.settings]
-    start = submission.expected_start(command, job, waits=bool(waits))
+    start = slurm.expected_start(command, job, waits=bool(waits))
 
     print(
         f"{run.folder} ({state}): {job.nodes} nodes × {job.tasks} ranks, {accumulation} micro-batches of "
-        f"{config.micro_batch_size} each a step; {timing.clock(limit)} at most, saved {job.lead} s before"
+        f"{config.micro_batch_size} each a step; {time_limit.clock(limit)} at most, saved {job.lead} s before"
     )
     for note in [*notes, *waits, *([f"Slurm would start it at {start}"] if start else [])]:
         print(f"note: {note}", flush=True)
@@ -161,7 +161,7 @@ def _queue(command: list[str], job: Job, run: Run) -> int:
     logs = run.folder / "logs"
     logs.mkdir(parents=True, exist_ok=True)  # Slurm makes no folders for a log
     try:
-        number = submission.queue(command, job)
+        number = slurm.queue(command, job)
     except UserError:
         with suppress(OSError):  # those that were there before aren't empty
             logs.rmdir()

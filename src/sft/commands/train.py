@@ -28,11 +28,11 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import OmegaConf
 
-from sft.data.schedule import check_division
+from sft.data.step_plan import check_division
 from sft.errors import UserError
-from sft.training import preemption
-from sft.training.results import Result
-from sft.training.run import Run, write_json
+from sft.runs import signals
+from sft.runs.results import Result
+from sft.runs.run import Run, write_json
 
 
 def main(config: Any) -> float | None:
@@ -44,15 +44,15 @@ def main(config: Any) -> float | None:
         print(f"{run.folder} is finished: nothing to do (another run: run=NAME; anew: remove the folder)")
         return Result.read(run).last
 
+    from sft.checkpoint import checkpoint as checkpoints
     from sft.commands.export import export
     from sft.commands.preview import write_html
-    from sft.training import checkpoint as checkpoints
+    from sft.ranks import disband
     from sft.training.fit import fit
-    from sft.training.log import log
+    from sft.training.log import is_main, log
     from sft.training.metrics import MetricsFile
-    from sft.training.ranks import disband
-    from sft.training.setup import is_main, quiet, setup
-    from sft.training.tracking import tracking
+    from sft.training.prepare import quiet, setup
+    from sft.training.trackers import tracking
 
     quiet()
     check_devices(config.trainer.accelerator, config.trainer.devices)
@@ -83,7 +83,7 @@ def main(config: Any) -> float | None:
         final = checkpoints.latest(run.checkpoints)
         assert final is not None and final.last
         if is_main() and config.export:
-            with preemption.shielded():  # once begun, it is ended
+            with signals.shielded():  # once begun, it is ended
                 export(run, final)
     if not is_main():
         return None

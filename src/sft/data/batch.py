@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sft.data.tokenization import IGNORE
+from sft.data.mask import IGNORE
 
 
 class Batch(TypedDict):
@@ -22,11 +22,25 @@ class Batch(TypedDict):
     num_tokens: int  # tokens of this micro-batch; 0 where it is empty
 
 
-class Samples(Protocol):
+class Pairs(Protocol):
+    """Samples by number: (input_ids, labels) of equal length, int32 [tokens]."""
+
     def __getitem__(self, index: int, /) -> tuple[np.ndarray, np.ndarray]: ...
 
 
-def make_batch(samples: Samples, indices: np.ndarray, step_num_supervised: int) -> Batch:
+class Samples(Pairs, Protocol):
+    """Samples, with what a step plan is made of."""
+
+    @property
+    def lengths(self) -> np.ndarray: ...  # int32 [num_samples], tokens
+
+    @property
+    def num_supervised(self) -> np.ndarray: ...  # int32 [num_samples], tokens with loss
+
+    def __len__(self) -> int: ...
+
+
+def make_batch(samples: Pairs, indices: np.ndarray, step_num_supervised: int) -> Batch:
     """Lay `samples[indices]` end to end; each is a pair (input_ids, labels) of equal length.
 
     No indices give one token without loss: the rank still runs forward and backward, as the collectives of

@@ -24,8 +24,8 @@ import numpy as np
 
 from sft.data import ledger
 from sft.data.conversation import Conversation, Empty
+from sft.data.mask import IGNORE, Tokenization
 from sft.data.rows import Source, load_rows
-from sft.data.tokenization import IGNORE, Tokenization
 from sft.errors import UserError
 
 if TYPE_CHECKING:

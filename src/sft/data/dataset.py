@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from sft.data.conversation import Conversation
+from sft.data.mask import Tokenization
 from sft.data.rows import Source
-from sft.data.schedule import split_held_out
+from sft.data.step_plan import split_held_out
 from sft.data.store import Store, build_or_open
-from sft.data.tokenization import Tokenization
 from sft.errors import UserError
 
 if TYPE_CHECKING:

@@ -12,11 +12,11 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from sft.data import conversation, template, tokenization
+from sft.data import chat_template, conversation, mask
 from sft.data.rows import Source, load_rows, local_files
 from sft.errors import UserError
 
-MASK_CODE: tuple[ModuleType, ...] = (conversation, template, tokenization)
+MASK_CODE: tuple[ModuleType, ...] = (conversation, chat_template, mask)
 RACY_SECONDS = 2.0  # of modification times, on the coarsest file systems
 
 
@@ -55,7 +55,7 @@ def _file_hash(file: Path, memo_dir: Path) -> str:
     return digest
 
 
-def mask_fingerprint(tokens_of: tokenization.Tokenization, row_function: Callable[..., Any]) -> str:
+def mask_fingerprint(tokens_of: mask.Tokenization, row_function: Callable[..., Any]) -> str:
     """sha256 of all that decides the samples of a given row: tokenizer, template, settings, the row function
     with its arguments, and the source of both, so that an edit of the code is seen."""
     tokenizer = tokens_of.tokenizer

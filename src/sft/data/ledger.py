@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from sft.data.tokenization import TRUNCATED
+from sft.data.mask import TRUNCATED
 from sft.errors import UserError
 
 NUM_EXAMPLES = 5  # rows named for each reason

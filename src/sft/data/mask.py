@@ -23,8 +23,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING
 
-from sft.data.conversation import Conversation, Empty, Message
-from sft.data.template import (
+from sft.data.chat_template import (
     NO_STOP,
     Tools,
     encode,
@@ -34,6 +33,7 @@ from sft.data.template import (
     stop_token_id,
     text_prefix,
 )
+from sft.data.conversation import Conversation, Empty, Message
 from sft.errors import UserError
 
 if TYPE_CHECKING:

@@ -5,8 +5,8 @@ from typing import TYPE_CHECKING
 
 from sft.data import conversation
 from sft.data.build import RowFunction
+from sft.data.chat_template import encode, render, text_prefix
 from sft.data.conversation import Conversation
-from sft.data.template import encode, render, text_prefix
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

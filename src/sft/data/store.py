@@ -28,8 +28,8 @@ import numpy as np
 from sft.data import ledger
 from sft.data.build import DTYPES, RowFunction, build
 from sft.data.fingerprint import data_fingerprint, mask_fingerprint
+from sft.data.mask import IGNORE, Tokenization
 from sft.data.rows import Source
-from sft.data.tokenization import IGNORE, Tokenization
 from sft.errors import UserError
 
 FORMAT = 1  # of the files above; part of the key

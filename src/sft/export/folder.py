@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sft.checkpoint import safetensors_file
 from sft.errors import UserError
-from sft.model import stream
 from sft.model.loading import ModelSource
 
 Layout = Mapping[str, tuple[torch.dtype, Sequence[int]]]  # dtype and shape of each weight, by its name in the model
@@ -88,7 +88,9 @@ def write_shards(folder: Path, layout: Layout, read: Read, names: Mapping[str, s
     empty = {name: torch.empty(layout[own][1], dtype=layout[own][0], device="meta") for name, own in names.items()}
     split = split_shards(empty, max_shard_size)
     for file, stored in split.filename_to_tensors.items():
-        stream.write(folder / file, {name: layout[names[name]] for name in stored}, lambda name: read(names[name]))
+        safetensors_file.write(
+            folder / file, {name: layout[names[name]] for name in stored}, lambda name: read(names[name])
+        )
     if split.is_sharded:
         num_parameters = sum(tensor.numel() for tensor in empty.values())
         metadata = {"total_parameters": num_parameters, **split.metadata}
@@ -141,7 +143,7 @@ def verify(
     """
     request = {"probes": probes, "precision": precision, "quantized": quantized}
     process = subprocess.run(
-        [sys.executable, "-m", "sft.model.verify", str(folder)],
+        [sys.executable, "-m", "sft.export.verify", str(folder)],
         input=json.dumps(request),
         capture_output=True,
         text=True,

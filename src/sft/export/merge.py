@@ -11,9 +11,9 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from sft.model import stream
+from sft.checkpoint import safetensors_file
+from sft.export.folder import Layout, Read, generation_config, names_on_disk
 from sft.model.adapter import NAME
-from sft.model.export import Layout, Read, generation_config, names_on_disk
 from sft.model.loading import ModelSource
 
 
@@ -47,7 +47,9 @@ def write_weights(folder: Path, source: ModelSource, layout: Layout, read: Read,
     config.save_pretrained(str(folder))
     names = {f"base_model.model.{name.replace(f'.{NAME}.', '.')}": name for name in layout}
     stored = {name: (dtype or layout[own][0], layout[own][1]) for name, own in names.items()}
-    stream.write(folder / "adapter_model.safetensors", stored, lambda name: read(names[name]).to(stored[name][0]))
+    safetensors_file.write(
+        folder / "adapter_model.safetensors", stored, lambda name: read(names[name]).to(stored[name][0])
+    )
 
 
 def merged(source: ModelSource, layout: Layout, read: Read) -> tuple[Layout, Read]:

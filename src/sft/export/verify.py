@@ -1,4 +1,4 @@
-"""`python -m sft.model.verify FOLDER < request.json`: is the exported model the trained one?
+"""`python -m sft.export.verify FOLDER < request.json`: is the exported model the trained one?
 
 Runs in a process of its own and uses nothing of the training path: the folder through transformers' own classes and
 attention, each probe by itself, plain logits, plain log-softmax, in fp32. transformers maps files of fp32 weights into

@@ -124,7 +124,7 @@ class ModelSource:
         from transformers import AutoModelForCausalLM
 
         from sft.model import attention  # noqa: F401  registers `packed`
-        from sft.model.streaming import load_streamed
+        from sft.model.sharded_loading import load_streamed
 
         config = self.load_config()
         options: dict[str, Any] = {"dtype": dtype, "attn_implementation": self.attention}

@@ -7,8 +7,8 @@ from typing import Any
 from torch import nn
 from torch.optim import Optimizer
 
+from sft.checkpoint.shards import full_shape, named_trainable
 from sft.errors import UserError
-from sft.model.sharding import full_shape, named_trainable
 
 
 def build(model: nn.Module, factory: Callable[..., Optimizer]) -> Optimizer:

@@ -10,9 +10,9 @@ from accelerate import init_empty_weights
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
+from sft.checkpoint.safetensors_file import File
+from sft.checkpoint.shards import allocate, full_shape, of_parameter, persistent_buffers
 from sft.model.adapter import initial
-from sft.model.sharding import allocate, full_shape, of_parameter, persistent_buffers
-from sft.model.stream import File
 
 if TYPE_CHECKING:
     from sft.model.loading import ModelSource

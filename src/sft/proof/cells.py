@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 from omegaconf import OmegaConf
 
-from sft.training.checkpoint import Checkpoint
-from sft.training.reference import Reference
-from sft.training.samples import Excerpt
+from sft.checkpoint.checkpoint import Checkpoint
+from sft.proof.excerpt import Excerpt
+from sft.proof.reference import Reference
 
 STRATEGIES = ("single", "ddp", "deepspeed_zero1", "deepspeed_zero2", "deepspeed_zero3", "fsdp2")
 NUM_STEPS = 20
@@ -103,7 +103,7 @@ class Result:
         }
 
 
-def cells(quick: bool = False, precision: str = "32-true", device: str = "cpu", most_ranks: int = 4) -> list[Cell]:
+def all_cells(quick: bool = False, precision: str = "32-true", device: str = "cpu", most_ranks: int = 4) -> list[Cell]:
     """All cells, those of one group of ranks together, each resumed one right after the one it resumes."""
     made = []
     for num_ranks, strategy in product((1, 2) if quick else (1, 2, 4), STRATEGIES):
@@ -129,12 +129,12 @@ class Outcome:
     checkpoint: Path
 
 
-def run(config: dict[str, Any], folder: Path, cell: Cell) -> Outcome:
+def run_cell(config: dict[str, Any], folder: Path, cell: Cell) -> Outcome:
     """One rank's part of a cell. `folder` holds model and samples, and then a folder for each cell."""
     from sft.training.datamodule import SFTDataModule
     from sft.training.fit import fit
     from sft.training.metrics import MetricsFile
-    from sft.training.setup import model_source
+    from sft.training.prepare import model_source
 
     own = OmegaConf.create(config)
     own.strategy, own.optimizer = own.strategies[cell.strategy], own.optimizers[cell.optimizer]

@@ -7,11 +7,11 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from sft.training import provenance
-from sft.training.matrix import GLOBAL_BATCH_SIZE, NUM_STEPS, RESUME_AT, Result
-from sft.training.reference import Reference
-from sft.training.run import write_atomically, write_json
-from sft.training.samples import Excerpt
+from sft.proof.cells import GLOBAL_BATCH_SIZE, NUM_STEPS, RESUME_AT, Result
+from sft.proof.excerpt import Excerpt
+from sft.proof.reference import Reference
+from sft.runs import provenance
+from sft.runs.run import write_atomically, write_json
 
 HEAD = ("strategy", "ranks", "pass", "loss", "|grad|", "weights", "tolerance", "seconds")
 

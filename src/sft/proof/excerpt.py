@@ -5,9 +5,9 @@ from pathlib import Path
 import numpy as np
 
 from sft.data.batch import Samples
+from sft.data.mask import IGNORE
 from sft.data.packing import pack
-from sft.data.schedule import EpochPlan, epoch_plan, position
-from sft.data.tokenization import IGNORE
+from sft.data.step_plan import EpochPlan, epoch_plan, position
 from sft.errors import UserError
 
 MOST = 146  # two epochs make 20 steps of 16

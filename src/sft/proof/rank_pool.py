@@ -157,7 +157,7 @@ def _serve(
     import torch
     from lightning.fabric.utilities.rank_zero import rank_zero_only
 
-    from sft.training.setup import quiet
+    from sft.training.prepare import quiet
 
     torch.set_num_threads(1)
     quiet()

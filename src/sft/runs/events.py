@@ -7,7 +7,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from sft.training.provenance import now
+from sft.runs.provenance import now
 
 
 def job() -> dict[str, Any]:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from sft.errors import UserError
-from sft.training import heartbeat
+from sft.runs import watchdog
 
 # What the ranks that outlive another one say: it follows from that one's failure.
 FOLLOWING = re.compile(
@@ -68,7 +68,7 @@ def write(folder: Path, error: BaseException) -> None:
         "rank": rank,
         "host": socket.gethostname(),
         "time": time.time(),
-        "step": heartbeat.step,
+        "step": watchdog.step,
         "cause": cause(error),
         "following": any(FOLLOWING.search(str(link)) for link in chain(error)),
         "error": f"{type(error).__name__}: {error}"[:2000],

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from sft.training.run import Run, deciding
+from sft.runs.run import Run, deciding
 
 
 @dataclass(frozen=True)

@@ -16,10 +16,10 @@ import yaml
 from hydra.errors import InstantiationException
 
 from sft.errors import UserError
-from sft.training import events, heartbeat, provenance
-from sft.training.failure import NotFinite, cause
-from sft.training.preemption import Interrupted
-from sft.training.provenance import now
+from sft.runs import events, provenance, watchdog
+from sft.runs.failure import NotFinite, cause
+from sft.runs.provenance import now
+from sft.runs.signals import Interrupted
 
 # What decides the numbers of a run. Not in it: where it runs, how it is shared out (rule 2) and what is logged.
 DECIDING = (
@@ -202,17 +202,14 @@ class Run:
                 with suppress(OSError):  # a full disk must not hide what filled it
                     self._mark("failed", num_steps=num_steps, step=self._step(), error=reason)
                 if "SFT_JOB_FOLDER" not in os.environ:  # else the batch script tells, which knows of all ranks
-                    events.record(self.folder, "failure", cause=cause(error), step=heartbeat.step, error=reason)
+                    events.record(self.folder, "failure", cause=cause(error), step=watchdog.step, error=reason)
             raise
         self._mark("finished", num_steps=num_steps, step=self._step())
         events.record(self.folder, "finish", step=self._step())
 
     def _step(self) -> int:
         """Of the newest checkpoint."""
-        from sft.training.checkpoint import latest  # torch, which those who only read the folder can do without
-
-        checkpoint = latest(self.checkpoints)
-        return checkpoint.step if checkpoint else 0
+        return max((int(path.name.removeprefix("step-")) for path in self.checkpoints.glob("step-*")), default=0)
 
     def _mark(self, state: str, **details: Any) -> None:
         """Writes `status.json`."""

@@ -10,10 +10,6 @@ import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
-from typing import TYPE_CHECKING, NoReturn
-
-if TYPE_CHECKING:
-    import lightning as L
 
 SIGNALS = (signal.SIGUSR1, signal.SIGTERM)
 EXIT_CODE = 75  # EX_TEMPFAIL of sysexits.h: try again later
@@ -61,30 +57,3 @@ def shielded() -> Iterator[None]:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-def keep_handlers(trainer: "L.Trainer") -> None:
-    """Keeps Lightning from putting handlers of its own in their place: on SIGTERM it would broadcast in the handler,
-    in the middle of whatever collective is under way, and end the run without a checkpoint."""
-    trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]
-
-
-def agreed(trainer: "L.Trainer") -> int:
-    """The signal that some rank has got, 0 for none: the same on all ranks, at the price of one tiny all-reduce."""
-    if trainer.world_size == 1:
-        return _received
-    import torch
-
-    received = torch.tensor(_received, device=trainer.strategy.root_device)
-    return int(trainer.strategy.reduce(received, reduce_op="max"))
-
-
-def interrupt(trainer: "L.Trainer", number: int) -> NoReturn:
-    """Ends the run on all ranks, once its checkpoint is saved."""
-    from sft.training.log import log
-
-    # Others end with 0: launchers take anything else for a failure and kill the first rank, which isn't done yet.
-    code = EXIT_CODE if trainer.is_global_zero else 0
-    interrupted = Interrupted(signal.Signals(number).name, trainer.global_step, code)
-    log(str(interrupted))
-    raise interrupted

@@ -5,17 +5,19 @@ import signal
 import socket
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import lightning as L
+import torch
 from lightning.pytorch.callbacks import Callback
 
-from sft.training import checkpoint as checkpoints
-from sft.training import events, heartbeat, preemption, probes
-from sft.training.checkpoint import Checkpoint
+from sft.checkpoint import checkpoint as checkpoints
+from sft.checkpoint.checkpoint import Checkpoint
+from sft.checkpoint.save import save
+from sft.ranks import together
+from sft.runs import events, signals, watchdog
+from sft.training import probes
 from sft.training.log import log
-from sft.training.ranks import together
-from sft.training.saving import save
 
 
 class Checkpoints(Callback):
@@ -44,7 +46,9 @@ class Checkpoints(Callback):
         self.keep_last, self.resume, self.facts = keep_last, resume, facts
 
     def setup(self, trainer: L.Trainer, module: Any, stage: str) -> None:
-        preemption.keep_handlers(trainer)
+        # Lightning's own handler would broadcast on SIGTERM, in the middle of whatever collective is under way, and
+        # end the run without a checkpoint.
+        trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]
 
     def on_fit_start(self, trainer: L.Trainer, module: Any) -> None:
         if trainer.is_global_zero:
@@ -57,24 +61,29 @@ class Checkpoints(Callback):
             self._resume(trainer, module, self.resume)
         hosts = list(dict(found))
         self._tell(trainer, "start", step=trainer.global_step, hosts=hosts, num_ranks=trainer.world_size)
-        if number := preemption.agreed(trainer):  # came while all was made ready: there is nothing to save yet
+        if number := agreed(trainer):  # came while all was made ready: there is nothing to save yet
             self._interrupt(trainer, number)
 
     def _tell(self, trainer: L.Trainer, event: str, **details: Any) -> None:
         if trainer.is_global_zero:
             events.record(self.folder.parent, event, **details)
 
-    def _interrupt(self, trainer: L.Trainer, number: int) -> None:
-        self._tell(trainer, "signal", signal=signal.Signals(number).name, step=trainer.global_step)
-        preemption.interrupt(trainer, number)
+    def _interrupt(self, trainer: L.Trainer, number: int) -> NoReturn:
+        """Ends the run on all ranks, once its checkpoint is saved."""
+        name, step = signal.Signals(number).name, trainer.global_step
+        self._tell(trainer, "signal", signal=name, step=step)
+        # The others end with 0: launchers take anything else for a failure and kill the first rank, still busy.
+        interrupted = signals.Interrupted(name, step, signals.EXIT_CODE if trainer.is_global_zero else 0)
+        log(str(interrupted))
+        raise interrupted
 
     def _resume(self, trainer: L.Trainer, module: Any, saved: Checkpoint) -> None:
         step = saved.step
-        heartbeat.beat(step)
+        watchdog.beat(step)
         saved.verify()
-        heartbeat.beat(step)
+        watchdog.beat(step)
         saved.restore(module.model, trainer.optimizers[0])
-        heartbeat.beat(step)
+        watchdog.beat(step)
         if hasattr(trainer.strategy, "resumed"):
             trainer.strategy.resumed(step)
         states = saved.callbacks()
@@ -106,16 +115,16 @@ class Checkpoints(Callback):
             trainer.val_check_batch = total
 
     def on_train_batch_end(self, trainer: L.Trainer, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        heartbeat.beat(trainer.global_step)
+        watchdog.beat(trainer.global_step)
         whole_step = (batch_idx + 1) % trainer.accumulate_grad_batches == 0
         if whole_step and not self._validates(trainer, module):
             self._end_step(trainer, module, val_loss=None)
 
     def on_validation_batch_end(self, trainer: L.Trainer, module: Any, *batch: Any) -> None:
-        heartbeat.beat()
+        watchdog.beat()
         if trainer.state.fn != "fit" or trainer.global_step == module.num_steps:
             return  # after the last step this is all that a resumed run would have to do
-        if number := preemption.agreed(trainer):
+        if number := agreed(trainer):
             if not trainer.sanity_checking:
                 self._save(trainer, module, val_loss=None, validated=False)
             self._interrupt(trainer, number)
@@ -129,16 +138,16 @@ class Checkpoints(Callback):
         return bool(trainer.enable_validation) and (step % self.val_every == 0 or step == module.num_steps)
 
     def _end_step(self, trainer: L.Trainer, module: Any, val_loss: float | None) -> None:
-        step, number = trainer.global_step, preemption.agreed(trainer)
+        step, number = trainer.global_step, agreed(trainer)
         if number or trainer.should_stop or step == module.num_steps or step % self.save_every == 0:
             self._save(trainer, module, val_loss)
-            number = number or preemption.agreed(trainer)  # may have come during the save
+            number = number or agreed(trainer)  # may have come during the save
         if number:
             self._interrupt(trainer, number)
 
     def _save(self, trainer: L.Trainer, module: Any, val_loss: float | None, validated: bool = True) -> None:
         step, start = trainer.global_step, time.perf_counter()
-        heartbeat.beat()
+        watchdog.beat()
         for logger in trainer.loggers:
             logger.save()
         log_probs = probes.measure(module, trainer.datamodule)  # type: ignore[attr-defined]
@@ -164,4 +173,12 @@ class Checkpoints(Callback):
             log(f"step {step}: saved {saved.path}")
         self._tell(trainer, "save", step=step, seconds=round(time.perf_counter() - start, 3))
         trainer.strategy.barrier("checkpoint")
-        heartbeat.beat()
+        watchdog.beat()
+
+
+def agreed(trainer: L.Trainer) -> int:
+    """The signal that some rank has received, 0 for none: the same on all ranks, by one tiny all-reduce."""
+    if trainer.world_size == 1:
+        return signals.received()
+    received = torch.tensor(signals.received(), device=trainer.strategy.root_device)
+    return int(trainer.strategy.reduce(received, reduce_op="max"))

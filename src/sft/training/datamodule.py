@@ -6,10 +6,8 @@ import lightning as L
 import numpy as np
 import torch
 
-from sft.data.batch import Batch, make_batch, to_device
-from sft.data.dataset import Split
-from sft.data.schedule import EpochPlan, Step, check_division, epoch_plan, eval_plan, position, share
-from sft.training.samples import Excerpt
+from sft.data.batch import Batch, Samples, make_batch, to_device
+from sft.data.step_plan import EpochPlan, Step, check_division, epoch_plan, eval_plan, position, share
 
 
 class SFTDataModule(L.LightningDataModule):
@@ -25,8 +23,8 @@ class SFTDataModule(L.LightningDataModule):
 
     def __init__(
         self,
-        train: Split | Excerpt,
-        val: Split | None,
+        train: Samples,
+        val: Samples | None,
         *,
         seed: int,
         epochs: int,
@@ -47,7 +45,7 @@ class SFTDataModule(L.LightningDataModule):
         self.num_steps = min(epochs * self.steps_per_epoch, max_steps or epochs * self.steps_per_epoch)
 
     @property
-    def probed(self) -> Split | Excerpt:
+    def probed(self) -> Samples:
         """The samples that prove an export."""
         return self.val if self.val is not None and len(self.val) else self.train
 
@@ -115,7 +113,7 @@ class _Validation:
 
     def __init__(self, data: SFTDataModule) -> None:
         assert data.trainer is not None and data.val is not None
-        self.val: Split = data.val
+        self.val: Samples = data.val
         self.plan: list[np.ndarray] = eval_plan(
             data.val.lengths,
             max_length=data.max_length,

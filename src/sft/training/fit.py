@@ -9,11 +9,11 @@ from hydra.utils import instantiate
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch.callbacks import Callback
 
-from sft.model.module import SFTModule
-from sft.training import events, heartbeat
-from sft.training.checkpoint import Checkpoint
+from sft.checkpoint.checkpoint import Checkpoint
+from sft.runs import events, watchdog
+from sft.training.checkpointing import Checkpoints
 from sft.training.metrics import StepMetrics
-from sft.training.resume import Checkpoints
+from sft.training.module import SFTModule
 from sft.training.strategies import build
 
 
@@ -78,8 +78,8 @@ def fit(
     )
     logs = Path(os.environ.get("SFT_JOB_FOLDER", checkpoints.parent / "logs"))
     stack = f"attempt-{events.job().get('restart', 0)}-rank-{rank_zero_only.rank}.stack"  # type: ignore[attr-defined]
-    heartbeat.start(logs / stack, config.cluster.hang_after)
+    watchdog.start(logs / stack, config.cluster.hang_after)
     try:
         trainer.fit(module, data)
     finally:
-        heartbeat.stop()
+        watchdog.stop()

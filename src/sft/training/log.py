@@ -1,4 +1,4 @@
-"""The lines that a command prints, from the first rank alone."""
+"""The first rank, which alone prints and writes."""
 
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 
@@ -7,3 +7,8 @@ from lightning.fabric.utilities.rank_zero import rank_zero_only
 def log(message: str) -> None:
     """Prints one line at once, so that it is in a batch job's log when the job is killed."""
     print(message, flush=True)
+
+
+def is_main() -> bool:
+    """Whether this is the first rank, known from the launcher before any process group exists."""
+    return rank_zero_only.rank == 0  # type: ignore[attr-defined]

@@ -16,7 +16,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from sft.data.batch import Batch
 from sft.model import optimizer as optimizers
 from sft.model.loading import ModelSource
-from sft.model.objective import Objective
+from sft.model.loss import Objective
 
 
 class SFTModule(L.LightningModule):

@@ -7,7 +7,7 @@ from collections import Counter
 from dataclasses import dataclass, replace
 from typing import Any
 
-from sft.training.log import log
+from sft.training.log import is_main, log
 
 
 @dataclass(frozen=True)
@@ -26,13 +26,6 @@ class Prepared:
         train = self.splits.train
         last = Counter(int(train[index][0][-1]) for index in range(min(len(train), 1000)))
         return [token for token, _ in last.most_common()]
-
-
-def is_main() -> bool:
-    """Whether this is the first rank, known from the launcher before any process group exists."""
-    from lightning.fabric.utilities.rank_zero import rank_zero_only
-
-    return rank_zero_only.rank == 0  # type: ignore[attr-defined]
 
 
 def model_source(config: Any) -> Any:

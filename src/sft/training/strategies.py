@@ -2,7 +2,7 @@
 on any device with the loss scaled once, and both ways of sharding a model while it is read.
 
 `shard(model)` takes a model whose parameters hold nothing yet and leaves each rank room for its share; the weights are
-then read into it, by `sft.model.sharding.of_parameter`.
+then read into it, by `sft.checkpoint.shards.of_parameter`.
 """
 
 import os
@@ -19,8 +19,8 @@ from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, ModelPa
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from sft.checkpoint.shards import allocate, move_buffers
 from sft.model.loading import decoder_layers
-from sft.model.sharding import allocate, move_buffers
 
 
 def build(settings: Any, accelerator: str) -> Any:

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import urlparse
 
 from sft.errors import UserError
+from sft.runs.signals import shielded
 from sft.training.log import log
-from sft.training.preemption import shielded
 
 if TYPE_CHECKING:
     from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger

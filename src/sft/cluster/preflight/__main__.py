@@ -17,14 +17,14 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
-from sft.cluster.nodes import DONE, Limits, Verdict, judge
+from sft.cluster.preflight.judge import DONE, Limits, Verdict, judge
 
 
 def main() -> None:
     arguments = parse()
     if arguments.verb == "report":
         sys.exit(report(arguments))
-    from sft.cluster.measuring import Rank
+    from sft.cluster.preflight.measure import Rank
 
     signal.alarm(arguments.timeout)  # ends the process, wherever it hangs
     if "SLURM_PROCID" not in os.environ:

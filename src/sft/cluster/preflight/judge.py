@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from sft.training.failure import FOLLOWING
+from sft.runs.failure import FOLLOWING
 
 Report = Mapping[str, Any]  # what one rank has measured, and how far it came
 

@@ -13,9 +13,9 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-from sft.cluster import gpus
-from sft.cluster.nodes import DONE
-from sft.training import provenance
+from sft.cluster.preflight import gpus
+from sft.cluster.preflight.judge import DONE
+from sft.runs import provenance
 
 TOKEN_WAIT = 60  # seconds for a file to be seen on other nodes: NFS remembers for as long that there is none
 PING_PONGS = 20  # the quickest tells the offset best
