@@ -29,7 +29,6 @@ from omegaconf import OmegaConf
 
 from sft.cluster import partitions, slurm, storage, time_limit
 from sft.cluster.sbatch import PROJECT, SCRIPT, Job, split
-from sft.commands.rehearse import check_writable
 from sft.commands.train import check
 from sft.errors import UserError
 from sft.runs import events
@@ -132,7 +131,7 @@ def check_files(config: Any, run: Run) -> list[str]:
     training, validation = instantiate(config.data, _convert_="all").sources()
     places = {"runs_dir": run.folder, "data.cache_dir": Path(config.data.cache_dir)}
     for setting, folder in places.items():
-        check_writable(folder, setting)
+        storage.check_writable(folder, setting)
     notes = []
     for setting, source in (("model.path", model.path), ("model.tokenizer", model.tokenizer)):
         if source:

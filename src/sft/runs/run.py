@@ -18,6 +18,7 @@ from hydra.errors import InstantiationException
 from sft.errors import UserError
 from sft.runs import events, provenance, watchdog
 from sft.runs.failure import NotFinite, cause
+from sft.runs.files import unfinished, write_json, write_text
 from sft.runs.provenance import now
 from sft.runs.signals import Interrupted
 
@@ -141,9 +142,9 @@ class Run:
                     + ": give this one another name with run=NAME"
                 )
         # Another rank may be making it at this moment: config.yaml is the first in it, under another name at first.
-        elif found - {"logs", "events.jsonl", _unfinished("config.yaml")}:
+        elif found - {"logs", "events.jsonl", unfinished(run.folder / "config.yaml").name}:
             raise UserError(f"{run.folder} exists and is no run: move it away, or give the run a name with run=NAME")
-        existing = next(path for path in (run.folder, *run.folder.absolute().parents) if path.exists())
+        existing = nearest_existing(run.folder)
         if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
             raise UserError(f"{run.folder} can't be written, since {existing} can't: set runs_dir to another folder")
         return run
@@ -184,7 +185,7 @@ class Run:
             )
         new = not self.folder.exists()
         self.folder.mkdir(parents=True, exist_ok=True)
-        write_atomically(self.folder / "config.yaml", yaml.safe_dump(dict(config), sort_keys=False))
+        write_text(self.folder / "config.yaml", yaml.safe_dump(dict(config), sort_keys=False))
         if not recorded.exists():
             write_json(recorded, provenance.collect() | {"data": dict(data_fingerprint)})
         self._mark("running", num_steps=num_steps, step=self._step())
@@ -226,18 +227,9 @@ class Run:
         )
 
 
-def write_json(path: Path, value: Any) -> None:
-    write_atomically(path, json.dumps(value, indent=2) + "\n")
-
-
-def write_atomically(path: Path, text: str) -> None:
-    temporary = path.with_name(_unfinished(path.name))
-    temporary.write_text(text)
-    os.replace(temporary, path)
-
-
-def _unfinished(name: str) -> str:
-    return f".{name}.unfinished"
+def nearest_existing(path: Path) -> Path:
+    """The path, or the nearest folder above it that exists."""
+    return next(place for place in (path, *path.absolute().parents) if place.exists())
 
 
 def _listed(runs_dir: str) -> str:
