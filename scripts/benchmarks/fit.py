@@ -30,7 +30,7 @@ def parts(
 ) -> tuple[L.Trainer, SFTModule, SFTDataModule]:
     """Of a run with these settings on the token store in `folder`; no schedule, nothing saved, nothing validated."""
     quiet()
-    fixed = ["logger=none", "schedule=constant", "schedule.warmup=0", f"trainer.devices={num_ranks}"]
+    fixed = ["logger=csv", "schedule=constant", "schedule.warmup=0", f"trainer.devices={num_ranks}"]
     with initialize_config_dir(str(CONF), version_base="1.3"):
         config = compose("train", [*fixed, *overrides])
     data = SFTDataModule(Split(Store(folder / "store", [Source("generated")])), None, **data_settings)

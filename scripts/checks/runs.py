@@ -38,7 +38,7 @@ class Lab:
             f"val_every={STEPS}",
             f"checkpoint.save_every={SAVED}",
             "schedule.warmup=0",
-            "logger=none",
+            "logger=csv",
             "trainer=gpu" if place.gpu else "trainer=cpu",
         )
 

@@ -12,7 +12,7 @@ from sft.checkpoint.checkpoint import complete
 from sft.runs.run import Run
 from sft.training.pruning import Pruning, journal
 
-QUICK = ("max_steps=4", "val_every=2", "export=false", "logger=none")
+QUICK = ("max_steps=4", "val_every=2", "export=false", "logger=csv")
 
 
 def test_a_setting_that_fails_hides_no_other(sft: Sft, capsys: pytest.CaptureFixture[str]) -> None:
