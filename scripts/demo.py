@@ -15,7 +15,8 @@ from rich.table import Table
 
 from demo_assets import write_assets
 from sft.commands.generate import answers
-from sft.runs.run import Run, write_json
+from sft.runs.files import write_json
+from sft.runs.run import Run
 from sft.training.metrics import MetricsFile
 from sft.training.prepare import quiet
 

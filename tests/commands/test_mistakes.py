@@ -228,7 +228,7 @@ def test_full_disk_in_the_store(sft: Sft, capsys: pytest.CaptureFixture[str], mo
     def full(path: Path) -> None:
         raise OSError(errno.ENOSPC, "No space left on device", str(path))
 
-    monkeypatch.setattr(build, "_sync", full)
+    monkeypatch.setattr(build, "fsync", full)
     assert sft.train("run=run") == 2
     (line,) = capsys.readouterr().err.strip().splitlines()
     assert "No space left on device" in line or "disk is full" in line

@@ -44,8 +44,8 @@ MOMENTS = {
     # All is written, the name is not there yet.
     "before a rename": 'kill_at("sft.checkpoint.save", "flush", 3, after=True)',
     "in a removal": 'kill_at("sft.checkpoint.checkpoint", "remove", 1)',
-    "in the metrics": 'kill_at("sft.training.metrics", "os.replace", 6)',
-    "in the store": 'kill_at("sft.data.build", "_sync", 2)',
+    "in the metrics": 'kill_at("sft.runs.files", "os.replace", 6)',
+    "in the store": 'kill_at("sft.data.build", "fsync", 2)',
     "in the export": 'kill_at("sft.export.folder", "publish", 1)',
     "before the first step": 'kill_at("sft.training.checkpointing", "Checkpoints.on_train_batch_start", 1)',
 }

@@ -335,7 +335,7 @@ def test_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(path: Path) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(build_module, "_sync", full)
+    monkeypatch.setattr(build_module, "fsync", full)
     file = rows_file(tmp_path / "a.jsonl", many_rows(3))
     with pytest.raises(UserError, match=r"cache: the token store cannot be written \(No space left on device\): make"):
         open_store(file, cache=tmp_path / "cache")

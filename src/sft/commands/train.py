@@ -31,8 +31,9 @@ from omegaconf import OmegaConf
 from sft.data.step_plan import check_division
 from sft.errors import UserError
 from sft.runs import signals
+from sft.runs.files import write_json
 from sft.runs.results import Result
-from sft.runs.run import Run, write_json
+from sft.runs.run import Run
 
 
 def main(config: Any) -> float | None:

@@ -9,13 +9,12 @@ import secrets
 import shutil
 import signal
 import socket
-import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
@@ -27,6 +26,9 @@ from sft.data.conversation import Conversation, Empty
 from sft.data.mask import IGNORE, Tokenization
 from sft.data.rows import Source, load_rows
 from sft.errors import UserError
+from sft.runs.files import fsync
+from sft.runs.process import exit_with_parent
+from sft.runs.signals import shielded
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -92,14 +94,14 @@ def build(
         ledger.check(named, max_lost=1.0)  # a store without samples is never published
         (unfinished / "meta.json").write_text(json.dumps({**about, "sources": counts}, indent=1))
         for path in (*unfinished.iterdir(), unfinished):
-            _sync(path)
+            fsync(path)
         try:
             unfinished.rename(folder)
         except OSError:
             if not folder.exists():
                 raise
             # Another process was faster; what it made is the same.
-        _sync(folder.parent)
+        fsync(folder.parent)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
 
@@ -142,7 +144,7 @@ def _chunks(job: _Job, num_workers: int) -> Iterator[_Chunk]:
     try:
         pending: deque[Future[_Chunk]] = deque()
         for each in ranges:
-            with _without_sigusr1():
+            with shielded([signal.SIGUSR1]):  # SIGTERM is how the pool itself ends a worker
                 pending.append(workers.submit(_work, *each))  # starts one, until all are there
             if len(pending) > 2 * num_workers:  # no more results in memory than keep the workers busy
                 yield pending.popleft().result()
@@ -156,17 +158,6 @@ def _chunks(job: _Job, num_workers: int) -> Iterator[_Chunk]:
         workers.shutdown(cancel_futures=True)
 
 
-@contextmanager
-def _without_sigusr1() -> Iterator[None]:
-    """What is started here never gets SIGUSR1, by which a scheduler tells all processes of a job that its time is up:
-    the parent decides what comes of that, and a worker would die of it."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
 _job: _Job  # in a worker process
 
 
@@ -174,15 +165,7 @@ def _start_worker(job: _Job) -> None:
     global _job
     _job = job
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one process a core already
-    threading.Thread(target=_exit_with_parent, daemon=True).start()
-
-
-def _exit_with_parent() -> None:
-    """A worker of a killed parent would wait for tasks for ever."""
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    parent.join()
-    os._exit(1)
+    exit_with_parent()  # a worker of a killed parent would wait for tasks for ever
 
 
 def _work(source: int, begin: int, end: int) -> _Chunk:
@@ -246,11 +229,3 @@ def _is_alive(pid: int) -> bool:
     except PermissionError:  # another user's
         return True
     return True
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -11,7 +11,7 @@ from sft.proof.cells import GLOBAL_BATCH_SIZE, NUM_STEPS, RESUME_AT, Result
 from sft.proof.excerpt import Excerpt
 from sft.proof.reference import Reference
 from sft.runs import provenance
-from sft.runs.run import write_atomically, write_json
+from sft.runs.files import write_json, write_text
 
 HEAD = ("strategy", "ranks", "pass", "loss", "|grad|", "weights", "tolerance", "seconds")
 
@@ -39,7 +39,7 @@ class Certificate:
     def save(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         write_json(folder / "certificate.json", self.document())
-        write_atomically(folder / "certificate.md", self.page())
+        write_text(folder / "certificate.md", self.page())
 
     def document(self) -> dict[str, Any]:
         return {

@@ -12,6 +12,7 @@ from typing import Any
 
 from sft.errors import UserError
 from sft.runs import watchdog
+from sft.runs.files import write_json
 
 # What the ranks that outlive another one say: it follows from that one's failure.
 FOLLOWING = re.compile(
@@ -75,10 +76,7 @@ def write(folder: Path, error: BaseException) -> None:
         "traceback": "".join(traceback.format_exception(error))[-20_000:],
     }
     restart = os.environ.get("SLURM_RESTART_COUNT", 0)
-    path = folder / f"attempt-{restart}-rank-{rank}.json"
-    unfinished = path.with_suffix(".unfinished")  # srun may kill this rank in the middle of it
-    unfinished.write_text(json.dumps(report, indent=1))
-    os.replace(unfinished, path)
+    write_json(folder / f"attempt-{restart}-rank-{rank}.json", report)
 
 
 def read(folder: Path, restart: int) -> list[dict[str, Any]]:

@@ -7,7 +7,7 @@ the handler is there before anything else is.
 
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
@@ -49,10 +49,10 @@ def received() -> int:
 
 
 @contextmanager
-def shielded() -> Iterator[None]:
-    """Processes started inside never get these signals, which schedulers send to all of a job's: they would die of
-    them. This one gets them afterwards."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+def shielded(signals: Iterable[signal.Signals] = SIGNALS) -> Iterator[None]:
+    """Processes started inside never get these signals, which schedulers send to all processes of a job and of which
+    they would die. This process gets them afterwards."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, signals)
     try:
         yield
     finally:

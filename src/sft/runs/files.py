@@ -1,0 +1,30 @@
+"""Files that are there whole or not at all."""
+
+import json
+import os
+from pathlib import Path
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes the text beside `path` and renames it: a reader never sees half of it, nor does a kill leave half."""
+    beside = unfinished(path)
+    beside.write_text(text)
+    os.replace(beside, path)
+
+
+def write_json(path: Path, value: object) -> None:
+    write_text(path, json.dumps(value, indent=2) + "\n")
+
+
+def unfinished(path: Path) -> Path:
+    """Where a file lies while it is written. The name is fixed, so the next attempt replaces a killed one's file."""
+    return path.with_name(f".{path.name}.unfinished")
+
+
+def fsync(path: Path) -> None:
+    """Waits until a file, or the names in a folder, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
