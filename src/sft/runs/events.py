@@ -9,14 +9,16 @@ from typing import Any
 
 from sft.runs.provenance import now
 
+Event = dict[str, Any]  # "time" and "event", which names its kind; the other keys depend on that
 
-def job() -> dict[str, Any]:
+
+def job() -> dict[str, int]:
     """The Slurm job that this process is in, and how often it has been requeued; empty outside one."""
     number = os.environ.get("SLURM_JOB_ID")
     return {"job": int(number), "restart": int(os.environ.get("SLURM_RESTART_COUNT", 0))} if number else {}
 
 
-def record(folder: Path, event: str, **details: Any) -> None:
+def record(folder: Path, event: str, **details: object) -> None:
     """Appends one event to the run's story, in a single write."""
     line = json.dumps({"time": now(), "event": event, **job(), **details}) + "\n"
     descriptor = os.open(folder / "events.jsonl", os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
@@ -29,7 +31,7 @@ def record(folder: Path, event: str, **details: Any) -> None:
         os.close(descriptor)
 
 
-def read(folder: Path) -> list[dict[str, Any]]:
+def read(folder: Path) -> list[Event]:
     """All events so far, oldest first; a line cut short is left out."""
     try:
         lines = (folder / "events.jsonl").read_text().splitlines()
