@@ -1,4 +1,8 @@
-"""What a user got wrong, told so that they can mend it."""
+"""A user's mistakes, and what an exception came from."""
+
+import errno
+
+FULL_DISK = (errno.ENOSPC, errno.EDQUOT)
 
 
 class UserError(ValueError):
@@ -7,3 +11,22 @@ class UserError(ValueError):
     The message is one line: what was wrong, where, and what to do. The command line prints it alone and
     exits with 2; any other exception is a bug of ours and keeps its traceback.
     """
+
+
+class NotFinite(UserError):
+    """The loss or the gradient of a step is infinite or not a number."""
+
+
+def chain(error: BaseException) -> list[BaseException]:
+    """An exception and its causes, newest first."""
+    links: list[BaseException] = []
+    link: BaseException | None = error
+    while link is not None and link not in links:
+        links.append(link)
+        link = link.__cause__ or link.__context__
+    return links
+
+
+def disk_is_full(error: BaseException) -> bool:
+    # safetensors reports the system's error as text only.
+    return (isinstance(error, OSError) and error.errno in FULL_DISK) or "No space left on device" in str(error)

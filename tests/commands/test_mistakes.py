@@ -152,7 +152,7 @@ def test_one_line(
     ("command", "message"),
     [
         (["score"], "run must be given"),
-        (["score", "run=none"], "there is no run none: in runs/ there are none yet"),
+        (["score", "run=none"], "there is no run none: runs/ holds none yet"),
         (["generate", "run=none"], "there is no run none"),
         (["export", "run=none"], "there is no run none"),
         (["trian"], "there is no command trian: did you mean train?"),

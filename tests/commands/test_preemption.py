@@ -28,7 +28,7 @@ def train(sft: Sft, *arguments: str) -> subprocess.CompletedProcess[str]:
 
 def check(sft: Sft, step: int, stopped: str, name: str = "SIGUSR1") -> None:
     folder = sft.run_folder()
-    assert f"stopped by {name} after step {step}: the same command goes on" in stopped.splitlines()
+    assert f"stopped by {name} after step {step}: the same command resumes it" in stopped.splitlines()
     assert "Traceback" not in stopped
     assert complete(folder / "checkpoints")[-1].step == step
     assert not complete(folder / "checkpoints")[-1].state["stopped"]
@@ -99,7 +99,7 @@ def test_signal_during_the_imports_is_remembered(sft: Sft, name: str) -> None:
     )
     stopped = sft.process("train", *sft.settings, *SETTINGS, "run=run", before=early)
     assert stopped.code == 75, stopped.output
-    assert f"stopped by {name} after step 0: the same command goes on" in stopped.output
+    assert f"stopped by {name} after step 0: the same command resumes it" in stopped.output
     assert not complete(sft.run_folder() / "checkpoints")
     assert sft.process("train", *sft.settings, *SETTINGS, "run=run").code == 0
     assert [row["step"] for row in rows(sft.run_folder())] == [str(step) for step in range(7)]

@@ -90,7 +90,7 @@ def test_a_folder_that_is_no_run_is_left_alone(tmp_path: Path, monkeypatch: pyte
     monkeypatch.chdir(tmp_path)
     (tmp_path / "runs" / "mine").mkdir(parents=True)
     (tmp_path / "runs" / "mine" / "thesis.txt").write_text("")
-    with pytest.raises(UserError, match="exists and is no run"):
+    with pytest.raises(UserError, match="exists and is not a run"):
         Run.of(settings(run="mine"))
 
 
@@ -118,7 +118,7 @@ def test_an_unknown_run_names_those_there_are(tmp_path: Path) -> None:
         pass
     assert Run.find("one", str(tmp_path)).folder == tmp_path / "one"
     assert Run.find(str(tmp_path / "one"), "elsewhere").folder == tmp_path / "one"
-    with pytest.raises(UserError, match=r"there is no run two: in .* there are one"):
+    with pytest.raises(UserError, match=r"there is no run two: .* holds one"):
         Run.find("two", str(tmp_path))
 
 
@@ -129,7 +129,7 @@ def test_folder_that_another_rank_is_making_is_no_strangers(tmp_path: Path) -> N
         (folder / made).mkdir(parents=True)
         assert Run.of(mine).folder == folder
     (folder / "notes.txt").mkdir()
-    with pytest.raises(UserError, match="exists and is no run"):
+    with pytest.raises(UserError, match="exists and is not a run"):
         Run.of(mine)
 
 

@@ -8,9 +8,8 @@ import pytest
 import yaml
 
 from sft.cluster.requeue_policy import Death, decide, ended, examine
-from sft.errors import UserError
+from sft.errors import NotFinite, UserError
 from sft.runs import events, failure
-from sft.runs.failure import NotFinite
 
 BUDGETS = yaml.safe_load((Path(__file__).parents[2] / "conf" / "cluster" / "default.yaml").read_text())["max_requeues"]
 

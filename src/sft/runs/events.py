@@ -1,25 +1,52 @@
-"""The story of a run, a line of JSON an event in `events.jsonl`: starts and where, signals, saves, failures and their
-causes, and what was decided. Only appended to, by the first rank and by the batch script's own steps."""
+"""A run's story: one JSON line an event in `events.jsonl`. Starts, signals, saves, failures with their causes, and
+decisions. The first rank and the batch script's own steps append to it; nothing is ever rewritten."""
 
 import json
 import os
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Required, TypedDict
 
 from sft.runs.provenance import now
 
-Event = dict[str, Any]  # "time" and "event", which names its kind; the other keys depend on that
+
+class SlurmJob(TypedDict, total=False):
+    """A Slurm job and how often it has been requeued; empty outside a job."""
+
+    job: int
+    restart: int
 
 
-def job() -> dict[str, int]:
-    """The Slurm job that this process is in, and how often it has been requeued; empty outside one."""
+class Event(SlurmJob, total=False):
+    """Every event has its `time` (UTC) and its kind, `event`; the others have the fields of that kind."""
+
+    time: Required[str]
+    event: Required[str]
+    step: int  # optimizer steps done
+    hosts: list[str]
+    num_ranks: int
+    seconds: float  # of a save
+    signal: str
+    cause: str
+    error: str
+    rank: int
+    host: str
+    why: str
+    options: list[str]  # of sbatch
+    settings: list[str]  # of sft train
+    job_nodelist: str | None
+    ntasks: str | None
+    max_requeues: dict[str, int]
+
+
+def job() -> SlurmJob:
+    """The Slurm job of this process."""
     number = os.environ.get("SLURM_JOB_ID")
     return {"job": int(number), "restart": int(os.environ.get("SLURM_RESTART_COUNT", 0))} if number else {}
 
 
 def record(folder: Path, event: str, **details: object) -> None:
-    """Appends one event to the run's story, in a single write."""
+    """Appends an event to the run's story in a single write."""
     line = json.dumps({"time": now(), "event": event, **job(), **details}) + "\n"
     descriptor = os.open(folder / "events.jsonl", os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
     try:

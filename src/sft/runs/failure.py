@@ -1,6 +1,5 @@
-"""What a rank died of: told apart, and left behind for who decides what comes next."""
+"""Why a rank failed: its cause, and a report for the code that decides whether the job is requeued."""
 
-import errno
 import json
 import os
 import re
@@ -8,45 +7,38 @@ import socket
 import time
 import traceback
 from pathlib import Path
-from typing import Any
+from typing import TypedDict
 
-from sft.errors import UserError
+from sft.errors import NotFinite, UserError, chain, disk_is_full
 from sft.runs import watchdog
 from sft.runs.files import write_json
 
-# What the ranks that outlive another one say: it follows from that one's failure.
+# Errors of a rank that lost another one: they follow from that one's failure.
 FOLLOWING = re.compile(
     r"^rank \d+: |connection (was )?(closed|reset|refused)|broken pipe|processgroup|nccl|gloo|socket timeout|tcpstore"
     r"|wait timeout",
     re.IGNORECASE,
 )
-FULL_DISK = (errno.ENOSPC, errno.EDQUOT)
 
 
-class NotFinite(UserError):
-    """The loss or the gradient of a step is infinite or not a number."""
+class Report(TypedDict):
+    """A rank's failure."""
 
-
-def chain(error: BaseException) -> list[BaseException]:
-    """An exception and those that it came from, newest first."""
-    links: list[BaseException] = []
-    link: BaseException | None = error
-    while link is not None and link not in links:
-        links.append(link)
-        link = link.__cause__ or link.__context__
-    return links
-
-
-def disk_is_full(error: BaseException) -> bool:
-    # safetensors reports what the system said as text only.
-    return (isinstance(error, OSError) and error.errno in FULL_DISK) or "No space left on device" in str(error)
+    rank: int
+    host: str
+    time: float  # seconds since the epoch
+    step: int  # optimizer steps done
+    cause: str
+    following: bool  # it only follows from another rank's failure
+    error: str
+    traceback: str
 
 
 def cause(error: BaseException) -> str:
     """`not_finite`, `misconfigured`, `disk_full`, `out_of_memory` or `failed`."""
     links = chain(error)
     names = {type(link).__name__ for link in links}
-    if "NotFinite" in names:
+    if any(isinstance(link, NotFinite) for link in links):
         return "not_finite"
     if any(disk_is_full(link) for link in links):
         return "disk_full"
@@ -58,14 +50,14 @@ def cause(error: BaseException) -> str:
 
 
 def _of_configuration(error: BaseException) -> bool:
-    # Hydra puts an error of its own around any that a setting's target raises: that one counts.
+    # Hydra wraps any error that a setting's target raises in one of its own: then the wrapped error counts.
     return type(error).__module__.partition(".")[0] in ("hydra", "omegaconf") and error.__cause__ is None
 
 
 def write(folder: Path, error: BaseException) -> None:
-    """Leaves this rank's failure in the job's folder, as `attempt-M-rank-N.json`; OSError where that can't be."""
+    """Writes this rank's failure to the job's folder, as `attempt-M-rank-N.json`; OSError where that fails."""
     rank = int(os.environ.get("SLURM_PROCID", 0))
-    report: dict[str, Any] = {
+    report: Report = {
         "rank": rank,
         "host": socket.gethostname(),
         "time": time.time(),
@@ -79,7 +71,7 @@ def write(folder: Path, error: BaseException) -> None:
     write_json(folder / f"attempt-{restart}-rank-{rank}.json", report)
 
 
-def read(folder: Path, restart: int) -> list[dict[str, Any]]:
-    """The failures of one attempt of a job: what came first, and what only followed from another rank's end, last."""
-    reports = [json.loads(path.read_text()) for path in folder.glob(f"attempt-{restart}-rank-*.json")]
+def read(folder: Path, restart: int) -> list[Report]:
+    """The failures of one attempt of a job, in order of time, those that only follow from another rank's last."""
+    reports: list[Report] = [json.loads(path.read_text()) for path in folder.glob(f"attempt-{restart}-rank-*.json")]
     return sorted(reports, key=lambda report: (report["following"], report["time"]))

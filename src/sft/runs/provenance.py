@@ -6,7 +6,30 @@ import sys
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import TypedDict
+
+PACKAGES = (
+    "torch",
+    "lightning",
+    "deepspeed",
+    "transformers",
+    "peft",
+    "datasets",
+    "tokenizers",
+    "safetensors",
+    "hydra-core",
+)
+
+
+class Provenance(TypedDict):
+    """All that is needed to make a run again. Without a checkout, `commit` and `uncommitted_diff` are None."""
+
+    started: str
+    command: list[str]
+    commit: str | None
+    uncommitted_diff: str | None
+    python: str
+    versions: dict[str, str]
 
 
 def now() -> str:
@@ -14,37 +37,26 @@ def now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 
-def collect() -> dict[str, Any]:
-    """What one needs to know to make the run again."""
-    packages = (
-        "torch",
-        "lightning",
-        "deepspeed",
-        "transformers",
-        "peft",
-        "datasets",
-        "tokenizers",
-        "safetensors",
-        "hydra-core",
-    )
-    versions = {}
-    for package in packages:
-        try:
-            versions[package] = version(package)
-        except PackageNotFoundError:
-            versions[package] = "not installed"
+def collect() -> Provenance:
     return {
         "started": now(),
         "command": sys.argv,
         "commit": _git("rev-parse", "HEAD"),
         "uncommitted_diff": _git("diff", "HEAD"),
         "python": platform.python_version(),
-        "versions": versions,
+        "versions": {package: _version(package) for package in PACKAGES},
     }
 
 
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"
+
+
 def _git(*arguments: str) -> str | None:
-    """What git says of the folder that this code lies in; None outside a checkout."""
+    """The output of git in the folder of this code; None outside a checkout."""
     try:
         return subprocess.run(
             ["git", *arguments], cwd=Path(__file__).parent, capture_output=True, text=True, check=True

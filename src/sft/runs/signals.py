@@ -1,8 +1,8 @@
-"""What becomes of SIGUSR1 and SIGTERM, by which a scheduler says that a job's time is up.
+"""SIGUSR1 and SIGTERM, by which a scheduler announces that a job's time is up.
 
-The handler only remembers the signal. At the end of each optimizer step the ranks agree whether any has got one; then
-a checkpoint is saved and the run ends, to be gone on with by the same command. Nothing heavy is imported here, so that
-the handler is there before anything else is.
+The handler only remembers the signal. At the end of each optimizer step the ranks agree whether any has received one;
+then a checkpoint is saved and the run ends; the same command resumes it. This module imports nothing heavy, so that
+the handler is installed before anything else is imported.
 """
 
 import os
@@ -18,16 +18,16 @@ _received = 0
 
 
 class Interrupted(Exception):
-    """The run was stopped by a signal and can go on. `exit_code` is what this process ends with."""
+    """A signal stopped the run, which can be resumed. `exit_code` is that of this process."""
 
     def __init__(self, name: str, step: int, exit_code: int) -> None:
-        super().__init__(f"stopped by {name} after step {step}: the same command goes on")
+        super().__init__(f"stopped by {name} after step {step}: the same command resumes it")
         self.exit_code = exit_code
 
 
 def install() -> None:
-    """From now on a signal is remembered, by this process alone: those that it forks ignore SIGUSR1 and obey SIGTERM,
-    by which they are ended."""
+    """From now on this process remembers the signals. Processes forked from it ignore SIGUSR1 and obey SIGTERM, by
+    which they are stopped."""
     global _received
     _received, own = 0, os.getpid()
 
@@ -39,19 +39,19 @@ def install() -> None:
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
 
-    for each in SIGNALS:
-        signal.signal(each, remember)
+    for number in SIGNALS:
+        signal.signal(number, remember)
 
 
 def received() -> int:
-    """The signal that this process has got, 0 for none."""
+    """The signal that this process has received, 0 for none."""
     return _received
 
 
 @contextmanager
 def shielded(signals: Iterable[signal.Signals] = SIGNALS) -> Iterator[None]:
-    """Processes started inside never get these signals, which schedulers send to all processes of a job and of which
-    they would die. This process gets them afterwards."""
+    """Processes started inside never receive these signals: a scheduler sends them to all processes of a job, and a
+    child would die of them. This process receives them afterwards."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, signals)
     try:
         yield

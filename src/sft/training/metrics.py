@@ -16,7 +16,7 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers.logger import Logger
 from lightning.pytorch.utilities import rank_zero_only
 
-from sft.runs.failure import NotFinite
+from sft.errors import NotFinite
 from sft.training.log import log
 
 # Metrics that depend on the machine and so differ between two runs of the same numbers.
