@@ -9,9 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from checks.process import Failed, Place, context
-from sft.proof.cells import Cell, Result
-
-TIMEOUT = 120.0  # seconds of a cell
+from sft.proof.cells import Cell, CellResult
 
 
 def composed(place: Place, precision: str, *overrides: str) -> Any:
@@ -35,7 +33,7 @@ def certify(place: Place, precision: str, strategies: list[str]) -> tuple[str, d
     device = "gpu" if place.gpu else "cpu"
     folder = place.folder / f"certificate-{precision}-{'-'.join(strategies)}"
     folder.mkdir()
-    chosen = [cell for cell in all_cells(True, precision, device, most_ranks=1) if cell.strategy in strategies]
+    chosen = [cell for cell in all_cells(True, precision, device, max_ranks=1) if cell.strategy in strategies]
     if not place.gpu:  # the whole of them is sft certify's own test
         chosen = [cell for cell in chosen if cell.packed]
     with seeing(device), forking():
@@ -108,13 +106,10 @@ def possible(cell: Cell) -> bool:
     return cell.num_ranks == 1 and (not cell.strategy.startswith("deepspeed") or find_spec("deepspeed") is not None)
 
 
-def under(fault: Any, config: Any, folder: Path, cells: list[Cell], references: Any) -> dict[Cell, Result]:
-    from omegaconf import OmegaConf
-
+def under(fault: Any, config: Any, folder: Path, cells: list[Cell], references: Any) -> dict[Cell, CellResult]:
     from sft.commands.certify import run_group
 
-    settings: Any = OmegaConf.to_container(config, resolve=True)
     # A resumed cell needs the one that it resumes.
     wanted = [pair for cell in cells for pair in ([replace(cell, resumed=False), cell] if cell.resumed else [cell])]
-    results = run_group(settings, folder, 1, list(dict.fromkeys(wanted)), references, TIMEOUT, fault)
+    results = run_group(config, folder, 1, list(dict.fromkeys(wanted)), references, fault)
     return {result.cell: result for result in results if result.cell in cells}

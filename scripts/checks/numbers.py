@@ -18,7 +18,7 @@ from sft.data.mask import IGNORE
 from sft.model import attention as packed
 from sft.model.adapter import Adapter, initial
 from sft.model.loading import ModelSource, decoder_layers
-from sft.model.loss import Objective, linear_nll
+from sft.model.loss import head_is_plain_matrix, linear_nll, nll
 
 # Largest relative error of a vector of numbers, ‖a − b‖ / ‖b‖. In bf16 a rounding is 2^-9 = 0.002 of a number, and some
 # follow each other.
@@ -200,9 +200,9 @@ def computed(model: Any, batch: Batch, precision: str, place: Place) -> tuple[fl
     """Loss and gradient as in training."""
     model.zero_grad()
     with torch.autocast(place.device, torch.bfloat16) if precision == "bf16-mixed" else nullcontext():
-        nll, _ = Objective()(model, batch)
-    nll.backward()
-    return nll.item(), gradient(model)
+        total = nll(model, batch, plain_head=head_is_plain_matrix(model))
+    total.backward()
+    return total.item(), gradient(model)
 
 
 def load(source: ModelSource, precision: str, place: Place) -> Any:

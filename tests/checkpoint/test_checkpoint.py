@@ -10,43 +10,42 @@ from safetensors.torch import load_file
 from conftest import tiny_llama
 from sft.checkpoint import checkpoint as checkpoints
 from sft.checkpoint import save as saving
+from sft.checkpoint.layout import Whole
 from sft.errors import UserError
 from sft.model.optimizer import build
 
 
-def trained(seed: int = 0, factory: Any = torch.optim.AdamW, **changes: object) -> tuple[Any, Any]:
-    """A model after one step, and its optimizer."""
+def trained(seed: int = 0, factory: Any = torch.optim.AdamW, **changes: object) -> Whole:
+    """A model after one step, with its optimizer."""
     torch.manual_seed(seed)
     model = tiny_llama(**changes)
     optimizer = build(model, partial(factory, lr=0.1, weight_decay=0.1))
     model(torch.arange(8)[None], labels=torch.arange(8)[None]).loss.backward()
     optimizer.step()
     optimizer.zero_grad()
-    return model, optimizer
+    return Whole(model, optimizer)
 
 
-def save(folder: Path, step: int, model: Any, optimizer: Any, val_loss: float | None = None) -> Any:
+def save(folder: Path, step: int, layout: Whole, val_loss: float | None = None) -> checkpoints.Checkpoint:
     state = {"num_steps": 9, "stopped": False, "val_loss": val_loss}
-    return saving.save(folder, step, model, optimizer, {}, state, [])
+    return saving.save(folder, step, layout, {}, state, [])
 
 
 @pytest.mark.parametrize("factory", [torch.optim.AdamW, torch.optim.SGD, torch.optim.Adagrad])
 def test_saved_and_restored_go_on_alike(tmp_path: Path, factory: Any) -> None:
-    model, optimizer = trained(0, factory)
-    saved = save(tmp_path, 1, model, optimizer)
-    other, other_optimizer = trained(1, factory)
-    saved.restore(other, other_optimizer)
-    for each, its in ((model, optimizer), (other, other_optimizer)):
-        each(torch.arange(8)[None], labels=torch.arange(8)[None]).loss.backward()
-        its.step()
-    for (name, tensor), expected in zip(other.named_parameters(), model.parameters(), strict=True):
+    layout, other = trained(0, factory), trained(1, factory)
+    save(tmp_path, 1, layout).restore(other)
+    for trainee in (layout, other):
+        trainee.model(torch.arange(8)[None], labels=torch.arange(8)[None]).loss.backward()
+        trainee.optimizer.step()
+    for (name, tensor), expected in zip(other.model.named_parameters(), layout.model.parameters(), strict=True):
         assert torch.equal(tensor, expected), name
 
 
 def test_names_are_those_of_the_model_and_tied_weights_once(tmp_path: Path) -> None:
-    model, optimizer = trained()
-    saved = save(tmp_path, 1, model, optimizer)
-    names = dict(model.named_parameters()).keys()
+    layout = trained()
+    saved = save(tmp_path, 1, layout)
+    names = dict(layout.model.named_parameters()).keys()
     assert saved.shapes.keys() == names
     assert "lm_head.weight" not in names
     (shard,) = saved.path.glob("shard-*.safetensors")
@@ -56,17 +55,17 @@ def test_names_are_those_of_the_model_and_tied_weights_once(tmp_path: Path) -> N
 
 
 def test_another_models_checkpoint_is_refused(tmp_path: Path) -> None:
-    saved = save(tmp_path, 1, *trained())
+    saved = save(tmp_path, 1, trained())
     with pytest.raises(UserError, match=r"another model: .* has shape"):
-        saved.restore(*trained(hidden_size=64))
+        saved.restore(trained(hidden_size=64))
     with pytest.raises(UserError, match=r"another model: lm_head\.weight differ"):
-        saved.restore(*trained(tie_word_embeddings=False))
+        saved.restore(trained(tie_word_embeddings=False))
 
 
 def test_last_ones_and_the_best_stay(tmp_path: Path) -> None:
-    model, optimizer = trained()
+    layout = trained()
     for step, loss in enumerate([3.0, 1.0, None, 2.0, 1.0, 4.0], start=1):
-        save(tmp_path, step, model, optimizer, loss)
+        save(tmp_path, step, layout, loss)
         checkpoints.prune(tmp_path, keep_last=2)
     assert [each.step for each in checkpoints.complete(tmp_path)] == [2, 5, 6]
     best = checkpoints.best(checkpoints.complete(tmp_path))
@@ -74,8 +73,8 @@ def test_last_ones_and_the_best_stay(tmp_path: Path) -> None:
 
 
 def test_half_written_is_never_seen_and_goes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    model, optimizer = trained()
-    save(tmp_path, 1, model, optimizer)
+    layout = trained()
+    save(tmp_path, 1, layout)
 
     def fail(*_: Any, **__: Any) -> None:
         raise RuntimeError
@@ -83,17 +82,17 @@ def test_half_written_is_never_seen_and_goes(tmp_path: Path, monkeypatch: pytest
     with monkeypatch.context() as patch:
         patch.setattr(saving, "flush", fail)
         with pytest.raises(RuntimeError):
-            save(tmp_path, 2, model, optimizer)
+            save(tmp_path, 2, layout)
     assert [path.name for path in tmp_path.iterdir()] == ["step-00000001"]
     (tmp_path / ".unfinished-step-00000003").mkdir()  # of a killed process
     latest = checkpoints.latest(tmp_path)
     assert latest is not None and latest.step == 1
-    save(tmp_path, 4, model, optimizer)
+    save(tmp_path, 4, layout)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000001", "step-00000004"]
 
 
 def test_a_damaged_file_is_named(tmp_path: Path) -> None:
-    saved = save(tmp_path, 1, *trained())
+    saved = save(tmp_path, 1, trained())
     saved.verify()
     (shard,) = saved.path.glob("shard-*.safetensors")
     content = bytearray(shard.read_bytes())
@@ -105,18 +104,18 @@ def test_a_damaged_file_is_named(tmp_path: Path) -> None:
 
 def test_pieces_of_any_size_make_the_same_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What five ranks write of a model that each of them holds, read as a whole and in ranges."""
-    model, optimizer = trained()
+    layout = trained()
     staging = tmp_path / "step-00000001"
     staging.mkdir()
     for rank in range(5):
-        saving._write_shard(staging / f"shard-{rank:05d}-of-00005.safetensors", model, optimizer, rank, 5)
+        saving._write_shard(staging / f"shard-{rank:05d}-of-00005.safetensors", layout, rank, 5)
     sizes = [path.stat().st_size for path in staging.iterdir()]
     assert max(sizes) < 1.2 * min(sizes)
-    document = {"format": checkpoints.FORMAT, **saving._description(model, optimizer)}
+    document = {"format": checkpoints.FORMAT, **saving._description(layout)}
     (staging / "state.json").write_text(json.dumps(document))
     whole = checkpoints.Checkpoint(staging)
-    for name, parameter in model.named_parameters():
+    for name, parameter in layout.model.named_parameters():
         assert torch.equal(whole.tensor(name), parameter), name
         values = torch.empty(7)
         whole.read(name, "exp_avg", 11, values)
-        assert torch.equal(values, optimizer.state[parameter]["exp_avg"].view(-1)[11:18])
+        assert torch.equal(values, layout.optimizer.state[parameter]["exp_avg"].view(-1)[11:18])

@@ -11,7 +11,7 @@ from transformers import Gemma2Config, Gemma2ForCausalLM, GraniteConfig, Granite
 from conftest import tiny_llama
 from sft.data.mask import IGNORE
 from sft.model import attention, loss
-from sft.model.loss import Objective, linear_nll
+from sft.model.loss import head_is_plain_matrix, linear_nll, nll, token_log_probs
 
 LENGTHS = [5, 9, 9, 3, 17]
 NUM_PROMPT = 2
@@ -64,16 +64,15 @@ def plain(model: PreTrainedModel) -> PreTrainedModel:
 def test_masked_sum_is_joint_minus_prompt(model: PreTrainedModel) -> None:
     # log Pr(y | x) = log Pr([x, y]) - log Pr(x), the right side without any mask.
     batch = pack(LENGTHS)
-    nll, count = Objective()(model, batch)
+    total = nll(model, batch, plain_head=True)
     other = plain(model)
     expected = sum(log_prob(other, ids) - log_prob(other, ids[:, :NUM_PROMPT]) for ids in samples(batch))
-    assert count == sum(LENGTHS) - NUM_PROMPT * len(LENGTHS)
-    assert nll.item() == pytest.approx(-expected.item(), rel=1e-6, abs=1e-5)
+    assert total.item() == pytest.approx(-expected.item(), rel=1e-6, abs=1e-5)
 
 
 def test_gradient_of_pack_is_sum_over_samples_alone(model: PreTrainedModel) -> None:
     batch = pack(LENGTHS)
-    Objective()(model, batch)[0].backward()
+    nll(model, batch, plain_head=True).backward()
     other = plain(model)
     for ids in samples(batch):
         logits = other(ids, use_cache=False).logits[0, NUM_PROMPT - 1 : -1]
@@ -83,9 +82,10 @@ def test_gradient_of_pack_is_sum_over_samples_alone(model: PreTrainedModel) -> N
         torch.testing.assert_close(parameter.grad, expected[name].grad, rtol=1e-4, atol=2e-5, msg=name)
 
 
-def test_token_log_probs_sum_to_the_joint(model: PreTrainedModel) -> None:
+@pytest.mark.parametrize("plain_head", [True, False])
+def test_token_log_probs_sum_to_the_joint(plain_head: bool, model: PreTrainedModel) -> None:
     batch = pack(LENGTHS)
-    log_probs = Objective().token_log_probs(model, batch)
+    log_probs = token_log_probs(model, batch, plain_head=plain_head)
     other = plain(model)
     for (start, end), ids in zip(pairwise(batch["cu_seqlens"].tolist()), samples(batch), strict=True):
         assert log_probs[start] == 0
@@ -111,10 +111,10 @@ def test_gradient_by_hand() -> None:
     #   d(-log p)/dw_v   = (softmax_v - [v = target]) h
     hidden = torch.tensor([[0.5], [-1.0]], requires_grad=True)
     weight = torch.tensor([[1.0], [-1.0]], requires_grad=True)
-    nll = linear_nll(hidden, weight, torch.tensor([0, 0]))
-    (3 * nll).backward()
+    total = linear_nll(hidden, weight, torch.tensor([0, 0]))
+    (3 * total).backward()
     p = torch.sigmoid(torch.tensor([1.0, -2.0]))
-    assert nll.item() == pytest.approx(-p.log().sum().item())
+    assert total.item() == pytest.approx(-p.log().sum().item())
     torch.testing.assert_close(hidden.grad[:, 0], 3 * -2 * (1 - p))
     by_row = (1 - p) * torch.tensor([0.5, -1.0])
     torch.testing.assert_close(weight.grad[:, 0], 3 * torch.stack([-by_row.sum(), by_row.sum()]))
@@ -127,9 +127,9 @@ def test_chunks_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     for elements in (1, 10**9):  # at least 16 rows: 7 chunks, the last of 4; then one
         monkeypatch.setitem(loss.CHUNK_ELEMENTS, "cpu", elements)
         h, w = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
-        nll = linear_nll(h, w, target)
-        nll.backward()
-        results.append((nll.detach(), h.grad, w.grad))
+        total = linear_nll(h, w, target)
+        total.backward()
+        results.append((total.detach(), h.grad, w.grad))
     reference = F.cross_entropy(hidden @ weight.T, target, reduction="sum")
     torch.testing.assert_close(results[0][0], reference)
     for one, other in zip(*results, strict=True):
@@ -148,9 +148,9 @@ def test_no_supervised_token_gives_zero_and_a_graph(model: PreTrainedModel) -> N
     batch = pack([4])
     batch["labels"][:] = IGNORE
     batch["predicting"] = batch["predicting"][:0]
-    nll, count = Objective()(model, batch)
-    nll.backward()
-    assert (nll.item(), count) == (0.0, 0)
+    total = nll(model, batch, plain_head=True)
+    total.backward()
+    assert total.item() == 0.0
     assert all(float(p.grad.abs().sum()) == 0 for p in model.parameters() if p.grad is not None)
 
 
@@ -182,20 +182,36 @@ def test_head_that_is_more_than_a_matrix_takes_the_models_own_forward(other: obj
     batch = pack(LENGTHS)
     batch["input_ids"] %= 64
     batch["labels"] = torch.where(batch["labels"] == IGNORE, IGNORE, batch["input_ids"])
-    measure = Objective()
-    nll, _ = measure(model, batch)
+    plain_head = head_is_plain_matrix(model)
+    total = nll(model, batch, plain_head=plain_head)
     reference = plain(model)
     expected = sum(log_prob(reference, ids) - log_prob(reference, ids[:, :NUM_PROMPT]) for ids in samples(batch))
-    assert measure.plain_head is False
-    assert nll.item() == pytest.approx(-expected.item(), abs=1e-4)
+    assert not plain_head
+    assert total.item() == pytest.approx(-expected.item(), abs=1e-4)
 
 
-def test_one_matrix_is_found_out_and_the_check_draws_no_random_number(model: PreTrainedModel) -> None:
-    model.config.attention_dropout = 0.5
-    measure = Objective()
+def in_place(model: PreTrainedModel) -> None:
+    """The head's product is changed after it, in place."""
+    forward = model.forward
+
+    def changed(*args: object, **kwargs: object) -> object:
+        outputs = forward(*args, **kwargs)
+        outputs.logits.mul_(2)
+        return outputs
+
+    model.forward = changed
+
+
+def test_head_is_found_plain_without_reading_a_weight(model: PreTrainedModel) -> None:
     state = torch.get_rng_state()
-    inputs = loss.model_inputs(pack(LENGTHS))
-    assert loss.head_is_one_matrix(model, inputs)
+    with torch.device("meta"):
+        empty = tiny_llama(attn_implementation=attention.NAME)
+    for one in (model, empty):
+        assert head_is_plain_matrix(one)
+        assert one.training
+        assert "forward" not in vars(one.base_model) | vars(one.get_output_embeddings())
     assert torch.equal(torch.get_rng_state(), state)
-    assert model.training
-    assert measure.plain_head is None
+    model.get_output_embeddings().bias = torch.nn.Parameter(torch.zeros(264))
+    assert not head_is_plain_matrix(model)
+    in_place(empty)
+    assert not head_is_plain_matrix(empty)

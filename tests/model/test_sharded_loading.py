@@ -6,16 +6,26 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch import nn
 
 from conftest import tiny_llama
+from sft.checkpoint.layout import Whole, allocate
 from sft.model import sharded_loading
 from sft.model.loading import ModelSource
 
 
+class OneRank:
+    """Shards by giving this rank everything."""
+
+    layout = Whole
+
+    def shard(self, model: nn.Module) -> None:
+        allocate(model, torch.device("cpu"))
+        model.tie_weights()
+
+
 def streamed(folder: Path) -> Any:
-    source = ModelSource(path=str(folder))
-    options = {"dtype": torch.float32, "attn_implementation": "sdpa"}
-    return sharded_loading.load_streamed(source, source.load_config(), options, weights=True, shard=None)
+    return ModelSource(path=str(folder), attention="sdpa").load(torch.float32, sharding=OneRank())
 
 
 def assert_equal(model: Any, folder: Path) -> None:

@@ -22,9 +22,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from safetensors import safe_open
 from torch import Tensor, nn
 
-from sft.checkpoint import safetensors_file, shards
+from sft.checkpoint.layout import Whole, full_shape, named_trainable, persistent_buffers
+from sft.checkpoint.safetensors_file import BY_NAME, checksum, read_range
 from sft.errors import UserError
 from sft.ranks import place, together
 
@@ -76,7 +78,7 @@ class Checkpoint:
         for piece in self._pieces[name, field]:
             low, high = max(start, piece.start), min(stop, piece.start + piece.numel)
             if low < high:
-                values = piece.file.read(piece.key, low - piece.start, high - piece.start)
+                values = read_range(piece.file, piece.key, low - piece.start, high - piece.start)
                 into[low - start : high - start] = values
                 filled += high - low
         assert filled == len(into), f"{self.path}: {name}|{field} lacks {len(into) - filled} values"
@@ -88,7 +90,7 @@ class Checkpoint:
         def compare() -> None:
             for name, recorded in list(self.state["files"].items())[rank::world_size]:
                 path = self.path / name
-                if not path.exists() or safetensors_file.checksum(path) != recorded:
+                if not path.exists() or checksum(path) != recorded:
                     raise UserError(
                         f"{path} is damaged (its checksum is another): remove the folder {self.path}, and the run "
                         "goes on from the checkpoint before it"
@@ -96,12 +98,13 @@ class Checkpoint:
 
         together(compare)
 
-    def restore(self, model: nn.Module, optimizer: Any) -> None:
+    def restore(self, layout: Whole) -> None:
         """Puts weights, optimizer state and each group's hyperparameters back: each rank its own part, by name."""
         state, fields = self.state, self._fields
         if state["format"] != FORMAT:
             raise UserError(f"{self.path} has format {state['format']}, this is {FORMAT}: start the run anew")
-        own = {name: shards.full_shape(parameter) for name, parameter in shards.named_trainable(model)}
+        model, optimizer = layout.model, layout.optimizer
+        own = {name: full_shape(parameter) for name, parameter in named_trainable(model)}
         if own.keys() != state["shapes"].keys() - state["buffers"]:
             differing = sorted(own.keys() ^ (state["shapes"].keys() - set(state["buffers"])))
             raise UserError(f"{self.path} is a checkpoint of another model: {', '.join(differing[:3])} differ")
@@ -111,22 +114,18 @@ class Checkpoint:
                     f"{self.path} is a checkpoint of another model: {name} has shape {state['shapes'][name]}, the "
                     f"model's is {shape}"
                 )
-        inner = shards.inner(optimizer)
         for group, saved in zip(optimizer.param_groups, state["groups"], strict=True):
             assert group["param_names"] == saved["param_names"], "the optimizer's groups are others"
             group.update({key: value for key, value in saved.items() if key != "param_names"})
-        # DeepSpeed's own optimizers count steps in plain numbers, torch's in tensors, fused ones on the device.
-        plain = type(inner).__module__.startswith("deepspeed")
-        on_device = any(group.get("fused") or group.get("capturable") for group in inner.param_groups)
-        for part in shards.held(model, optimizer):
+        for part in layout.parts():
             self.read(part.name, "weight", part.start, part.weight)
             # States that the optimizer makes at its first step; none of them, no entry.
             for field in fields.get(part.name, []):
-                states = inner.state[part.holder]
+                states = optimizer.state[part.holder]
                 if field in state["scalars"]:
-                    value = torch.empty(1, device=part.holder.device if on_device else "cpu")
+                    value = torch.empty(1)
                     self.read(part.name, field, 0, value)
-                    states[field] = int(value) if plain else value[0].clone()
+                    states[field] = layout.scalar(value, part)
                     continue
                 if field not in states:
                     states[field] = torch.zeros_like(part.holder, requires_grad=False)
@@ -136,17 +135,20 @@ class Checkpoint:
                 whole = torch.empty(buffer.numel(), dtype=buffer.dtype)
                 self.read(name, "weight", 0, whole)
                 buffer.copy_(whole.view(buffer.shape))
-        shards.publish(optimizer)
+        layout.publish(self.step)
 
     @cached_property
     def _pieces(self) -> dict[tuple[str, str], list["_Piece"]]:
         """What the files hold, by name and field."""
         pieces: dict[tuple[str, str], list[_Piece]] = {}
         for path in sorted(self.path.glob("shard-*.safetensors")):
-            file = safetensors_file.File(path)
-            for key, (dtype, shape) in file.layout.items():
+            file = safe_open(path, "pt")
+            for key in file.keys():  # noqa: SIM118  it is no mapping
                 name, field, start = key.rsplit("|", 2)
-                pieces.setdefault((name, field), []).append(_Piece(file, key, int(start), shape[0], dtype))
+                values = file.get_slice(key)
+                (numel,) = values.get_shape()
+                piece = _Piece(file, key, int(start), numel, BY_NAME[values.get_dtype()])
+                pieces.setdefault((name, field), []).append(piece)
         return pieces
 
     @property
@@ -160,7 +162,7 @@ class Checkpoint:
 
 
 class _Piece(NamedTuple):
-    file: safetensors_file.File
+    file: safe_open
     key: str
     start: int
     numel: int
@@ -170,7 +172,7 @@ class _Piece(NamedTuple):
 def saved_buffers(model: nn.Module) -> list[tuple[str, Tensor]]:
     """Those of the model; none where only an adapter is trained, since the base model has them."""
     all_trained = all(parameter.requires_grad for parameter in model.parameters())
-    return shards.persistent_buffers(model) if all_trained else []
+    return persistent_buffers(model) if all_trained else []
 
 
 def complete(folder: Path) -> list[Checkpoint]:

@@ -1,4 +1,4 @@
-"""Safetensors files written one tensor at a time and read in ranges, so that no more than one tensor is ever held.
+"""Safetensors files written a tensor at a time, which the library can't, and read in ranges of flat values.
 
 The format (https://huggingface.co/docs/safetensors): 8 bytes with the length of a JSON header, the header with dtype,
 shape and place of each tensor, then the tensors' bytes end to end.
@@ -11,9 +11,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
+from safetensors import safe_open
 from torch import Tensor
-
-from sft.errors import UserError
 
 DTYPES = {
     torch.float64: "F64",
@@ -30,37 +29,15 @@ DTYPES = {
 BY_NAME = {name: dtype for dtype, name in DTYPES.items()}
 
 
-class File:
-    """An open safetensors file. Plain reads and no memory map: what was read doesn't count as the process's memory."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self._file = path.open("rb", buffering=0)
-        (length,) = struct.unpack("<Q", self._file.read(8))
-        self.layout: dict[str, tuple[torch.dtype, list[int]]] = {}
-        self._start: dict[str, int] = {}
-        for name, entry in json.loads(self._file.read(length)).items():
-            if name != "__metadata__":
-                self.layout[name] = BY_NAME[entry["dtype"]], entry["shape"]
-                self._start[name] = 8 + length + entry["data_offsets"][0]
-
-    def __del__(self) -> None:
-        if hasattr(self, "_file"):
-            self._file.close()
-
-    def read(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
-        """The flat values from `start` to `stop` of a tensor, 1-D."""
-        dtype, shape = self.layout[name]
-        stop = torch.Size(shape).numel() if stop is None else stop
-        values = torch.empty(stop - start, dtype=dtype)
-        left = values.view(torch.uint8).numpy().data
-        self._file.seek(self._start[name] + start * dtype.itemsize)
-        while left:
-            count = self._file.readinto(left)
-            if not count:
-                raise UserError(f"{self.path} is shorter than it says: it is damaged")
-            left = left[count:]
-        return values
+def read_range(file: safe_open, name: str, start: int, stop: int) -> Tensor:
+    """The flat values from `start` to `stop` of a tensor, 1-D. Only the rows that hold them are read."""
+    values = file.get_slice(name)
+    shape = values.get_shape()
+    if not shape or not shape[0]:
+        return file.get_tensor(name).reshape(-1)[start:stop]
+    row = torch.Size(shape[1:]).numel()
+    first, last = start // row, -(-stop // row)
+    return values[first:last].reshape(-1)[start - first * row : stop - first * row]
 
 
 def checksum(path: Path) -> dict[str, int]:

@@ -2,27 +2,26 @@
 
 import io
 import json
-import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from sft.checkpoint import safetensors_file, shards
+from sft.checkpoint import safetensors_file
 from sft.checkpoint.checkpoint import FORMAT, Checkpoint, discard_unfinished, saved_buffers
-from sft.checkpoint.shards import Part
+from sft.checkpoint.layout import Part, Whole, flat, full_shape, named_trainable
 from sft.errors import UserError
 from sft.ranks import place, together
+from sft.runs.files import fsync
 
 
 def save(
     folder: Path,
     step: int,
-    model: nn.Module,
-    optimizer: Any,
+    layout: Whole,
     callbacks: dict[str, Any],
     state: dict[str, Any],
     probes: Any,
@@ -40,13 +39,13 @@ def save(
             staging.mkdir()
 
     def write() -> dict[str, dict[str, int]]:
-        written = _write_shard(staging / shard, model, optimizer, rank, world_size)
-        flush_file(staging / shard)
+        written = _write_shard(staging / shard, layout, rank, world_size)
+        fsync(staging / shard)
         return {shard: written}
 
     def finish() -> None:
         if rank == 0:
-            document = {"format": FORMAT, "step": step, **state, **_description(model, optimizer), "files": files}
+            document = {"format": FORMAT, "step": step, **state, **_description(layout), "files": files}
             _write_rest(staging, document, callbacks, probes)
             if final.exists():  # the same step again, after a resume from an earlier one
                 shutil.rmtree(final)
@@ -64,12 +63,12 @@ def save(
     return Checkpoint(final)
 
 
-def _write_shard(path: Path, model: nn.Module, optimizer: Any, rank: int, world_size: int) -> dict[str, int]:
+def _write_shard(path: Path, layout: Whole, rank: int, world_size: int) -> dict[str, int]:
     """Writes this rank's share of weights and optimizer state; size and checksum of the file."""
-    parts = shards.held(model, optimizer)
-    if shards.replicated(model, optimizer):
+    parts = layout.parts()
+    if layout.replicated:
         parts = _dealt(parts, rank, world_size)
-    states = shards.inner(optimizer).state
+    states = layout.optimizer.state
     values: dict[str, Tensor] = {}  # views of what is in memory anyway
     for part in parts:
         values[f"{part.name}|weight|{part.start}"] = part.weight
@@ -78,13 +77,13 @@ def _write_shard(path: Path, model: nn.Module, optimizer: Any, rank: int, world_
                 if part.start == 0:
                     values[f"{part.name}|{field}|0"] = torch.tensor([float(value)])
             elif isinstance(value, Tensor):
-                if shards.flat(value).numel() != shards.flat(part.holder).numel():
+                if flat(value).numel() != flat(part.holder).numel():
                     raise UserError(f"the optimizer's state {field} of {part.name} isn't shaped like it: use another")
                 values[f"{part.name}|{field}|{part.start}"] = part.of(value)
     if rank == 0:
-        values |= {f"{name}|weight|0": buffer.reshape(-1) for name, buffer in saved_buffers(model)}
-    layout = {key: (value.dtype, list(value.shape)) for key, value in values.items()}
-    return safetensors_file.write(path, layout, values.__getitem__)
+        values |= {f"{name}|weight|0": buffer.reshape(-1) for name, buffer in saved_buffers(layout.model)}
+    entries = {key: (value.dtype, list(value.shape)) for key, value in values.items()}
+    return safetensors_file.write(path, entries, values.__getitem__)
 
 
 def is_scalar(value: Any) -> bool:
@@ -105,11 +104,12 @@ def _dealt(parts: list[Part], rank: int, world_size: int) -> list[Part]:
     return dealt
 
 
-def _description(model: nn.Module, optimizer: Any) -> dict[str, Any]:
+def _description(layout: Whole) -> dict[str, Any]:
     """Shapes, hyperparameters of each group, and which states are single numbers."""
-    shapes = {name: shards.full_shape(parameter) for name, parameter in shards.named_trainable(model)}
-    buffers = {name: list(buffer.shape) for name, buffer in saved_buffers(model)}
-    states = shards.inner(optimizer).state.values()
+    optimizer = layout.optimizer
+    shapes = {name: full_shape(parameter) for name, parameter in named_trainable(layout.model)}
+    buffers = {name: list(buffer.shape) for name, buffer in saved_buffers(layout.model)}
+    states = optimizer.state.values()
     scalars = sorted({field for state in states for field, value in state.items() if is_scalar(value)})
     groups = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
     return {"groups": groups, "shapes": shapes | buffers, "buffers": list(buffers), "scalars": scalars}
@@ -128,12 +128,4 @@ def _write_rest(staging: Path, document: dict[str, Any], callbacks: dict[str, An
 def flush(folder: Path, contents: bool = True) -> None:
     """Waits until the folder, and by default the files in it, are on the disk."""
     for path in [*(sorted(folder.iterdir()) if contents else []), folder]:
-        flush_file(path)
-
-
-def flush_file(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        fsync(path)

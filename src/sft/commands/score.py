@@ -32,7 +32,7 @@ def main(config: Any) -> None:
     from sft.data.step_plan import eval_plan
     from sft.model import attention
     from sft.model.loading import load_exported
-    from sft.model.loss import Objective
+    from sft.model.loss import head_is_plain_matrix, token_log_probs
     from sft.training.prepare import quiet
 
     quiet()
@@ -50,7 +50,7 @@ def main(config: Any) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model: Any = load_exported(folder, attn_implementation=attention.NAME)
     model.to(device).eval()
-    objective = Objective()
+    plain_head = head_is_plain_matrix(model)
     plan = eval_plan(
         samples.lengths,
         max_length=data_config.max_length,
@@ -65,7 +65,7 @@ def main(config: Any) -> None:
             batch = make_batch(samples, indices, 1)
             bounds = batch["cu_seqlens"].tolist()
             batch = to_device(batch, device)
-            log_prob = objective.token_log_probs(model, batch).double().cpu()
+            log_prob = token_log_probs(model, batch, plain_head=plain_head).double().cpu()
             in_response = (batch["labels"][0] != IGNORE).cpu()
             for index, start, end in zip(indices.tolist(), bounds[:-1], bounds[1:], strict=True):
                 of_sample, response = log_prob[start:end], in_response[start:end]

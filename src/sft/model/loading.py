@@ -1,7 +1,6 @@
 """A model and its tokenizer, by folder or Hub name, checked against each other before any weight is read."""
 
 import json
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +14,8 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
+
+    from sft.model.sharded_loading import Sharding
 
 
 @dataclass(frozen=True)
@@ -112,41 +113,49 @@ class ModelSource:
             )
         return config
 
-    def load(
-        self, dtype: "torch.dtype", weights: bool = True, shard: "Callable[[nn.Module], None] | None" = None
-    ) -> "PreTrainedModel":
+    def load(self, dtype: "torch.dtype", weights: bool = True, sharding: "Sharding | None" = None) -> "PreTrainedModel":
         """The model in training mode; `weights=False` leaves them undefined, to be filled from a checkpoint.
 
-        With an adapter it alone can be trained, and what it lies beside is always the pre-trained model. With `shard`,
-        which leaves each rank room for its part of each parameter, no rank ever holds more than that and what is being
-        read.
+        With an adapter, only the adapter is trainable; the base weights are always read from `path`. With `sharding`,
+        each rank holds its part of the parameters plus the tensor being read.
         """
+        from accelerate import init_empty_weights
         from transformers import AutoModelForCausalLM
 
         from sft.model import attention  # noqa: F401  registers `packed`
-        from sft.model.sharded_loading import load_streamed
+        from sft.model.sharded_loading import load_sharded
 
         config = self.load_config()
-        options: dict[str, Any] = {"dtype": dtype, "attn_implementation": self.attention}
+        options: dict[str, Any] = {"trust_remote_code": self.trust_remote_code}
+        options |= {"dtype": dtype, "attn_implementation": self.attention}
         if self.adapter and self.adapter.quantize:
             options |= quantization()
+        path = self.path if self.init == "pretrained" else None
+
+        def load_whole() -> "PreTrainedModel":
+            if path is None:
+                return AutoModelForCausalLM.from_config(config, **options)
+            return AutoModelForCausalLM.from_pretrained(path, config=config, revision=self.revision, **options)
+
         try:
-            if shard is not None or not (weights or self.adapter):
-                model = load_streamed(self, config, options, weights, shard)
-            elif self.init == "random":
-                model = AutoModelForCausalLM.from_config(config, trust_remote_code=self.trust_remote_code, **options)
-            else:
-                assert self.path is not None
-                model = AutoModelForCausalLM.from_pretrained(
-                    self.path,
-                    config=config,
+            if sharding is not None or not (weights or self.adapter):
+                with init_empty_weights():  # parameters only: buffers such as RoPE's frequencies keep their values
+                    model = AutoModelForCausalLM.from_config(config, **options)
+                model.tie_weights()
+                load_sharded(
+                    model,
+                    load_whole,
+                    path=path,
                     revision=self.revision,
-                    trust_remote_code=self.trust_remote_code,
-                    **options,
+                    adapter=self.adapter,
+                    weights=weights,
+                    sharding=sharding,
                 )
+            else:
+                model = load_whole()
         except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
             raise _not_loaded("model", self.path or "(random)", error) from error
-        if self.adapter and shard is None:
+        if self.adapter and sharding is None:
             self.adapter.add(model)
         if self.gradient_checkpointing:
             # The first of the two names is new in transformers 5.2x and warns of the second.

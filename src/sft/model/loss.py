@@ -1,4 +1,4 @@
-"""The loss: the sum of −log p over the supervised tokens, and their number. Whoever knows the world averages.
+"""The loss: the sum of −log p over the supervised tokens. Averaging is left to the caller, who knows all ranks.
 
     sum over samples of log Pr(y | x) = sum over supervised positions t of log p(token t | tokens before t)
 
@@ -11,18 +11,22 @@ Shape suffixes: T tokens of the row, N supervised tokens, C hidden channels, V v
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from sft.data.batch import Batch
 
 # Logits held at once, in elements. Smaller saves memory; larger feeds the matrix units.
 CHUNK_ELEMENTS = {"cpu": 2**23, "cuda": 2**27}
 
 
-def model_inputs(batch: Any) -> dict[str, Any]:
+def model_inputs(batch: Batch) -> dict[str, object]:
     """What the model is called with: a flat row, its positions and its boundaries.
 
     `use_cache=False` and no `attention_mask`: either would let samples of a row see each other.
@@ -39,97 +43,102 @@ def model_inputs(batch: Any) -> dict[str, Any]:
     }
 
 
-class Objective:
-    """`objective(model, batch)` gives (sum of −log p, number of supervised tokens) of a causal LM.
+def nll(model: PreTrainedModel, batch: Batch, *, plain_head: bool) -> Tensor:
+    """Sum of −log p of the batch's supervised tokens, float32 scalar.
 
     The loss is computed in the place of the head, within the model's own forward pass: a strategy that shards the
     weights gathers them by hooks on the modules it calls. The head is called once a batch, on every rank, also where
     no token is supervised, so ranks never wait for each other's collectives.
 
-    `plain_head` is None until the first batch; then True where the head is one matrix and its product is what the
-    model returns, and False where there is more to it (soft-capping, a scale, a bias, an adapter): such a model makes
-    its own logits.
+    Args:
+        plain_head: whether the head is a plain matrix (`head_is_plain_matrix`); else the model makes its logits.
     """
+    position_N = batch["predicting"]
+    target_N = batch["labels"][0, position_N + 1]
+    inputs = model_inputs(batch)
+    if not plain_head:
+        logits_NV = model(**inputs, logits_to_keep=position_N).logits[0]
+        return F.cross_entropy(logits_NV.float(), target_N, reduction="sum")
+    with head_replaced(model, partial(linear_nll, target_N=target_N)):
+        return model(**inputs, logits_to_keep=position_N).logits
 
-    def __init__(self) -> None:
-        self.plain_head: bool | None = None
 
-    def __call__(self, model: Any, batch: Any) -> tuple[Tensor, int]:
-        position_N = batch["predicting"]
-        target_N = batch["labels"][0, position_N + 1]
-        inputs = model_inputs(batch)
-        if self.plain_head is None:
-            self.plain_head = head_is_one_matrix(model, inputs)
-        if not self.plain_head:
-            logits_NV = model(**inputs, logits_to_keep=position_N).logits[0]
-            return F.cross_entropy(logits_NV.float(), target_N, reduction="sum"), len(target_N)
-        with head_replaced(model, lambda hidden, weight: linear_nll(hidden, weight, target_N)):
-            return model(**inputs, logits_to_keep=position_N).logits, len(target_N)
+@torch.no_grad()
+def token_log_probs(model: PreTrainedModel, batch: Batch, *, plain_head: bool) -> Tensor:
+    """log p of each token given those before it in its sample, float32 [T]; 0 at first tokens."""
+    token_T = batch["input_ids"][0]
+    position_N = (batch["position_ids"][0] != 0).nonzero()[:, 0] - 1
+    target_N = token_T[position_N + 1]
+    inputs = model_inputs(batch)
+    if plain_head:
+        with head_replaced(model, partial(linear_log_probs, target_N=target_N)):
+            log_prob_N = model(**inputs, logits_to_keep=position_N).logits
+    else:
+        log_prob_N = _log_probs(model(**inputs, logits_to_keep=position_N).logits[0], target_N)
+    log_prob_T = torch.zeros(len(token_T), dtype=torch.float32, device=token_T.device)
+    log_prob_T[position_N + 1] = log_prob_N
+    return log_prob_T
 
-    @torch.no_grad()
-    def token_log_probs(self, model: Any, batch: Any) -> Tensor:
-        """log p of each token given those before it in its sample, float32 [T]; 0 at first tokens."""
-        inputs, token_T = model_inputs(batch), batch["input_ids"][0]
-        position_N = (batch["position_ids"][0] != 0).nonzero()[:, 0] - 1
-        target_N = token_T[position_N + 1]
-        if self.plain_head is None:
-            self.plain_head = head_is_one_matrix(model, inputs)
 
-        def log_probs(hidden_NC: Tensor, weight_VC: Tensor) -> Tensor:
-            rows = _chunk_rows(hidden_NC, len(weight_VC))
-            chunks = zip(hidden_NC.split(rows), target_N.split(rows), strict=True)
-            return torch.cat([_log_probs(F.linear(hidden, weight_VC), target) for hidden, target in chunks])
+def head_is_plain_matrix(model: PreTrainedModel) -> bool:
+    """Whether the model returns the product of the head's input with one matrix, and does nothing to it.
 
-        if self.plain_head:
-            with head_replaced(model, log_probs):
-                log_prob_N = model(**inputs, logits_to_keep=position_N).logits
-        else:
-            log_prob_N = _log_probs(model(**inputs, logits_to_keep=position_N).logits[0], target_N)
-        log_prob_T = torch.zeros(len(token_T), dtype=torch.float32, device=token_T.device)
-        log_prob_T[position_N + 1] = log_prob_N
-        return log_prob_T
+    Then the logits need never be held whole. A head with a bias or an adapter, soft-capping or a scale makes its own
+    logits. The model's forward pass is asked, with stand-ins for its backbone and its head: no weight is read, so the
+    answer is the same on every rank and under every strategy, also before there are weights.
+    """
+    head, backbone = model.get_output_embeddings(), model.base_model
+    if type(head) is not nn.Linear or head.bias is not None or backbone is model:
+        return False
+    hidden = torch.zeros(1, 1, head.in_features, dtype=head.weight.dtype)
+    logits = torch.zeros(1, 1, 2, dtype=head.weight.dtype)
+    before = logits._version
+    with forward_replaced(backbone, lambda *_, **__: _Outputs(hidden)), forward_replaced(head, lambda _: logits):
+        try:  # not by a call of the model, whose hooks would gather weights
+            returned = model.forward(input_ids=torch.zeros(1, 1, dtype=torch.long), use_cache=False).logits
+        except Exception:  # whatever a model does between the two, which the stand-ins can't answer
+            return False
+    return returned is logits and logits._version == before
+
+
+class _Outputs:
+    """What a backbone returns: hidden states, and nothing else that it is asked for."""
+
+    def __init__(self, hidden: Tensor) -> None:
+        self.last_hidden_state = hidden
+
+    def __getitem__(self, index: int) -> Tensor:
+        return (self.last_hidden_state,)[index]
+
+    def __getattr__(self, name: str) -> None:
+        return None
+
+
+def head_replaced(model: PreTrainedModel, function: Callable[[Tensor, Tensor], Tensor]) -> AbstractContextManager[None]:
+    """While it lasts the model returns, as its logits, `function(hidden [N, C], the head's weight [V, C])`."""
+    head = model.get_output_embeddings()
+    return forward_replaced(head, lambda hidden_1NC: function(hidden_1NC[0], head.weight))
+
+
+@contextmanager
+def forward_replaced(module: nn.Module, forward: Callable[..., object]) -> Iterator[None]:
+    """While it lasts the module computes `forward`."""
+    module.forward = forward
+    try:
+        yield
+    finally:
+        del module.forward  # the class's own is seen again
+
+
+def linear_log_probs(hidden_NC: Tensor, weight_VC: Tensor, target_N: Tensor) -> Tensor:
+    """log softmax(hidden @ weight.T)[target], float32 [N]."""
+    rows = _chunk_rows(hidden_NC, len(weight_VC))
+    chunks = zip(hidden_NC.split(rows), target_N.split(rows), strict=True)
+    return torch.cat([_log_probs(F.linear(hidden, weight_VC), target) for hidden, target in chunks])
 
 
 def _log_probs(logits_NV: Tensor, target_N: Tensor) -> Tensor:
     return -F.cross_entropy(logits_NV.float(), target_N, reduction="none")
-
-
-@contextmanager
-def head_replaced(model: Any, function: Callable[[Tensor, Tensor], Tensor]) -> Iterator[None]:
-    """While it lasts the model returns, as its logits, `function(hidden [N, C], the head's weight [V, C])`."""
-    head = model.get_output_embeddings()
-    head.forward = lambda hidden_1NC: function(hidden_1NC[0], head.weight)
-    try:
-        yield
-    finally:
-        del head.forward  # the class's own is seen again
-
-
-@torch.no_grad()
-def head_is_one_matrix(model: Any, inputs: dict[str, Any]) -> bool:
-    """Whether what the model returns is the product of the head's input with one matrix, bit for bit.
-
-    The product is taken in the head's place and compared with the logits, so that anything done to them shows, even
-    where it is too small for a tolerance.
-    """
-    head = model.get_output_embeddings()
-    if type(head) is not nn.Linear or head.bias is not None:
-        return False
-    made: list[Tensor] = []
-
-    def product(hidden_NC: Tensor, weight_VC: Tensor) -> Tensor:
-        made.append(F.linear(hidden_NC[None], weight_VC))
-        return made[0]
-
-    training = model.training
-    model.eval()  # so that dropout draws no random number that an uninterrupted run would not draw
-    first_few = torch.arange(min(64, inputs["input_ids"].shape[1]), device=inputs["input_ids"].device)
-    try:
-        with head_replaced(model, product):
-            logits = model(**inputs, logits_to_keep=first_few).logits
-    finally:
-        model.train(training)
-    return torch.equal(made[0], logits)
 
 
 def linear_nll(hidden_NC: Tensor, weight_VC: Tensor, target_N: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 from torch.optim import Optimizer
 
-from sft.checkpoint.shards import full_shape, named_trainable
+from sft.checkpoint.layout import full_shape, named_trainable
 from sft.errors import UserError
 
 

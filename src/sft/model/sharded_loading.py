@@ -3,77 +3,75 @@
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Protocol
 
 import torch
-from accelerate import init_empty_weights
+from safetensors import safe_open
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM
+from transformers import PreTrainedModel
 
-from sft.checkpoint.safetensors_file import File
-from sft.checkpoint.shards import allocate, full_shape, of_parameter, persistent_buffers
-from sft.model.adapter import initial
-
-if TYPE_CHECKING:
-    from sft.model.loading import ModelSource
+from sft.checkpoint.layout import Whole, allocate, full_shape, persistent_buffers
+from sft.checkpoint.safetensors_file import read_range
+from sft.model.adapter import Adapter, initial
 
 Read = Callable[[str, int, int], Tensor]  # name, start, stop -> flat values, 1-D
 
 
-def load_streamed(
-    source: "ModelSource",
-    config: Any,
-    options: dict[str, Any],
-    weights: bool,
-    shard: Callable[[nn.Module], None] | None,
-) -> Any:
-    """Makes the model without weights, shards it, and reads each rank's part of each weight into its place.
+class Sharding(Protocol):
+    """A strategy that shards a model before its weights are read."""
 
-    `shard` None keeps it whole; without `weights`, and without an adapter, their values stay undefined.
+    layout: type[Whole]
+
+    def shard(self, model: nn.Module) -> None:
+        """Takes a model whose parameters hold nothing yet and gives each rank room for its part of them."""
+
+
+def load_sharded(
+    model: PreTrainedModel,
+    load_whole: Callable[[], PreTrainedModel],
+    *,
+    path: str | None,
+    revision: str | None,
+    adapter: Adapter | None,
+    weights: bool,
+    sharding: Sharding | None,
+) -> None:
+    """Shards a model whose parameters hold nothing yet, and reads each rank's part of each weight into its place.
+
+    Args:
+        load_whole: the same model with its weights, where they can't be read range by range from `path`: those drawn
+            at random (`path` None), or stored under other names. It takes the whole model's memory.
+        weights: read them; without, and without an adapter, their values stay undefined.
+        sharding: without, the model stays whole.
     """
-    trusted = {"trust_remote_code": source.trust_remote_code}
-    with init_empty_weights():  # parameters only: buffers such as RoPE's frequencies keep their fp32 values
-        model = AutoModelForCausalLM.from_config(config, **trusted, **options)
-    model.tie_weights()
     shapes = {name: list(tensor.shape) for name, tensor in [*model.named_parameters(), *persistent_buffers(model)]}
-    if source.adapter:
-        source.adapter.add(model)
-    (shard or _allocate)(model)
-    if not (weights or source.adapter):
-        return model
-    read = weight_reader(source.path, source.revision, shapes, model.base_model_prefix) if source.path else None
-    if source.init == "random" or read is None:
-        # Drawn at random, or on disk under other names: this takes the whole model's memory.
-        if source.init == "random":
-            whole = AutoModelForCausalLM.from_config(config, **trusted, **options)
-        else:
-            assert source.path is not None
-            whole = AutoModelForCausalLM.from_pretrained(
-                source.path, config=config, revision=source.revision, **trusted, **options
-            )
-        named = [*whole.named_parameters(), *persistent_buffers(whole)]
-        flat = {name: tensor.detach().reshape(-1) for name, tensor in named}
-        read = lambda name, start, stop: flat[name][start:stop]  # noqa: E731
+    if adapter:
+        adapter.add(model)
+    if sharding is not None:
+        sharding.shard(model)
+    else:
+        allocate(model, torch.device("cpu"))
+        model.tie_weights()  # each module got memory of its own
+    if not (weights or adapter):
+        return
+    read = weight_reader(path, revision, shapes, model.base_model_prefix) if path else None
+    if read is None:
+        whole = load_whole()
+        values = {name: tensor.detach().reshape(-1) for name, tensor in whole.named_parameters()}
+        values |= {name: buffer.reshape(-1) for name, buffer in persistent_buffers(whole)}
+        read = lambda name, start, stop: values[name][start:stop]  # noqa: E731
+    layout = sharding.layout if sharding is not None else Whole
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            part = of_parameter(name, parameter)
+            part = layout.part(name, parameter)
             stop = part.start + part.numel
-            if source.adapter and parameter.requires_grad:
-                values = initial(name, full_shape(parameter)).view(-1)[part.start : stop]
+            if adapter and parameter.requires_grad:
+                part.weight.copy_(initial(name, full_shape(parameter)).view(-1)[part.start : stop])
             else:
-                values = read(name.replace(".base_layer.", "."), part.start, stop)
-            part.weight.copy_(values)
-            if hasattr(parameter, "ds_secondary_tensor"):  # ZeRO++'s second copy is of before
-                parameter.ds_secondary_tensor = None
+                part.weight.copy_(read(name.replace(".base_layer.", "."), part.start, stop))
+            layout.loaded(parameter)
         for name, buffer in persistent_buffers(model):
             buffer.copy_(read(name, 0, buffer.numel()).view(buffer.shape))
-    return model
-
-
-def _allocate(model: Any) -> None:
-    """The whole model in this process's memory."""
-    allocate(model, torch.device("cpu"))
-    model.tie_weights()  # each module got memory of its own
 
 
 def weight_reader(source: str, revision: str | None, shapes: Mapping[str, list[int]], prefix: str) -> Read | None:
@@ -90,12 +88,13 @@ def weight_reader(source: str, revision: str | None, shapes: Mapping[str, list[i
     names = set(json.loads(index.read_text())["weight_map"].values()) if index.exists() else {"model.safetensors"}
     if not all((folder / name).exists() for name in names):
         return None
-    file_of = {key: file for file in (File(folder / name) for name in sorted(names)) for key in file.layout}
+    files = [safe_open(folder / name, "pt") for name in sorted(names)]
+    file_of = {key: file for file in files for key in file.keys()}  # noqa: SIM118  it is no mapping
     keys = {}
     for name, shape in shapes.items():
         # A file of the bare backbone leaves out the first part of the name.
         key = name if name in file_of else name.removeprefix(f"{prefix}.")
-        if key not in file_of or file_of[key].layout[key][1] != shape:
+        if key not in file_of or file_of[key].get_slice(key).get_shape() != shape:
             return None
         keys[name] = key
-    return lambda name, start, stop: file_of[keys[name]].read(keys[name], start, stop)
+    return lambda name, start, stop: read_range(file_of[keys[name]], keys[name], start, stop)

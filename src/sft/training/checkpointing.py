@@ -13,11 +13,15 @@ from lightning.pytorch.callbacks import Callback
 
 from sft.checkpoint import checkpoint as checkpoints
 from sft.checkpoint.checkpoint import Checkpoint
+from sft.checkpoint.layout import Whole
 from sft.checkpoint.save import save
+from sft.data.batch import Batch
 from sft.ranks import together
 from sft.runs import events, signals, watchdog
 from sft.training import probes
 from sft.training.log import log
+from sft.training.module import SFTModule
+from sft.training.strategies import placement
 
 
 class Checkpoints(Callback):
@@ -40,17 +44,17 @@ class Checkpoints(Callback):
         val_every: int,
         keep_last: int,
         resume: Checkpoint | None,
-        facts: dict[str, Any],
+        facts: dict[str, object],
     ) -> None:
         self.folder, self.save_every, self.val_every = folder, save_every, val_every
         self.keep_last, self.resume, self.facts = keep_last, resume, facts
 
-    def setup(self, trainer: L.Trainer, module: Any, stage: str) -> None:
+    def setup(self, trainer: L.Trainer, module: SFTModule, stage: str) -> None:
         # Lightning's own handler would broadcast on SIGTERM, in the middle of whatever collective is under way, and
         # end the run without a checkpoint.
         trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]
 
-    def on_fit_start(self, trainer: L.Trainer, module: Any) -> None:
+    def on_fit_start(self, trainer: L.Trainer, module: SFTModule) -> None:
         if trainer.is_global_zero:
             checkpoints.discard_unfinished(self.folder)
         found = together(lambda: (socket.gethostname(), self.resume.step if self.resume else 0))
@@ -64,7 +68,7 @@ class Checkpoints(Callback):
         if number := agreed(trainer):  # came while all was made ready: there is nothing to save yet
             self._interrupt(trainer, number)
 
-    def _tell(self, trainer: L.Trainer, event: str, **details: Any) -> None:
+    def _tell(self, trainer: L.Trainer, event: str, **details: object) -> None:
         if trainer.is_global_zero:
             events.record(self.folder.parent, event, **details)
 
@@ -77,21 +81,19 @@ class Checkpoints(Callback):
         log(str(interrupted))
         raise interrupted
 
-    def _resume(self, trainer: L.Trainer, module: Any, saved: Checkpoint) -> None:
+    def _resume(self, trainer: L.Trainer, module: SFTModule, saved: Checkpoint) -> None:
         step = saved.step
         watchdog.beat(step)
         saved.verify()
         watchdog.beat(step)
-        saved.restore(module.model, trainer.optimizers[0])
+        saved.restore(layout(trainer, module))
         watchdog.beat(step)
-        if hasattr(trainer.strategy, "resumed"):
-            trainer.strategy.resumed(step)
         states = saved.callbacks()
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
             if callback.state_key in states:
                 callback.load_state_dict(states[callback.state_key])
         # The rate itself came back with the optimizer's groups.
-        module.lr_schedulers().last_epoch = step
+        trainer.lr_scheduler_configs[0].scheduler.last_epoch = step
         # Lightning counts from where the loader starts: tell it how much came before. Its own resume would
         # take these from the checkpoint, where they'd depend on the accumulation of the run that saved.
         loop = trainer.fit_loop.epoch_loop
@@ -101,26 +103,28 @@ class Checkpoints(Callback):
         batches: Any = loop.batch_progress.total
         batches.ready = batches.started = batches.processed = batches.completed = step * trainer.accumulate_grad_batches
 
-    def on_train_start(self, trainer: L.Trainer, module: Any) -> None:
+    def on_train_start(self, trainer: L.Trainer, module: SFTModule) -> None:
         if self.resume is not None and not self.resume.state.get("validated", True):
             # As Lightning does it between two batches.
             trainer.validating = True
             trainer.fit_loop.epoch_loop.val_loop.run()
             trainer.training = True
 
-    def on_train_batch_start(self, trainer: L.Trainer, module: Any, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_start(self, trainer: L.Trainer, module: SFTModule, batch: Batch, batch_idx: int) -> None:
         # Lightning validates at multiples of `val_check_batch` only: make the run's last batch one.
         total = trainer.fit_loop.epoch_loop.total_batch_idx + 1
         if total == module.num_steps * trainer.accumulate_grad_batches:
             trainer.val_check_batch = total
 
-    def on_train_batch_end(self, trainer: L.Trainer, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_end(
+        self, trainer: L.Trainer, module: SFTModule, outputs: Any, batch: Batch, batch_idx: int
+    ) -> None:
         watchdog.beat(trainer.global_step)
         whole_step = (batch_idx + 1) % trainer.accumulate_grad_batches == 0
         if whole_step and not self._validates(trainer, module):
             self._end_step(trainer, module, val_loss=None)
 
-    def on_validation_batch_end(self, trainer: L.Trainer, module: Any, *batch: Any) -> None:
+    def on_validation_batch_end(self, trainer: L.Trainer, module: SFTModule, *batch: object) -> None:
         watchdog.beat()
         if trainer.state.fn != "fit" or trainer.global_step == module.num_steps:
             return  # after the last step this is all that a resumed run would have to do
@@ -129,15 +133,15 @@ class Checkpoints(Callback):
                 self._save(trainer, module, val_loss=None, validated=False)
             self._interrupt(trainer, number)
 
-    def on_validation_end(self, trainer: L.Trainer, module: Any) -> None:
+    def on_validation_end(self, trainer: L.Trainer, module: SFTModule) -> None:
         if not trainer.sanity_checking and trainer.state.fn == "fit":
             self._end_step(trainer, module, val_loss=module.val_loss)
 
-    def _validates(self, trainer: L.Trainer, module: Any) -> bool:
+    def _validates(self, trainer: L.Trainer, module: SFTModule) -> bool:
         step = trainer.global_step
         return bool(trainer.enable_validation) and (step % self.val_every == 0 or step == module.num_steps)
 
-    def _end_step(self, trainer: L.Trainer, module: Any, val_loss: float | None) -> None:
+    def _end_step(self, trainer: L.Trainer, module: SFTModule, val_loss: float | None) -> None:
         step, number = trainer.global_step, agreed(trainer)
         if number or trainer.should_stop or step == module.num_steps or step % self.save_every == 0:
             self._save(trainer, module, val_loss)
@@ -145,7 +149,7 @@ class Checkpoints(Callback):
         if number:
             self._interrupt(trainer, number)
 
-    def _save(self, trainer: L.Trainer, module: Any, val_loss: float | None, validated: bool = True) -> None:
+    def _save(self, trainer: L.Trainer, module: SFTModule, val_loss: float | None, validated: bool = True) -> None:
         step, start = trainer.global_step, time.perf_counter()
         watchdog.beat()
         for logger in trainer.loggers:
@@ -162,8 +166,7 @@ class Checkpoints(Callback):
         saved = save(
             self.folder,
             step,
-            module.model,
-            trainer.optimizers[0],
+            layout(trainer, module),
             {key: value for key, value in callbacks.items() if value},
             state,
             log_probs,
@@ -174,6 +177,11 @@ class Checkpoints(Callback):
         self._tell(trainer, "save", step=step, seconds=round(time.perf_counter() - start, 3))
         trainer.strategy.barrier("checkpoint")
         watchdog.beat()
+
+
+def layout(trainer: L.Trainer, module: SFTModule) -> Whole:
+    """Where this rank keeps parameters and states."""
+    return placement(trainer.strategy).layout(module.model, trainer.optimizers[0])
 
 
 def agreed(trainer: L.Trainer) -> int:

@@ -1,4 +1,4 @@
-"""The LightningModule: wires model, objective and optimizer together, and decides nothing."""
+"""The LightningModule: wires model, loss and optimizer together, and decides nothing."""
 
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -16,7 +16,8 @@ from torch.optim.lr_scheduler import LambdaLR
 from sft.data.batch import Batch
 from sft.model import optimizer as optimizers
 from sft.model.loading import ModelSource
-from sft.model.loss import Objective
+from sft.model.loss import head_is_plain_matrix, nll
+from sft.training.strategies import placement
 
 
 class SFTModule(L.LightningModule):
@@ -43,8 +44,8 @@ class SFTModule(L.LightningModule):
         super().__init__()
         self.source, self.optimizer, self.schedule = source, optimizer, schedule
         self.num_steps, self.seed, self.resumed = num_steps, seed, resumed
-        self.objective = Objective()
         self.model: Any = None
+        self.plain_head = False  # of the model, once there is one
         # Of the step under way or just made, read by the metrics: this rank's sum of −log p, the norm of the
         # whole gradient before clipping, and the learning rate of the first group.
         self.step_nll: Tensor | None = None
@@ -61,9 +62,10 @@ class SFTModule(L.LightningModule):
                 # frequencies of rotary embeddings.
                 self.trainer.precision_plugin.convert_module = lambda module: module  # type: ignore[method-assign]
             torch.manual_seed(self.seed)  # what weights that no checkpoint has are drawn from, on all ranks alike
-            strategy: Any = self.trainer.strategy
-            shard = strategy.shard if getattr(strategy, "shards_model", False) else None
-            self.model = self.source.load(dtype, weights=not self.resumed, shard=shard)
+            strategy = placement(self.trainer.strategy)
+            sharding = strategy if strategy.shards_model else None
+            self.model = self.source.load(dtype, weights=not self.resumed, sharding=sharding)
+            self.plain_head = head_is_plain_matrix(self.model)
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         # Random numbers are a function of the place in the run, as the step plan is: a resumed step draws
@@ -83,12 +85,12 @@ class SFTModule(L.LightningModule):
             save_on_cpu(pin_memory=self.device.type == "cuda") if self.source.activation_offload else nullcontext()
         )
         with offload:
-            nll, _ = self.objective(self.model, batch)
-        self.step_nll = nll.detach() if self.step_nll is None else self.step_nll + nll.detach()
+            total = nll(self.model, batch, plain_head=self.plain_head)
+        self.step_nll = total.detach() if self.step_nll is None else self.step_nll + total.detach()
         # Rule 2: the update is the gradient of (sum over the global batch) / (its supervised tokens).
         # Lightning divides by the accumulation and the strategy averages over ranks; undo both.
-        copies = self.trainer.world_size * self.trainer.accumulate_grad_batches
-        return nll * (copies / batch["num_supervised"])
+        num_averaged = self.trainer.world_size * self.trainer.accumulate_grad_batches
+        return total * (num_averaged / batch["num_supervised"])
 
     def configure_gradient_clipping(
         self,
@@ -103,10 +105,9 @@ class SFTModule(L.LightningModule):
         self.grad_norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
 
     def configure_optimizers(self) -> Any:
-        strategy: Any = self.trainer.strategy
         # A strategy that keeps the states elsewhere brings its own implementation of the same optimizer.
-        choose = getattr(strategy, "optimizer_factory", lambda factory: factory)
-        optimizer = optimizers.build(self.model, choose(self.optimizer))
+        factory = placement(self.trainer.strategy).optimizer_factory(self.optimizer)
+        optimizer = optimizers.build(self.model, factory)
         scheduler = LambdaLR(optimizer, lambda step: self.schedule(step, self.num_steps))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
@@ -115,9 +116,8 @@ class SFTModule(L.LightningModule):
         self._val_sums = torch.zeros(2, dtype=torch.float64, device=self.device)
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        nll, num_supervised = self.objective(self.model, batch)
-        self._val_sums[0] += nll
-        self._val_sums[1] += num_supervised
+        self._val_sums[0] += nll(self.model, batch, plain_head=self.plain_head)
+        self._val_sums[1] += len(batch["predicting"])
 
     def on_validation_epoch_end(self) -> None:
         # Token-weighted over all ranks: one token is one token.

@@ -1,17 +1,27 @@
 """Probes: a few samples whose log-probabilities prove that an exported model is the trained one."""
 
-from typing import Any
+from typing import TYPE_CHECKING, TypedDict
 
 import numpy as np
 import torch
 
 from sft.data.batch import make_batch, to_device
+from sft.model.loss import token_log_probs
+
+if TYPE_CHECKING:
+    from sft.training.datamodule import SFTDataModule
+    from sft.training.module import SFTModule
 
 NUM_PROBES = 4
 MAX_TOKENS = 512
 
 
-def measure(module: Any, data: Any) -> list[dict[str, Any]]:
+class Probe(TypedDict):
+    input_ids: list[int]
+    log_probs: list[float]
+
+
+def measure(module: "SFTModule", data: "SFTDataModule") -> list[Probe]:
     """log p of each token of the first few samples, each by itself, by the model as it is in training.
 
     The model runs in evaluation mode and in the precision of the training steps; no random number is drawn.
@@ -20,10 +30,10 @@ def measure(module: Any, data: Any) -> list[dict[str, Any]]:
     module.model.eval()
     try:
         with torch.no_grad(), module.trainer.precision_plugin.forward_context():
-            probes = []
+            probes: list[Probe] = []
             for index in range(min(NUM_PROBES, len(data.probed))):
                 batch = to_device(make_batch(data.probed, np.array([index]), 1), module.device)
-                log_probs = module.objective.token_log_probs(module.model, batch)
+                log_probs = token_log_probs(module.model, batch, plain_head=module.plain_head)
                 ids = batch["input_ids"][0, :MAX_TOKENS].tolist()
                 probes.append({"input_ids": ids, "log_probs": log_probs[:MAX_TOKENS].tolist()})
     finally:

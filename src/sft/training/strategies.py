@@ -1,13 +1,12 @@
-"""What Lightning's strategies need besides their settings: DDP that adds up in the same order after a resume, DeepSpeed
-on any device with the loss scaled once, and both ways of sharding a model while it is read.
+"""The strategies: Lightning's, and what training asks of one beyond Lightning's interface (`Placement`).
 
-`shard(model)` takes a model whose parameters hold nothing yet and leaves each rank room for its share; the weights are
-then read into it, by `sft.checkpoint.shards.of_parameter`.
+DDP adds up in the same order after a resume. DeepSpeed runs on any device and scales the loss once. DeepSpeed's stage 3
+and FSDP2 shard a model before its weights are read.
 """
 
 import os
 import sys
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -15,12 +14,51 @@ from typing import Any
 
 import torch
 from lightning.pytorch.accelerators import CPUAccelerator
-from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, ModelParallelStrategy
+from lightning.pytorch.strategies import (
+    DDPStrategy,
+    DeepSpeedStrategy,
+    ModelParallelStrategy,
+    SingleDeviceStrategy,
+    Strategy,
+)
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from sft.checkpoint.shards import allocate, move_buffers
+from sft.checkpoint.layout import Rows, Whole, ZeRO3, ZeRO12, allocate, move_buffers
+from sft.errors import UserError
 from sft.model.loading import decoder_layers
+
+OptimizerFactory = Callable[..., Optimizer]
+
+
+class Placement:
+    """Where a strategy keeps parameters and states; these are the answers of one that keeps everything whole.
+
+    A strategy of your own is a class of this and of one of Lightning's, named in a file of conf/strategy/.
+    """
+
+    layout: type[Whole] = Whole
+    shards_model = False  # whether `shard` is called on the model before its weights are read
+
+    def shard(self, model: nn.Module) -> None:
+        """Takes a model whose parameters hold nothing yet and gives each rank room for its part of them."""
+        raise NotImplementedError
+
+    def optimizer_factory(self, factory: OptimizerFactory) -> OptimizerFactory:
+        """The optimizer that computes what `factory`'s does, where the states are."""
+        return factory
+
+
+def placement(strategy: Strategy) -> Placement:
+    """What a trainer's strategy says of itself; `UserError` for one that shards and doesn't say how."""
+    if isinstance(strategy, Placement):
+        return strategy
+    if isinstance(strategy, SingleDeviceStrategy | DDPStrategy):
+        return Placement()
+    raise UserError(
+        f"{type(strategy).__name__} doesn't say where it keeps weights and states, so they can't be saved: choose one "
+        "of conf/strategy/, or give it a layout (sft.training.strategies.Placement)"
+    )
 
 
 def build(settings: Any, accelerator: str) -> Any:
@@ -36,7 +74,7 @@ def build(settings: Any, accelerator: str) -> Any:
     return instantiate(settings, _convert_="all")
 
 
-class DDP(DDPStrategy):
+class DDP(Placement, DDPStrategy):
     """PyTorch's DistributedDataParallel, whose buckets of gradients are the same from the first step on.
 
     It makes them anew after a process's first backward pass, in the order in which the gradients came. The bucket and
@@ -57,7 +95,7 @@ class DDP(DDPStrategy):
         return ddp
 
 
-class DeepSpeed(DeepSpeedStrategy):
+class DeepSpeed(Placement, DeepSpeedStrategy):
     """DeepSpeed ZeRO by its own configuration, on CUDA or on the processor.
 
     Args:
@@ -78,28 +116,20 @@ class DeepSpeed(DeepSpeedStrategy):
         devices = config.get("zero_optimization", {})
         self.offloads_optimizer = "offload_optimizer" in devices
 
-    def optimizer_factory(self, factory: Any) -> Any:
-        """The optimizer that does what `factory`'s does, where the states are."""
+    @property
+    def layout(self) -> type[Whole]:  # type: ignore[override]  # the stage is a setting
+        return ZeRO3 if self.zero_stage_3 else ZeRO12
+
+    def optimizer_factory(self, factory: OptimizerFactory) -> OptimizerFactory:
         if not self.offloads_optimizer:
             return factory
         from deepspeed.ops.adam import DeepSpeedCPUAdam
 
+        assert isinstance(factory, partial)  # torch's AdamW, as commands/train.check wants it
         settings = {
-            key: value for key, value in factory.keywords.items() if key in ("lr", "betas", "eps", "weight_decay")
+            name: value for name, value in factory.keywords.items() if name in ("lr", "betas", "eps", "weight_decay")
         }
         return partial(DeepSpeedCPUAdam, adamw_mode=True, **settings)
-
-    def resumed(self, step: int) -> None:
-        """Called when a checkpoint of `step` has been restored."""
-        if not self.offloads_optimizer:
-            return
-        # Its kernel multiplies the powers of beta up from step to step; let it do so to the same bits.
-        engine: Any = self.deepspeed_engine
-        adam, nothing = engine.optimizer.optimizer, torch.zeros(1)
-        group = adam.param_groups[0]
-        settings = (*group["betas"], group["eps"], 0.0, group["bias_correction"])
-        for each in range(1, step + 1):
-            adam.ds_opt_adam.adam_update(adam.opt_id, each, 0.0, *settings, nothing, nothing, nothing, nothing)
 
     @property
     def root_device(self) -> torch.device:
@@ -131,7 +161,7 @@ class DeepSpeed(DeepSpeedStrategy):
         yield
 
     @property
-    def shards_model(self) -> bool:
+    def shards_model(self) -> bool:  # type: ignore[override]
         return self.zero_stage_3
 
     def shard(self, model: nn.Module) -> None:
@@ -168,7 +198,7 @@ class DeepSpeed(DeepSpeedStrategy):
         return result
 
 
-class FSDP2(ModelParallelStrategy):
+class FSDP2(Placement, ModelParallelStrategy):
     """PyTorch's fully_shard: each decoder layer's parameters are gathered when it runs.
 
     Args:
@@ -179,6 +209,7 @@ class FSDP2(ModelParallelStrategy):
         super().__init__(tensor_parallel_size=1, **options)
         self.reshard_after_forward = reshard_after_forward
 
+    layout = Rows
     shards_model = True
 
     def setup_environment(self) -> None:
