@@ -104,8 +104,8 @@ def test_a_step_waits_for_the_device_where_it_must(
     assert ended.code == 0, ended.output
     seen = json.loads((tmp_path / "syncs.json").read_text())
     assert seen["steps"] == [waits] * 2
-    # Before training, whether the head is one matrix; the lengths are asked for there, too.
-    assert [each for each in seen["validation"][0] if each != "aten._to_copy.default"] == ["aten.equal.default"]
+    # Before training, for the samples' lengths alone.
+    assert set(seen["validation"][0]) <= {"aten._to_copy.default"}
 
 
 def test_what_is_not_moved_is_found() -> None:
