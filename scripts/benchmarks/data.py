@@ -16,11 +16,12 @@ import numpy as np
 from benchmarks import generated
 from benchmarks.conditions import rss, table
 from sft.data.conversation import prompt_response
+from sft.data.dataset import build_or_open
 from sft.data.mask import Tokenization
 from sft.data.packing import fill, pack
 from sft.data.rows import Source
 from sft.data.step_plan import epoch_plan, share
-from sft.data.store import Store, build_or_open
+from sft.data.store import Store
 
 VOCAB = 8000  # of the tokenizer that is trained here
 GLOBAL_BATCH = 16  # packs an optimizer step

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from sft.data import ledger
-from sft.data.build import DTYPES
+from sft.data.store import DTYPES
 
 SHORTEST, LONGEST = 25, 460  # tokens of a sample, as in GSM8K with a chat template around it
 

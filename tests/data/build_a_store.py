@@ -9,9 +9,9 @@ from typing import Any
 from conftest import word_tokenizer
 from sft.data import build
 from sft.data.conversation import Conversation, Empty, prompt_response
+from sft.data.dataset import build_or_open
 from sft.data.mask import Tokenization
 from sft.data.rows import Source
-from sft.data.store import build_or_open
 
 
 def slow(row: Any) -> Conversation | Empty:

@@ -146,7 +146,7 @@ def chat_row(**message: Any) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: text({"a": "x", "b": "y"}), r"^no column 'text': there are 'a', 'b'$"),
+        (lambda: text({"a": "x", "b": "y"}), r"^no column 'text': the columns are 'a', 'b'$"),
         (lambda: text({"text": 5}), r"^column 'text' holds 5 \(int\), not a string$"),
         (
             lambda: messages({"messages": "hi"}),
@@ -166,7 +166,7 @@ def chat_row(**message: Any) -> dict[str, Any]:
         ),
         (
             lambda: messages(chat_row(role="bot", content="")),
-            r"^unknown role 'bot': the roles known are system, dev",
+            r"^unknown role 'bot': use one of system, dev",
         ),
         (
             lambda: messages(chat_row(role="user", content=5)),
@@ -190,7 +190,7 @@ def chat_row(**message: Any) -> dict[str, Any]:
             lambda: messages({**chat_row(role="user"), "t": [1]}, tools="t"),
             r"^column 't' holds \[1\], not a list of",
         ),
-        (lambda: messages(chat_row(role="user"), tools="t"), r"^no column 't': there are 'messages'$"),
+        (lambda: messages(chat_row(role="user"), tools="t"), r"^no column 't': the columns are 'messages'$"),
     ],
 )
 def test_rows_that_are_not_what_they_should_be(make: Any, message: str) -> None:

@@ -87,7 +87,7 @@ def test_local_data_is_known_without_importing_datasets(tmp_path: Path) -> None:
     file = settled(tmp_path / "d.jsonl", "one")
     program = (
         "import sys; from pathlib import Path; from sft.data.fingerprint import data_fingerprint; "
-        "from sft.data.rows import Source; import sft.data.store; "
+        "from sft.data.rows import Source; import sft.data.dataset; "
         f"data_fingerprint(Source({str(file)!r}), Path({str(tmp_path)!r})); "
         "assert not {'datasets', 'transformers', 'torch'} & set(sys.modules)"
     )

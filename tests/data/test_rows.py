@@ -64,17 +64,17 @@ def test_a_folder_of_splits(tmp_path: Path, cache: Path) -> None:
     assert load(tmp_path / "f", cache) == ROWS
     assert load(tmp_path / "f", cache, "test") == ROWS
     assert load(tmp_path / "f", cache, "test[:1]") == ROWS[:1]
-    with pytest.raises(UserError, match=r"no file for split 'val' .*; there is test-00000-of-00002\.jsonl, test-"):
+    with pytest.raises(UserError, match=r"no file for split 'val' .*, only test-00000-of-00002\.jsonl, test-"):
         load(tmp_path / "f", cache, "val")
     write(tmp_path / "f/train.csv", "q\na\n")
-    with pytest.raises(UserError, match=r"'train' is there in several formats \(train.csv, train.jsonl\)"):
+    with pytest.raises(UserError, match=r"'train' is in several formats \(train.csv, train.jsonl\)"):
         load(tmp_path / "f", cache)
 
 
 def test_a_saved_data_set(tmp_path: Path, cache: Path) -> None:
     datasets.Dataset.from_list(ROWS).save_to_disk(tmp_path / "s")
     assert load(tmp_path / "s", cache) == ROWS
-    with pytest.raises(UserError, match=r"has no split 'test', but train$"):
+    with pytest.raises(UserError, match=r"has no split 'test', only train$"):
         load(tmp_path / "s", cache, "test")
 
 
@@ -82,7 +82,7 @@ def test_saved_splits(tmp_path: Path, cache: Path) -> None:
     rows = datasets.Dataset.from_list(ROWS)
     datasets.DatasetDict({"fit": rows, "check": rows.select([0])}).save_to_disk(tmp_path / "s")
     assert load(tmp_path / "s", cache, "check") == ROWS[:1]
-    with pytest.raises(UserError, match=r"has no split 'train', but fit, check$"):
+    with pytest.raises(UserError, match=r"has no split 'train', only fit, check$"):
         load(tmp_path / "s", cache)
 
 
@@ -129,7 +129,7 @@ NUM_BIG = 12  # MB; `datasets` reads 10 at a time and takes the columns' types f
             jsonl([{"q": 1, "rest": "x" * 1_000_000}] * NUM_BIG + [{"q": "a"}]),
             f"d.jsonl, line {NUM_BIG + 1}: column 'q' holds a string, but a number in line 1: give it",
         ),
-        ("d.txt", "hello", "d.txt: not one of the known kinds of file (.jsonl, .json, .csv, .parquet)"),
+        ("d.txt", "hello", "d.txt: not a known kind of file (.jsonl, .json, .csv, .parquet)"),
     ],
 )
 def test_a_broken_file_is_told_in_one_line(
@@ -173,7 +173,7 @@ def test_hub_rows(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_source_without_rows(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: datasets.Dataset.from_dict({"q": []}))
-    with pytest.raises(UserError, match=r"a/b \(train\): there are no rows in it"):
+    with pytest.raises(UserError, match=r"a/b \(train\): it has no rows"):
         load_rows(Source("a/b"), cache)
 
 

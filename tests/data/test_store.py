@@ -17,11 +17,12 @@ import numpy as np
 import pytest
 
 from sft.data import build as build_module
-from sft.data import store as store_module
+from sft.data import dataset as dataset_module
 from sft.data.conversation import messages, prompt_response
+from sft.data.dataset import build_or_open
 from sft.data.mask import IGNORE, Tokenization
 from sft.data.rows import Source
-from sft.data.store import Store, build_or_open
+from sft.data.store import DTYPES, Store
 from sft.errors import UserError
 
 from .conftest import word_tokenizer
@@ -104,27 +105,25 @@ def test_the_ledger_counts_every_row_by_reason(tmp_path: Path) -> None:
     file = rows_file(tmp_path / "a.jsonl", rows)
     tokenization = Tokenization(word_tokenizer(), max_length=12, overlong="truncate_prompt")
     store = open_store(file, cache=tmp_path / "cache", row_function=messages, tokenization=tokenization)
-    assert store.ledger == {
-        "sources": [
-            {
-                "source": "a.jsonl",
-                "rows": 12,
-                "samples": 2,
-                "tokens": 7 + 12,
-                "supervised_tokens": 2 + 2,
-                "rows_lost": 10,
-                "lost": {"no_assistant_turn": 7, "empty_response": 1, "empty_prompt": 1, "overlong": 1},
-                "truncated_prompt": 1,
-                "examples": {
-                    "no_assistant_turn": [1, 6, 7, 8, 9],
-                    "empty_response": [2],
-                    "empty_prompt": [3],
-                    "truncated_prompt": [4],
-                    "overlong": [5],
-                },
-            }
-        ]
-    }
+    assert store.counts == [
+        {
+            "source": "a.jsonl",
+            "rows": 12,
+            "samples": 2,
+            "tokens": 7 + 12,
+            "supervised_tokens": 2 + 2,
+            "rows_lost": 10,
+            "lost": {"no_assistant_turn": 7, "empty_response": 1, "empty_prompt": 1, "overlong": 1},
+            "truncated_prompt": 1,
+            "examples": {
+                "no_assistant_turn": [1, 6, 7, 8, 9],
+                "empty_response": [2],
+                "empty_prompt": [3],
+                "truncated_prompt": [4],
+                "overlong": [5],
+            },
+        }
+    ]
 
 
 def test_too_many_lost_rows_are_refused_at_build_and_at_open(tmp_path: Path) -> None:
@@ -187,7 +186,7 @@ def test_the_number_of_workers_changes_not_one_byte(tmp_path: Path) -> None:
 def test_a_store_is_built_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = rows_file(tmp_path / "a.jsonl", many_rows(10))
     first = open_store(file, cache=tmp_path / "cache")
-    monkeypatch.setattr(store_module, "build", None)  # would raise
+    monkeypatch.setattr(dataset_module, "build_store", None)  # would raise
     again = open_store(file, cache=tmp_path / "cache")
     assert again.fingerprint == first.fingerprint
     assert again.data_fingerprint == first.data_fingerprint
@@ -200,7 +199,7 @@ def test_opening_reads_no_tokens(tmp_path: Path) -> None:
     folder = tmp_path / "store"
     folder.mkdir()
     num_samples, length = 1_000_000, 1000
-    for name, dtype in build_module.DTYPES.items():
+    for name, dtype in DTYPES.items():
         num_values = num_samples * (length if name in ("input_ids", "supervised") else 1) + (name == "offsets")
         with (folder / f"{name}.bin").open("wb") as file:
             file.truncate(num_values * np.dtype(dtype).itemsize)
@@ -316,7 +315,7 @@ def killed(row: Any) -> Any:
 
 def test_a_worker_that_is_killed(tmp_path: Path) -> None:
     file = rows_file(tmp_path / "a.jsonl", many_rows(2000))
-    with pytest.raises(UserError, match=r"was killed, most likely for want of memory: lower data\.num_workers$"):
+    with pytest.raises(UserError, match=r"was killed, most likely for lack of memory: lower data\.num_workers$"):
         open_store(file, cache=tmp_path / "cache", num_workers=2, row_function=killed)
     assert folders(tmp_path / "cache") == []
 
@@ -380,6 +379,6 @@ def test_other_ranks_wait_for_the_store(tmp_path: Path, monkeypatch: pytest.Monk
             if len(lines) == 2:
                 open_store(file, cache=cache)
 
-    monkeypatch.setattr(store_module, "time", BuildsMeanwhile(10.0))
+    monkeypatch.setattr(dataset_module, "time", BuildsMeanwhile(10.0))
     assert len(open_store(file, cache=cache, wait=True, log=lines.append)) == 3
     assert lines == [f"waiting {seconds} s for the token store that rank 0 builds" for seconds in (40, 70)]

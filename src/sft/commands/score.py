@@ -42,7 +42,7 @@ def main(config: Any) -> None:
         split = config.split or data_config.split
         data_config = replace(data_config, path=config.path, split=split, val_path=None, val_split=None, val_size=0)
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    splits = data_config.prepare(tokenizer, seed=settings["seed"], log=lambda line: print(line, file=sys.stderr))
+    splits = data_config.datasets(tokenizer, seed=settings["seed"], log=lambda line: print(line, file=sys.stderr))
     samples = splits.train if config.path is not None else splits.val
     if samples is None:
         raise UserError(f"{run.folder} has no validation data: name what to score with data=")

@@ -1,50 +1,52 @@
 """Samples → batch: the tensors of one micro-batch, flat, without padding."""
 
-from typing import Any, Protocol, TypedDict, cast
+from collections.abc import Sequence
+from typing import Protocol, TypedDict, cast
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from sft.data.mask import IGNORE
 
 
 class Batch(TypedDict):
-    """One micro-batch of a rank: its samples end to end. T is the number of tokens, N that of supervised ones."""
+    """One micro-batch of a rank: its samples end to end. T is its number of tokens, N of supervised tokens."""
 
     input_ids: Tensor  # int64 [1, T]
     labels: Tensor  # int64 [1, T], aligned with input_ids; IGNORE where there is no loss
-    position_ids: Tensor  # int64 [1, T], from 0 in every sample: what keeps samples apart
-    predicting: Tensor  # int64 [N]: positions whose next token is supervised; known here, no device is asked for them
+    position_ids: Tensor  # int64 [1, T], from 0 in every sample, which keeps samples apart
+    predicting: Tensor  # int64 [N]: positions whose next token is supervised, found here without a device
     cu_seqlens: Tensor  # int32 [num_samples + 1]: sample s is tokens cu_seqlens[s] to cu_seqlens[s + 1]
     max_seqlen: int  # tokens of the longest sample
     num_supervised: int  # supervised tokens of the whole global step, all ranks and micro-batches
-    num_tokens: int  # tokens of this micro-batch; 0 where it is empty
+    num_tokens: int  # tokens of this micro-batch; 0 if it is empty
 
 
-class Pairs(Protocol):
-    """Samples by number: (input_ids, labels) of equal length, int32 [tokens]."""
+class Indexed(Protocol):
+    """Samples by number: (input_ids, labels), both [tokens]."""
 
-    def __getitem__(self, index: int, /) -> tuple[np.ndarray, np.ndarray]: ...
+    def __getitem__(self, index: int, /) -> tuple[NDArray[np.int32], NDArray[np.int32]]: ...
 
 
-class Samples(Pairs, Protocol):
-    """Samples, with what a step plan is made of."""
-
-    @property
-    def lengths(self) -> np.ndarray: ...  # int32 [num_samples], tokens
+class SampleSet(Indexed, Protocol):
+    """Samples with their lengths, from which a step plan is made."""
 
     @property
-    def num_supervised(self) -> np.ndarray: ...  # int32 [num_samples], tokens with loss
+    def lengths(self) -> NDArray[np.int32]: ...  # [num_samples], tokens
+
+    @property
+    def num_supervised(self) -> NDArray[np.int32]: ...  # [num_samples], tokens with loss
 
     def __len__(self) -> int: ...
 
 
-def make_batch(samples: Pairs, indices: np.ndarray, step_num_supervised: int) -> Batch:
-    """Lay `samples[indices]` end to end; each is a pair (input_ids, labels) of equal length.
+def make_batch(samples: Indexed, indices: NDArray[np.int64], step_num_supervised: int) -> Batch:
+    """Lays `samples[indices]` end to end.
 
-    No indices give one token without loss: the rank still runs forward and backward, as the collectives of
-    the others require, and adds 0 to the step.
+    No indices give one token without loss: the rank still runs forward and backward, as the collectives of the others
+    require, and adds 0 to the step.
     """
     pairs = [samples[int(i)] for i in indices]
     num_tokens = sum(len(ids) for ids, _ in pairs)
@@ -66,13 +68,13 @@ def make_batch(samples: Pairs, indices: np.ndarray, step_num_supervised: int) ->
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:
-    """The batch with its tensors on a device. The host doesn't wait for it: what goes to CUDA is pinned first.
+    """The batch with its tensors on a device. The host doesn't wait for CUDA, for which tensors are pinned first.
 
-    It waits for MPS, which can read what isn't there any more (github.com/pytorch/pytorch/issues/83015).
+    It waits for MPS, which may read a tensor after it was freed (github.com/pytorch/pytorch/issues/83015).
     """
     pinned, waits = device.type == "cuda", device.type in ("cpu", "mps")
 
-    def move(value: Any) -> Any:
+    def move(value: object) -> object:
         if not isinstance(value, Tensor):
             return value
         return (value.pin_memory() if pinned else value).to(device, non_blocking=not waits)
@@ -80,6 +82,6 @@ def to_device(batch: Batch, device: torch.device) -> Batch:
     return cast(Batch, {name: move(value) for name, value in batch.items()})
 
 
-def _row(parts: list[np.ndarray]) -> Tensor:
+def _row(parts: Sequence[NDArray[np.int32] | NDArray[np.int64]]) -> Tensor:
     """int64 [1, T]"""
     return torch.from_numpy(np.concatenate(parts).astype(np.int64))[None]

@@ -1,4 +1,4 @@
-"""The making of a token store: rows in chunks to worker processes, their samples in row order to disk."""
+"""Builds a token store: rows in chunks to worker processes, their samples in row order to disk."""
 
 import hashlib
 import json
@@ -17,14 +17,17 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING
 
 import numpy as np
+from numpy.typing import NDArray
 
 from sft.data import ledger
-from sft.data.conversation import Conversation, Empty
+from sft.data.conversation import RowFunction
+from sft.data.ledger import Counts, SourceCounts
 from sft.data.mask import IGNORE, Tokenization
 from sft.data.rows import Source, load_rows
+from sft.data.store import DTYPES
 from sft.errors import UserError
 from sft.runs.files import fsync
 from sft.runs.process import exit_with_parent
@@ -33,23 +36,12 @@ from sft.runs.signals import shielded
 if TYPE_CHECKING:
     from datasets import Dataset
 
-RowFunction = Callable[[Mapping[str, Any]], Conversation | Empty]
-
-DTYPES: dict[str, type[np.generic]] = {
-    "input_ids": np.int32,
-    "supervised": np.uint8,
-    "offsets": np.int64,
-    "lengths": np.int32,
-    "num_supervised": np.int32,
-    "rows": np.int64,
-    "content": np.uint64,
-}
 CHUNK = 250  # rows to a task of a worker
-NUM_ROWS_WORTH_WORKERS = 5_000  # below, their start takes longer than the work
+NUM_ROWS_WORTH_WORKERS = 5_000  # with fewer, starting the workers takes longer than the work
 
 
 @dataclass(frozen=True)
-class _Job:
+class _Work:
     """What a worker process needs, sent to it once."""
 
     rows: "list[Dataset]"
@@ -64,22 +56,24 @@ class _Chunk:
 
     source: int
     num_rows: int
-    arrays: dict[str, np.ndarray]  # of DTYPES, all but the offsets
+    lengths: NDArray[np.int32]
+    num_supervised: NDArray[np.int32]
+    columns: dict[str, bytes]  # of DTYPES, all but the offsets
     reasons: list[tuple[int, frozenset[str]]]  # (row, why samples of it were lost or cut)
 
 
-def build(
+def build_store(
     folder: Path,
-    about: Mapping[str, Any],
+    meta: Mapping[str, object],
     sources: Sequence[Source],
     row_function: RowFunction,
     tokenization: Tokenization,
     num_workers: int,
     log: Callable[[str], None],
 ) -> None:
-    """Make the store and publish it as `folder`; `about` goes to its meta.json. Leaves nothing else behind.
+    """Builds the store and publishes it as `folder`, with `meta` in its meta.json. Leaves nothing else behind.
 
-    UserError for bad rows, and where no sample is left; OSError where the disk is full or cannot be written.
+    UserError for bad rows, and if no sample is left; OSError if the disk is full or cannot be written.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
     _remove_leftovers(folder)
@@ -88,11 +82,13 @@ def build(
     try:
         unfinished.mkdir(parents=True)
         rows = [load_rows(source, staging / "datasets") for source in sources]
-        job = _Job(rows, [str(source) for source in sources], row_function, tokenization)
-        counts = _write(unfinished, job, num_workers, log)
-        named = [{"source": name, **each} for name, each in zip(job.names, counts, strict=True)]
+        work = _Work(rows, [str(source) for source in sources], row_function, tokenization)
+        counts = _write(unfinished, work, num_workers, log)
+        named: list[SourceCounts] = [
+            {"source": name, **of_source} for name, of_source in zip(work.names, counts, strict=True)
+        ]
         ledger.check(named, max_lost=1.0)  # a store without samples is never published
-        (unfinished / "meta.json").write_text(json.dumps({**about, "sources": counts}, indent=1))
+        (unfinished / "meta.json").write_text(json.dumps({**meta, "sources": counts}, indent=1))
         for path in (*unfinished.iterdir(), unfinished):
             fsync(path)
         try:
@@ -100,27 +96,27 @@ def build(
         except OSError:
             if not folder.exists():
                 raise
-            # Another process was faster; what it made is the same.
+            # Another process was faster; its store is the same.
         fsync(folder.parent)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
 
 
-def _write(folder: Path, job: _Job, num_workers: int, log: Callable[[str], None]) -> list[dict[str, Any]]:
-    """Write all samples, in row order whatever the number of workers. Returns the counts of each source."""
-    counts = [ledger.empty() for _ in job.rows]
-    num_rows, num_done, num_tokens = sum(map(len, job.rows)), 0, 0
+def _write(folder: Path, work: _Work, num_workers: int, log: Callable[[str], None]) -> list[Counts]:
+    """Writes all samples, in row order whatever the number of workers. Returns the counts of each source."""
+    counts = [ledger.empty() for _ in work.rows]
+    num_rows, num_done, num_tokens = sum(map(len, work.rows)), 0, 0
     started = time.monotonic()
     next_line = 2.0
     with ExitStack() as stack:
-        files: dict[str, BinaryIO] = {name: stack.enter_context((folder / f"{name}.bin").open("wb")) for name in DTYPES}
+        files = {name: stack.enter_context((folder / f"{name}.bin").open("wb")) for name in DTYPES}
         files["offsets"].write(np.zeros(1, DTYPES["offsets"]).tobytes())
-        for chunk in _chunks(job, num_workers):
-            offsets = num_tokens + np.cumsum(chunk.arrays["lengths"], dtype=np.int64)
-            for name, values in {**chunk.arrays, "offsets": offsets}.items():
-                files[name].write(values.tobytes())
-            ledger.add(counts[chunk.source], chunk.num_rows, chunk.arrays, chunk.reasons)
-            num_tokens += len(chunk.arrays["input_ids"])
+        for chunk in _chunks(work, num_workers):
+            offsets = num_tokens + np.cumsum(chunk.lengths, dtype=np.int64)
+            for name, values in {**chunk.columns, "offsets": offsets.tobytes()}.items():
+                files[name].write(values)
+            ledger.add(counts[chunk.source], chunk.num_rows, chunk.lengths, chunk.num_supervised, chunk.reasons)
+            num_tokens += int(chunk.lengths.sum(dtype=np.int64))
             num_done += chunk.num_rows
             if (elapsed := time.monotonic() - started) > next_line:
                 log(f"token store: {num_done:,} of {num_rows:,} rows, {num_done / elapsed:,.0f} rows/s")
@@ -128,83 +124,85 @@ def _write(folder: Path, job: _Job, num_workers: int, log: Callable[[str], None]
     return counts
 
 
-def _chunks(job: _Job, num_workers: int) -> Iterator[_Chunk]:
+def _chunks(work: _Work, num_workers: int) -> Iterator[_Chunk]:
     ranges = [
         (source, begin, min(begin + CHUNK, len(rows)))
-        for source, rows in enumerate(job.rows)
+        for source, rows in enumerate(work.rows)
         for begin in range(0, len(rows), CHUNK)
     ]
-    if num_workers <= 1 or sum(map(len, job.rows)) < NUM_ROWS_WORTH_WORKERS:
-        for each in ranges:
-            yield _tokenize(job, *each)
+    if num_workers <= 1 or sum(map(len, work.rows)) < NUM_ROWS_WORTH_WORKERS:
+        for source, begin, end in ranges:
+            yield _tokenize(work, source, begin, end)
         return
     # Not forked: the parent may hold threads and GPUs.
     context = multiprocessing.get_context("spawn")
-    workers = ProcessPoolExecutor(min(num_workers, len(ranges)), context, _start_worker, (job,))
+    workers = ProcessPoolExecutor(min(num_workers, len(ranges)), context, _start_worker, (work,))
     try:
         pending: deque[Future[_Chunk]] = deque()
-        for each in ranges:
-            with shielded([signal.SIGUSR1]):  # SIGTERM is how the pool itself ends a worker
-                pending.append(workers.submit(_work, *each))  # starts one, until all are there
+        for source, begin, end in ranges:
+            with shielded([signal.SIGUSR1]):  # not SIGTERM, by which the pool itself ends a worker
+                pending.append(workers.submit(_tokenize_chunk, source, begin, end))  # starts a worker, up to the limit
             if len(pending) > 2 * num_workers:  # no more results in memory than keep the workers busy
                 yield pending.popleft().result()
         while pending:
             yield pending.popleft().result()
     except BrokenProcessPool as error:
         raise UserError(
-            "a process that builds the token store was killed, most likely for want of memory: lower data.num_workers"
+            "a process that builds the token store was killed, most likely for lack of memory: lower data.num_workers"
         ) from error
     finally:
         workers.shutdown(cancel_futures=True)
 
 
-_job: _Job  # in a worker process
+_work: _Work  # in a worker process
 
 
-def _start_worker(job: _Job) -> None:
-    global _job
-    _job = job
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one process a core already
-    exit_with_parent()  # a worker of a killed parent would wait for tasks for ever
+def _start_worker(work: _Work) -> None:
+    global _work
+    _work = work
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # there is one process a core already
+    exit_with_parent()  # or it would wait for a killed parent's tasks forever
 
 
-def _work(source: int, begin: int, end: int) -> _Chunk:
-    return _tokenize(_job, source, begin, end)
+def _tokenize_chunk(source: int, begin: int, end: int) -> _Chunk:
+    return _tokenize(_work, source, begin, end)
 
 
-def _tokenize(job: _Job, source: int, begin: int, end: int) -> _Chunk:
-    columns = job.rows[source][begin:end]
-    # As arrays at once: a Python integer takes nine times the room.
+def _tokenize(work: _Work, source: int, begin: int, end: int) -> _Chunk:
+    columns = work.rows[source][begin:end]
+    # Arrays from the start: a Python integer takes nine times the memory.
     ids, masks = [np.zeros(0, np.int32)], [np.zeros(0, np.bool_)]
     rows, content, reasons = [], [], []
     for number in range(begin, end):
         row = {name: values[number - begin] for name, values in columns.items()}
         try:
-            made = job.tokenization(job.row_function(row))
+            tokenized = work.tokenization(work.row_function(row))
         except UserError as error:
-            raise UserError(f"row {number} of {job.names[source]}: {error}") from error
+            raise UserError(f"row {number} of {work.names[source]}: {error}") from error
         except Exception as error:
-            error.add_note(f"row {number} of {job.names[source]}")
+            error.add_note(f"row {number} of {work.names[source]}")
             raise
         digest = hashlib.blake2b(digest_size=8)
-        for sample in made.samples:
+        for sample in tokenized.samples:
             ids.append(np.array(sample.input_ids, np.int32))
             masks.append(np.array(sample.labels) != IGNORE)
             digest.update(len(sample.input_ids).to_bytes(8, "little") + ids[-1].tobytes())
-        rows += [number] * len(made.samples)
-        content += [int.from_bytes(digest.digest(), "little")] * len(made.samples)
-        if made.reasons:
-            reasons.append((number, made.reasons))
-    arrays = {
+        rows += [number] * len(tokenized.samples)
+        content += [int.from_bytes(digest.digest(), "little")] * len(tokenized.samples)
+        if tokenized.reasons:
+            reasons.append((number, tokenized.reasons))
+    lengths = np.array([len(mask) for mask in masks[1:]], np.int32)
+    num_supervised = np.array([mask.sum() for mask in masks[1:]], np.int32)
+    values = {
         "input_ids": np.concatenate(ids),
         "supervised": np.concatenate(masks),
-        "lengths": np.array([len(mask) for mask in masks[1:]]),
-        "num_supervised": np.array([mask.sum() for mask in masks[1:]]),
+        "lengths": lengths,
+        "num_supervised": num_supervised,
         "rows": np.array(rows),
         "content": np.array(content, np.uint64),
     }
-    arrays = {name: values.astype(DTYPES[name]) for name, values in arrays.items()}
-    return _Chunk(source, end - begin, arrays, reasons)
+    bytes_of = {name: array.astype(DTYPES[name]).tobytes() for name, array in values.items()}
+    return _Chunk(source, end - begin, lengths, num_supervised, bytes_of, reasons)
 
 
 def _staging_prefix(folder: Path) -> str:
@@ -212,8 +210,7 @@ def _staging_prefix(folder: Path) -> str:
 
 
 def _remove_leftovers(folder: Path) -> None:
-    """Remove what builders of this store left behind that were killed on this machine; nothing else can be
-    known to be dead."""
+    """Removes the staging folders of killed builders of this store on this machine; others may still be alive."""
     prefix = _staging_prefix(folder)
     for path in folder.parent.glob(f"{prefix}*"):
         match = re.fullmatch(r"(\d+)-[0-9a-f]+", path.name.removeprefix(prefix))

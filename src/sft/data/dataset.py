@@ -1,27 +1,42 @@
-"""What `conf/data/*.yaml` says of the data, and the training and validation samples that come of it."""
+"""The settings of `conf/data/*.yaml`, and the training and validation samples that they give."""
 
-from collections.abc import Callable, Mapping
+import errno
+import hashlib
+import json
+import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
+from numpy.typing import NDArray
 
-from sft.data.conversation import Conversation
+from sft.data import ledger
+from sft.data.build import build_store
+from sft.data.conversation import RowFunction
+from sft.data.fingerprint import data_fingerprint, mask_fingerprint
+from sft.data.ledger import Ledger
 from sft.data.mask import Tokenization
 from sft.data.rows import Source
 from sft.data.step_plan import split_held_out
-from sft.data.store import Store, build_or_open
-from sft.errors import UserError
+from sft.data.store import Store
+from sft.errors import FULL_DISK, UserError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
+
+FORMAT = 1  # of a store's files; part of its key
+UNWRITABLE = {
+    *(*FULL_DISK, errno.EFBIG),
+    *(errno.EACCES, errno.EPERM, errno.EROFS, errno.EEXIST, errno.ENOTDIR),  # not ours, or in the way
+}
 
 
 class Split:
     """Samples of a store, all of them or those at `indices`."""
 
-    def __init__(self, store: Store, indices: np.ndarray | None = None) -> None:
+    def __init__(self, store: Store, indices: NDArray[np.int64] | None = None) -> None:
         self.store = store
         self.indices = indices
         self.lengths = store.lengths if indices is None else store.lengths[indices]
@@ -30,93 +45,92 @@ class Split:
     def __len__(self) -> int:
         return len(self.lengths)
 
-    def __getitem__(self, index: int) -> tuple[np.ndarray, np.ndarray]:
-        return self.store[self._at(index)]
+    def __getitem__(self, index: int) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
+        return self.store[self._number(index)]
 
     def source(self, index: int) -> str:
-        return self.store.source(self._at(index))
+        return self.store.source(self._number(index))
 
     def row(self, index: int) -> int:
-        return self.store.row(self._at(index))
+        return self.store.row(self._number(index))
 
-    def _at(self, index: int) -> int:
+    def _number(self, index: int) -> int:
+        """Of a sample in the store."""
         return int(index if self.indices is None else self.indices[index])
 
 
 @dataclass(frozen=True)
-class Splits:
-    """`val` is None where validation is off. `ledger` and `fingerprint` are those of the stores."""
+class Datasets:
+    """`val` is None where validation is off. `ledger` and `fingerprint` are those of the stores, by split."""
 
     train: Split
     val: Split | None
-    ledger: Mapping[str, Any]
+    ledger: Ledger
     fingerprint: Mapping[str, str]
 
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Where rows come from, what a row is, and what becomes of it. Lengths in tokens."""
+    """Where rows come from, what a row is, and how it becomes samples: conf/data/base.yaml says what each setting means
+    and its default. Lengths in tokens."""
 
-    conversation: Callable[[Mapping[str, Any]], Conversation]  # row -> conversation
-    path: str | list[str] | None = None  # file, folder, saved data set or Hub name; several are concatenated
-    name: str | None = None  # Hub configuration
-    split: str = "train"
-    val_path: str | list[str] | None = None  # None: `path`
-    val_split: str | None = None  # None: `split` of val_path, or, without val_path, `val_size` held out
-    val_size: float = 0.05  # held out where nothing above names validation data; 0: no validation
-    max_length: int = 2048  # of a sample, and of a pack
-    supervise: str = "response"  # response | all
-    overlong: str = "drop"  # drop | truncate_prompt | error
-    max_lost: float = 0.05  # share of rows
-    packing: bool = True
-    num_workers: int = 1
-    cache_dir: str = "cache"
+    conversation: RowFunction
+    path: str | list[str] | None  # several are concatenated
+    name: str | None
+    split: str
+    val_path: str | list[str] | None
+    val_split: str | None
+    val_size: float
+    max_length: int
+    supervise: str
+    overlong: str
+    max_lost: float
+    packing: bool
+    num_workers: int
+    cache_dir: str
 
     def __post_init__(self) -> None:
-        for name, known in (
+        for name, options in (
             ("supervise", ("response", "all")),
             ("overlong", ("drop", "truncate_prompt", "error")),
         ):
-            if getattr(self, name) not in known:
-                raise UserError(f"data.{name}={getattr(self, name)} is unknown: set {', '.join(known)}")
+            if getattr(self, name) not in options:
+                raise UserError(f"data.{name}={getattr(self, name)} is unknown: set {', '.join(options)}")
         for name, least in (("max_length", 2), ("num_workers", 1)):
             value = getattr(self, name)
             if not isinstance(value, int) or value < least:
                 raise UserError(f"data.{name}={value} is not a whole number from {least} on")
 
     def sources(self) -> tuple[list[Source], list[Source]]:
-        """Of training and of validation; none of validation where its samples are held out, or there are none."""
+        """The sources of training and of validation; the latter empty if validation samples are held out, or off."""
         train = _sources(self.path, self.name, self.split)
         if self.val_path is None and self.val_split is None:
             return train, []
         val_path = self.path if self.val_path is None else self.val_path
         return train, _sources(val_path, self.name, self.val_split or self.split)
 
-    def prepare(
+    def datasets(
         self,
         tokenizer: "PreTrainedTokenizerFast",
         *,
         seed: int,
         wait: bool = False,
         log: Callable[[str], None],
-    ) -> Splits:
-        """Builds or opens the token stores; `wait`: another process builds them."""
+    ) -> Datasets:
+        """Builds or opens the token stores. With `wait` another process builds them."""
         train_sources, val_sources = self.sources()
-        if not val_sources:
-            train = self.store(train_sources, tokenizer, wait=wait, log=log)
-            if not self.val_size:
-                return Splits(Split(train), None, {"train": train.ledger}, {"train": train.data_fingerprint})
-            kept, held_out = split_held_out(train.content, self.val_size, seed)
-            ledger = {"train": train.ledger, "held_out": {"samples": len(held_out), "of": "train"}}
-            return Splits(Split(train, kept), Split(train, held_out), ledger, {"train": train.data_fingerprint})
         train = self.store(train_sources, tokenizer, wait=wait, log=log)
-        val = self.store(val_sources, tokenizer, wait=wait, log=log)
-        return Splits(
-            Split(train),
-            Split(val),
-            {"train": train.ledger, "validation": val.ledger},
-            {"train": train.data_fingerprint, "validation": val.data_fingerprint},
-        )
+        fingerprint = {"train": train.data_fingerprint}
+        if val_sources:
+            val = self.store(val_sources, tokenizer, wait=wait, log=log)
+            counts: Ledger = {"train": {"sources": train.counts}, "validation": {"sources": val.counts}}
+            return Datasets(Split(train), Split(val), counts, fingerprint | {"validation": val.data_fingerprint})
+        counts = {"train": {"sources": train.counts}}
+        if not self.val_size:
+            return Datasets(Split(train), None, counts, fingerprint)
+        kept, held_out = split_held_out(train.content, self.val_size, seed)
+        counts = {**counts, "held_out": {"samples": len(held_out), "of": "train"}}
+        return Datasets(Split(train, kept), Split(train, held_out), counts, fingerprint)
 
     def store(
         self,
@@ -142,7 +156,55 @@ class DataConfig:
         )
 
 
-def _sources(path: str | list[str] | None, name: str | None, split: str) -> list[Source]:
-    if not path:
+def _sources(paths: str | list[str] | None, name: str | None, split: str) -> list[Source]:
+    if not paths:
         raise UserError("no data is named: set data.path to a file, a folder or a Hub data set")
-    return [Source(each, split, name) for each in ([path] if isinstance(path, str) else path)]
+    return [Source(path, split, name) for path in ([paths] if isinstance(paths, str) else paths)]
+
+
+def build_or_open(
+    sources: Sequence[Source],
+    row_function: RowFunction,
+    tokenization: Tokenization,
+    cache_dir: Path,
+    *,
+    num_workers: int,
+    max_lost: float,
+    wait: bool = False,
+    log: Callable[[str], None] = print,
+) -> Store:
+    """The store of these sources, built in `num_workers` processes if it doesn't exist.
+
+    With `wait` (all ranks but one) another process builds it. UserError for rows that cannot be read, if more than the
+    share `max_lost` of them lost a sample, and if nothing is left to train on.
+    """
+    data = [data_fingerprint(source, cache_dir) for source in sources]
+    mask = mask_fingerprint(tokenization, row_function)
+    key = hashlib.sha256(json.dumps([FORMAT, data, mask]).encode()).hexdigest()
+    folder = cache_dir / "stores" / key
+    if not folder.exists() and wait:
+        _wait_for(folder, log)
+    elif not folder.exists():
+        meta = {"data_fingerprint": hashlib.sha256("".join(data).encode()).hexdigest()}
+        try:
+            build_store(folder, meta, sources, row_function, tokenization, num_workers, log)
+        except OSError as error:
+            if error.errno not in UNWRITABLE:
+                raise
+            raise UserError(
+                f"{cache_dir}: the token store cannot be written ({error.strerror or error}): make room or set "
+                "data.cache_dir to another folder"
+            ) from error
+    store = Store(folder, sources)
+    ledger.check(store.counts, max_lost)  # on opening too: max_lost is no part of the key
+    return store
+
+
+def _wait_for(folder: Path, log: Callable[[str], None]) -> None:
+    started = time.monotonic()
+    next_line = 30.0
+    while not folder.exists():
+        time.sleep(0.2)
+        if (waited := time.monotonic() - started) > next_line:
+            log(f"waiting {waited:.0f} s for the token store that rank 0 builds")
+            next_line += 30.0

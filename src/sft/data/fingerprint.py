@@ -1,28 +1,28 @@
-"""What a token store was made from, in 64 hexadecimal digits: the data, and all that turns it into tokens."""
+"""What a token store is made from, in 64 hexadecimal digits each: the data, and all that turns it into tokens."""
 
 import hashlib
 import inspect
 import json
-import secrets
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from types import ModuleType
-from typing import Any
 
 from sft.data import chat_template, conversation, mask
+from sft.data.conversation import RowFunction
 from sft.data.rows import Source, load_rows, local_files
 from sft.errors import UserError
 
 MASK_CODE: tuple[ModuleType, ...] = (conversation, chat_template, mask)
 RACY_SECONDS = 2.0  # of modification times, on the coarsest file systems
+NUM_DIGITS = 64  # of a sha256
 
 
 def data_fingerprint(source: Source, cache_dir: Path) -> str:
-    """sha256 of the split asked for and of the source's files, their names and bytes; for a Hub data set of
-    the fingerprint that `datasets` gives it. Hashes of files are kept under `cache_dir`."""
+    """sha256 of the split's name and of the source's files, names and bytes; for a Hub data set, of the fingerprint
+    that `datasets` gives it. Hashes of files are kept under `cache_dir`."""
     digest = hashlib.sha256(source.split.encode())
     files = local_files(source)
     if files is None:
@@ -40,35 +40,32 @@ def _file_hash(file: Path, memo_dir: Path) -> str:
     stat = file.stat()
     identity = f"{file.resolve()}\n{stat.st_size}\n{stat.st_mtime_ns}"
     memo = memo_dir / hashlib.sha256(identity.encode()).hexdigest()
-    if memo.exists():
-        return memo.read_text()
+    if memo.exists() and len(remembered := memo.read_text()) == NUM_DIGITS:  # else another rank is writing it
+        return remembered
     with file.open("rb") as stream:
         digest = hashlib.file_digest(stream, "sha256").hexdigest()
-    # A file changed a moment ago may change again within the same tick of its clock ("racily clean", as git
-    # has it).
+    # A file changed a moment ago may change again within the same tick of its clock ("racily clean", in git's words).
     if time.time() - stat.st_mtime > RACY_SECONDS:
-        with suppress(OSError):  # a store in a read-only cache can be opened all the same
+        with suppress(OSError):  # a store in a read-only cache can still be opened
             memo_dir.mkdir(parents=True, exist_ok=True)
-            unfinished = memo.with_suffix(f".{secrets.token_hex(4)}")
-            unfinished.write_text(digest)
-            unfinished.rename(memo)
+            memo.write_text(digest)
     return digest
 
 
-def mask_fingerprint(tokens_of: mask.Tokenization, row_function: Callable[..., Any]) -> str:
-    """sha256 of all that decides the samples of a given row: tokenizer, template, settings, the row function
-    with its arguments, and the source of both, so that an edit of the code is seen."""
-    tokenizer = tokens_of.tokenizer
+def mask_fingerprint(tokenization: mask.Tokenization, row_function: RowFunction) -> str:
+    """sha256 of all that decides the samples of a given row: tokenizer, template, settings, the row function with its
+    arguments, and the source code of both, so that an edit of the code is noticed."""
+    tokenizer = tokenization.tokenizer
     backend = tokenizer.backend_tokenizer
-    backend.no_truncation()  # state that earlier calls leave behind and that no call of ours uses
+    backend.no_truncation()  # earlier calls leave this state behind, and none of ours uses it
     backend.no_padding()
     bound = row_function if isinstance(row_function, partial) else partial(row_function)
     settings = {
         "template": tokenizer.chat_template,
         "special_tokens": tokenizer.special_tokens_map,
-        "supervise": tokens_of.supervise,
-        "max_length": tokens_of.max_length,
-        "overlong": tokens_of.overlong,
+        "supervise": tokenization.supervise,
+        "max_length": tokenization.max_length,
+        "overlong": tokenization.overlong,
         "function": f"{bound.func.__module__}.{bound.func.__qualname__}",
         "arguments": [bound.args, bound.keywords],
     }
@@ -79,8 +76,8 @@ def mask_fingerprint(tokens_of: mask.Tokenization, row_function: Callable[..., A
     return digest.hexdigest()
 
 
-def _plain(value: Any) -> Any:
-    """A configuration's own mappings and lists → those that JSON knows; anything else by its text."""
+def _plain(value: object) -> object:
+    """A configuration's own mappings and lists → plain ones, as JSON needs; anything else by its text."""
     if isinstance(value, Mapping):
         return dict(value)
-    return list(value) if hasattr(value, "__iter__") else str(value)
+    return list(value) if isinstance(value, Iterable) else str(value)

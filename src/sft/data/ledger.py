@@ -1,10 +1,11 @@
-"""What became of every row: how many gave samples, and how many lost one, for which reason."""
+"""The counts of rule 5: how many rows gave samples, and how many lost one, for which reason."""
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TypedDict
 
 import numpy as np
+from numpy.typing import NDArray
 
 from sft.data.mask import TRUNCATED
 from sft.errors import UserError
@@ -18,32 +19,62 @@ ADVICE = {
 }
 
 
-def empty() -> dict[str, Any]:
-    """The counts of a source, plain enough for JSON."""
+class Counts(TypedDict):
+    """The rows of one source, plain enough for JSON."""
+
+    rows: int
+    samples: int
+    tokens: int
+    supervised_tokens: int
+    rows_lost: int  # rows that lost a sample, for whatever reasons
+    lost: dict[str, int]  # reason → rows
+    truncated_prompt: int  # rows: cut, not lost
+    examples: dict[str, list[int]]  # reason → the first rows
+
+
+class SourceCounts(Counts):
+    """`Counts` with the name of the source."""
+
+    source: str
+
+
+class SplitLedger(TypedDict, total=False):
+    """The sources of a split; for a split held out of another, only its number of samples and that split's name."""
+
+    sources: list[SourceCounts]
+    samples: int
+    of: str
+
+
+Ledger = Mapping[str, SplitLedger]
+
+
+def empty() -> Counts:
     return {
         "rows": 0,
         "samples": 0,
         "tokens": 0,
         "supervised_tokens": 0,
-        "rows_lost": 0,  # rows that lost a sample, for whatever reasons
-        "lost": {},  # reason → rows
-        TRUNCATED: 0,  # rows: cut, not lost
-        "examples": {},  # reason → the first rows
+        "rows_lost": 0,
+        "lost": {},
+        "truncated_prompt": 0,
+        "examples": {},
     }
 
 
 def add(
-    counts: dict[str, Any],
+    counts: Counts,
     num_rows: int,
-    arrays: Mapping[str, np.ndarray],
+    lengths: NDArray[np.int32],
+    num_supervised: NDArray[np.int32],
     reasons: Sequence[tuple[int, frozenset[str]]],
 ) -> None:
-    """Count some more rows of the source: their samples' arrays, and (row, why samples of it were lost or
-    cut)."""
+    """Counts further rows of the source: their samples' tokens, all and supervised, both [num_samples], and (row, why
+    samples of it were lost or cut)."""
     counts["rows"] += num_rows
-    counts["samples"] += len(arrays["lengths"])
-    counts["tokens"] += len(arrays["input_ids"])
-    counts["supervised_tokens"] += int(arrays["num_supervised"].sum(dtype=np.int64))
+    counts["samples"] += len(lengths)
+    counts["tokens"] += int(lengths.sum(dtype=np.int64))
+    counts["supervised_tokens"] += int(num_supervised.sum(dtype=np.int64))
     for row, why in reasons:
         counts["rows_lost"] += why != {TRUNCATED}
         counts[TRUNCATED] += TRUNCATED in why
@@ -55,12 +86,8 @@ def add(
                 examples.append(row)
 
 
-def check(sources: Sequence[Mapping[str, Any]], max_lost: float) -> None:
-    """UserError where more than the share `max_lost` of all rows lost a sample, or nothing is left to train
-    on.
-
-    Takes the counts of each source, with its name as `source`.
-    """
+def check(sources: Sequence[SourceCounts], max_lost: float) -> None:
+    """UserError if more than the share `max_lost` of all rows lost a sample, or nothing is left to train on."""
     num_rows = sum(counts["rows"] for counts in sources)
     num_lost = sum(counts["rows_lost"] for counts in sources)
     nothing_left = not any(counts["samples"] for counts in sources)
@@ -70,12 +97,12 @@ def check(sources: Sequence[Mapping[str, Any]], max_lost: float) -> None:
     for counts in sources:
         lost.update(counts["lost"])
     [(reason, count)] = lost.most_common(1)
-    where = next(counts for counts in sources if reason in counts["lost"])
-    rows = ", ".join(map(str, where["examples"][reason]))
-    advice = ADVICE.get(reason, "mend the rows")
+    example = next(counts for counts in sources if reason in counts["lost"])
+    rows = ", ".join(map(str, example["examples"][reason]))
+    advice = ADVICE.get(reason, "correct the rows")
     raise UserError(
         f"{num_lost} of {num_rows} rows lost, "
         + ("which leaves nothing to train on" if nothing_left else f"more than data.max_lost={max_lost:g} of them")
-        + f"; {count} are {reason} (row {rows} of {where['source']}): {advice}"
+        + f"; {count} are {reason} (row {rows} of {example['source']}): {advice}"
         + ("" if nothing_left else ", or raise data.max_lost")
     )

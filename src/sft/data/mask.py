@@ -6,26 +6,25 @@ Each assistant turn i of a conversation is one term log Pr(y_i | x_i) of the obj
          generation prompt, or the plain prompt with the special tokens that the tokenizer puts before a text;
     y_i  is what the model must then emit: the turn up to and including its stop token, and nothing after it.
 
-y_i carries loss and x_i does not. The tokens of x_i are those of its text tokenized alone, as it is served;
-where a token of the whole text would straddle the boundary, y_i is tokenized apart.
+y_i carries loss and x_i does not. The tokens of x_i are those of its text tokenized alone, as a server does. If a
+token of the whole text would straddle the boundary, y_i is tokenized separately.
 
-Turn i + 1 continues the sequence of turn i where x_{i+1} begins with [x_i, y_i], token by token. Where it
-does not (a template that rewrites history, as Qwen3's drops earlier thinking) it begins a sample of its own,
-so a row may give several. A turn with no message before it answers nothing: it is context for the others.
+If x_{i+1} begins with [x_i, y_i], token by token, turn i + 1 continues the sample of turn i. Otherwise it begins a
+new sample, so a row may give several (some templates rewrite history: Qwen3's drops earlier thinking). A turn with no
+message before it answers nothing: it is context for the others.
 
-Where the template has {% generation %} marks, they are its author's word on what is learned within y_i. The
-stop token is learned with the rest of its turn, inside the marks or not.
+If the template has {% generation %} marks, only marked tokens of y_i carry loss. The stop token is learned with the
+rest of its turn, inside the marks or not.
 
-Labels come from these spans, never from token ids, so a padding token equal to the stop token does no harm.
+Labels come from these spans, never from token ids, so a padding token may equal the stop token.
 """
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from sft.data.chat_template import (
     NO_STOP,
-    Tools,
     encode,
     generation_spans,
     render,
@@ -33,20 +32,20 @@ from sft.data.chat_template import (
     stop_token_id,
     text_prefix,
 )
-from sft.data.conversation import Conversation, Empty, Message
+from sft.data.conversation import Conversation, Empty, Message, Tools
 from sft.errors import UserError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 IGNORE = -100  # the label of a token that carries no loss
-TRUNCATED = "truncated_prompt"  # of the reasons, the one that loses no sample
+TRUNCATED: Final = "truncated_prompt"  # the only reason that loses no sample
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One sequence of tokens, and for each its label: itself, or IGNORE. Labels are not shifted: `labels[t]`
-    is what is predicted from `input_ids[:t]`, so the first is always IGNORE."""
+    """One sequence of tokens, each with its label: the token itself, or IGNORE. Labels are not shifted: the model
+    predicts `labels[t]` from `input_ids[:t]`, so the first label is always IGNORE."""
 
     input_ids: list[int]
     labels: list[int]
@@ -54,7 +53,7 @@ class Sample:
 
 @dataclass(frozen=True)
 class Tokenized:
-    """What became of a row: its samples, and why any of them was lost or cut."""
+    """The samples of a row, and why any of them was lost or cut."""
 
     samples: list[Sample]
     reasons: frozenset[str] = frozenset()
@@ -65,8 +64,8 @@ class Tokenization:
     """Conversation → samples of at most `max_length` tokens. Picklable, for worker processes.
 
     `supervise`: "response", or "all" for loss on every token but the first. `overlong`: a longer sample is
-    lost ("drop"), is a UserError ("error"), or gives up the oldest tokens of its first prompt
-    ("truncate_prompt"): never BOS, never part of a response, and where that is not enough the sample is lost.
+    lost ("drop"), is a UserError ("error"), or loses the oldest tokens of its first prompt ("truncate_prompt"):
+    never BOS, never part of a response; if that is not enough, the sample is lost.
     """
 
     tokenizer: "PreTrainedTokenizerBase"
@@ -89,7 +88,7 @@ class Tokenization:
             samples = [self._plain(conversation.prompt, conversation.response)]
         else:
             samples = self._chat(conversation.messages, conversation.tools)
-        if not samples:  # the one assistant turn there is has no message before it
+        if not samples:  # the only assistant turn has no message before it
             return Tokenized([], frozenset({"empty_prompt"}))
         fitted = [self._fit(sample) for sample in samples]
         return Tokenized(
@@ -101,7 +100,7 @@ class Tokenization:
         prompt_ids, response_ids, _ = self._split(prompt, prompt + response)
         prompt_ids = self._text_prefix + prompt_ids
         stop = stop_token_id(self.tokenizer, chat=False)
-        if response_ids[-1:] != [stop]:  # some data brings its own
+        if response_ids[-1:] != [stop]:  # some responses already end in it
             response_ids.append(stop)
         return Sample(prompt_ids + response_ids, [IGNORE] * len(prompt_ids) + response_ids)
 
@@ -113,7 +112,7 @@ class Tokenization:
             if message["role"] != "assistant" or i == 0:
                 continue
             prompt_ids, response_ids, response_labels = self._turn(messages, i, tools)
-            if prompt_ids[: len(ids)] != ids:  # history rewritten
+            if prompt_ids[: len(ids)] != ids:  # the template has rewritten history
                 samples.append(Sample(ids, labels))
                 ids, labels = [], []
             labels = labels + [IGNORE] * (len(prompt_ids) - len(ids)) + response_labels
@@ -121,14 +120,14 @@ class Tokenization:
         return [*samples, Sample(ids, labels)] if ids else []
 
     def _turn(self, messages: list[Message], i: int, tools: Tools) -> tuple[list[int], list[int], list[int]]:
-        """Tokens of x_i, tokens of y_i, labels of y_i."""
+        """The tokens of x_i, the tokens of y_i and the labels of y_i."""
         prompt = render(self.tokenizer, messages[:i], tools, add_generation_prompt=True)
         whole = render(self.tokenizer, messages[: i + 1], tools)
         if not whole.startswith(prompt):
             raise UserError(
                 f"with this chat template the assistant's turn (message {i}) does not begin with the "
-                f"generation prompt (which ends in {prompt[-40:]!r}), so what is trained would not be what "
-                "is served: give a template in which it does in model.chat_template"
+                f"generation prompt (which ends in {prompt[-40:]!r}), so the model would be trained on another text "
+                "than it is served with: set model.chat_template to a template whose turns begin with it"
             )
         prompt_ids, rest, ends = self._split(prompt, whole)
         response = rest[: self._response_length(rest)]
@@ -141,27 +140,28 @@ class Tokenization:
         return prompt_ids, response, labels
 
     def _split(self, prompt: str, whole: str) -> tuple[list[int], list[int], list[int]]:
-        """Tokens of `prompt`, tokens of the rest of `whole`, and the characters these end at."""
+        """The tokens of `prompt`, the tokens of the rest of `whole`, and the character at which each of these ends."""
         prompt_ids = encode(self.tokenizer, prompt).ids
         num_prompt = len(prompt_ids)
         joint = encode(self.tokenizer, whole)
-        # By ids, not offsets, for those of a byte-level token may hide the leading space that straddles.
+        # By ids, not offsets: those of a byte-level token may hide a leading space that straddles the boundary.
         if joint.ids[:num_prompt] == prompt_ids:
             return prompt_ids, joint.ids[num_prompt:], [end for _, end in joint.offsets[num_prompt:]]
-        apart = encode(self.tokenizer, self._anchor + whole[len(prompt) :])
+        rest = encode(self.tokenizer, self._anchor + whole[len(prompt) :])
         num_anchor, shift = int(self._anchor != ""), len(prompt) - len(self._anchor)
-        return prompt_ids, apart.ids[num_anchor:], [end + shift for _, end in apart.offsets[num_anchor:]]
+        return prompt_ids, rest.ids[num_anchor:], [end + shift for _, end in rest.offsets[num_anchor:]]
 
     def _response_length(self, rest: list[int]) -> int:
-        """Tokens up to and including the stop token; without one (a call of tools may end otherwise) up to
-        the last special token."""
-        for wanted in ({self._chat_stop}, self._special_ids):
-            found = [i for i, token in enumerate(rest) if token in wanted]
-            if found:
-                return found[-1] + 1
+        """The number of tokens up to and including the stop token, or, without one (a tool call may end differently),
+        up to the last special token."""
+        for ends in ({self._chat_stop}, self._special_ids):
+            positions = [i for i, token in enumerate(rest) if token in ends]
+            if positions:
+                return positions[-1] + 1
         raise UserError(NO_STOP)
 
     def _fit(self, sample: Sample) -> tuple[Sample | None, str | None]:
+        """The sample with its final labels, cut to length; None where it is lost; and the reason for either."""
         ids = sample.input_ids
         labels = [IGNORE, *(ids if self.supervise == "all" else sample.labels)[1:]]
         num_context = next((i for i, label in enumerate(labels) if label != IGNORE), 0)
@@ -175,7 +175,7 @@ class Tokenization:
                 f"a sample of {len(ids)} tokens does not fit data.max_length={self.max_length}: raise it, or "
                 "set data.overlong to drop or truncate_prompt"
             )
-        if self.overlong == "drop" or num_context <= excess:  # the first response token needs one to follow
+        if self.overlong == "drop" or num_context <= excess:  # the first response token needs one before it
             return None, "overlong"
         begin = int(ids[0] == self.tokenizer.bos_token_id)
         end = begin + excess
@@ -195,7 +195,7 @@ class Tokenization:
 
     @cached_property
     def _anchor(self) -> str:
-        """A special token to tokenize a continuation behind, since some tokenizers begin a text with a space;
-        not one that swallows the space after it (`rstrip`)."""
+        """A special token to put before a continuation that is tokenized separately, because some tokenizers begin a
+        text with a space; not one that swallows the space after it (`rstrip`)."""
         added = self.tokenizer.added_tokens_decoder.values()
         return next((token.content for token in added if token.special and not token.rstrip), "")

@@ -1,32 +1,30 @@
 """Lengths → packs of at most `max_length` tokens, over all samples at once.
 
-The textbook's best-fit decreasing leaves 0.5 to 1 % of every pack empty where samples are short but never
-tiny (GSM8K has no length under 50), because no sample is left that fits the last gap. So packs are built one
-after the other, each to end exactly: on lengths like GSM8K's at 2,048, best-fit decreasing fills 99.28 % of
-7,473 rows' packs and 99.39 % of a million's; this fills 99.88 %, with the fewest packs there can be, and
-99.98 %.
+The textbook's best-fit decreasing leaves 0.5 to 1 % of every pack empty if samples are short but never tiny (GSM8K has
+no length under 50), because no sample is left that fits the last gap. So packs are built one after the other, each to
+be filled exactly. On lengths like GSM8K's at 2,048 tokens, best-fit decreasing fills 99.28 % of 7,473 rows' packs and
+99.39 % of a million's; this fills 99.88 %, with the fewest packs possible, and 99.98 %.
 
-The number of packs depends on the multiset of lengths alone, never on their order: every epoch has as many
-steps.
+The number of packs depends only on the multiset of lengths, never on their order: all epochs have as many steps.
 """
 
 from collections import Counter
 
 import numpy as np
+from numpy.typing import NDArray
 
 
-def pack(lengths: np.ndarray, max_length: int) -> tuple[np.ndarray, np.ndarray]:
-    """Put every sample in exactly one pack of at most `max_length` tokens.
+def pack(lengths: NDArray[np.int32], max_length: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Puts every sample in exactly one pack of at most `max_length` tokens.
 
-    Takes lengths [num_samples], each in 1..max_length. Returns `(order, starts)`, both int64: pack p holds
-    the samples `order[starts[p]:starts[p + 1]]`; order is [num_samples], starts [num_packs + 1]. Samples of
-    equal length are taken in input order.
+    Takes lengths [num_samples], each in 1..max_length. Returns `(order, starts)`: pack p holds the samples
+    `order[starts[p]:starts[p + 1]]`; order is [num_samples], starts [num_packs + 1]. Samples of equal length are taken
+    in input order.
 
-    A pattern of lengths, once found, serves as often as samples for it are left. So the cost is a few
-    operations on bitsets of `max_length` bits for each sample of each different pattern: at worst
-    O(num_samples x max_length / 64), in practice about as many patterns as there are different lengths.
+    A pattern of lengths, once found, is used as often as samples for it are left. So the cost is a few operations on
+    bitsets of `max_length` bits for each sample of each different pattern: at worst O(num_samples x max_length / 64),
+    in practice about as many patterns as different lengths.
     """
-    lengths = np.asarray(lengths, dtype=np.int64)
     assert len(lengths) == 0 or (lengths.min() >= 1 and lengths.max() <= max_length), "a sample fits no pack"
 
     by_length = np.argsort(lengths, kind="stable")
@@ -56,13 +54,13 @@ def pack(lengths: np.ndarray, max_length: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _pattern(num_left: list[int], present: int, mirrored: int, max_length: int) -> Counter[int]:
-    """The lengths of the next pack: {length: how many of it}.
+    """The lengths of the next pack, and how many samples of each.
 
-    Again and again the longest that fits, until two lengths fill the gap exactly or nothing fits. Of such
-    pairs the most even one: an uneven pair would spend the short samples that close the gaps of later packs.
+    It takes the longest that fits, again and again, until two lengths fill the gap exactly or nothing fits. Of such
+    pairs it takes the most even one: an uneven pair would use up short samples that close the gaps of later packs.
 
-    Bit `length` of `present`, and bit `max_length - length` of `mirrored`, tell that samples of it are left.
-    Shifting `mirrored` by `max_length - gap` lines `gap - length` up with `length`: one `&` finds all pairs.
+    Bit `length` of `present`, and bit `max_length - length` of `mirrored`, are set if samples of that length are left.
+    Shifting `mirrored` by `max_length - gap` aligns `gap - length` with `length`: one `&` finds all pairs.
     """
     pattern: Counter[int] = Counter()
     gap = max_length
@@ -85,6 +83,6 @@ def _pattern(num_left: list[int], present: int, mirrored: int, max_length: int) 
     return pattern
 
 
-def fill(lengths: np.ndarray, num_packs: int, max_length: int) -> float:
-    """Share of the packs' room that holds tokens, in 0..1."""
+def fill(lengths: NDArray[np.int32], num_packs: int, max_length: int) -> float:
+    """Share of the packs' capacity that holds tokens, in 0..1."""
     return float(np.sum(lengths, dtype=np.int64)) / (num_packs * max_length)

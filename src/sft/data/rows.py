@@ -1,15 +1,14 @@
 """Files, folders, saved data sets and Hub data sets → rows."""
 
-import errno
 import json
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from sft.errors import UserError
+from sft.errors import FULL_DISK, UserError, chain
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -20,10 +19,10 @@ TEXT = (".jsonl", ".json", ".csv")
 
 @dataclass(frozen=True)
 class Source:
-    """Where rows come from. A row is known by its number in the split, counted from 0."""
+    """Where rows come from. A row is named by its number in the split, counted from 0."""
 
     path: str  # a file, a folder with `{split}.jsonl` or the like, a saved data set, or a Hub name
-    split: str = "train"  # of files and Hub data sets a slice too: "train[:1000]"
+    split: str = "train"  # of files and Hub data sets also a slice: "train[:1000]"
     name: str | None = None  # Hub configuration
 
     def __str__(self) -> str:
@@ -34,41 +33,39 @@ class Source:
 def load_rows(source: Source, cache_dir: Path) -> "Dataset":
     """All rows of a source, memory-mapped.
 
-    `datasets` puts its Arrow copy of local files under `cache_dir` and locks it: give it a private one, for
-    there are cluster file systems without locks. UserError in one line for whatever cannot be read, with the
-    file and line where they can be told; OSError where the disk is full.
+    `datasets` puts its Arrow copy of local files under `cache_dir` and locks it: give it a private one, because some
+    cluster file systems have no locks. UserError in one line for anything that cannot be read, with the file and line
+    if they are known; OSError if the disk is full.
     """
     files = local_files(source)
     for file in files or ():
         if file.stat().st_size == 0:
             raise UserError(f"{file}: the file is empty")
-        if file.suffix in TEXT:  # `datasets` lets bad bytes pass and fails on reading the row
+        if file.suffix in TEXT:  # `datasets` accepts bad bytes, and fails later, when the row is read
             _check_encoding(file)
     try:
         with _quiet():
             rows = _load_hub(source) if files is None else _load_local(source, files, cache_dir)
     except Exception as error:
-        chain = _chain(error)
-        for cause in chain:
-            if isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT):
+        causes = chain(error)
+        for cause in causes:
+            if isinstance(cause, OSError) and cause.errno in FULL_DISK:
                 raise cause from error
-        fault = next(_faults(files or []), None)
-        # `datasets` wraps the error that tells something in one that doesn't.
-        told = chain[1] if len(chain) > 1 and type(error).__name__ == "DatasetGenerationError" else error
+        # `datasets` wraps the error that says something in one that doesn't.
+        cause = causes[1] if len(causes) > 1 and type(error).__name__ == "DatasetGenerationError" else error
         where = f"{source.path} (not a local path, so a Hub data set)" if files is None else str(source)
-        raise UserError(fault or f"{where}: {_one_line(told)}") from error
+        raise UserError(_fault(files or []) or f"{where}: {_one_line(cause)}") from error
     if len(rows) == 0:
-        raise UserError(f"{source}: there are no rows in it")
+        raise UserError(f"{source}: it has no rows")
     return rows
 
 
 def local_files(source: Source) -> list[Path] | None:
-    """The files that the rows are in; None for a Hub data set. UserError for a path or split that is not
-    there."""
+    """The files that hold the rows; None for a Hub data set. UserError for a path or split that does not exist."""
     path = Path(source.path).expanduser()
     if path.is_file():
         if path.suffix not in LOADERS:
-            raise UserError(f"{path}: not one of the known kinds of file ({', '.join(LOADERS)})")
+            raise UserError(f"{path}: not a known kind of file ({', '.join(LOADERS)})")
         return [path]
     if path.is_dir():
         saved = _saved(path, source.split)
@@ -107,7 +104,7 @@ def _base(split: str) -> str:
 
 
 def _saved(path: Path, split: str) -> Path | None:
-    """The folder in which `save_to_disk` put the split; None if the folder is not of its making."""
+    """The folder in which `save_to_disk` put the split; None if it did not write this folder."""
     if (path / "dataset_dict.json").is_file():
         splits = json.loads((path / "dataset_dict.json").read_text())["splits"]
         folder = path / split
@@ -116,27 +113,20 @@ def _saved(path: Path, split: str) -> Path | None:
     else:
         return None
     if split not in splits:
-        raise UserError(f"{path}: the saved data set has no split {split!r}, but {', '.join(splits)}")
+        raise UserError(f"{path}: the saved data set has no split {split!r}, only {', '.join(splits)}")
     return folder
 
 
 def _split_files(folder: Path, split: str) -> list[Path]:
-    there = sorted(file for file in folder.iterdir() if file.suffix in LOADERS)
-    files = [file for file in there if file.stem == split or file.stem.startswith(f"{split}-")]
+    data_files = sorted(file for file in folder.iterdir() if file.suffix in LOADERS)
+    files = [file for file in data_files if file.stem == split or file.stem.startswith(f"{split}-")]
     if not files:
-        names = ", ".join(file.name for file in there[:10]) or "no data file"
-        raise UserError(f"{folder}: no file for split {split!r} ({split}.jsonl or the like); there is {names}")
+        names = ", ".join(file.name for file in data_files[:10]) or "no data file"
+        raise UserError(f"{folder}: no file for split {split!r} ({split}.jsonl or the like), only {names}")
     if len({LOADERS[file.suffix] for file in files}) > 1:
         names = ", ".join(file.name for file in files)
-        raise UserError(f"{folder}: split {split!r} is there in several formats ({names}): give one's path")
+        raise UserError(f"{folder}: split {split!r} is in several formats ({names}): give the path of one file")
     return files
-
-
-def _faults(files: list[Path]) -> Iterator[str]:
-    """What is wrong in the files, line by line, as far as we can tell."""
-    for file in files:
-        if LOADERS.get(file.suffix) == "json" and file.name not in ("state.json", "dataset_info.json"):
-            yield from _json_faults(file)
 
 
 def _check_encoding(file: Path) -> None:
@@ -151,54 +141,56 @@ def _check_encoding(file: Path) -> None:
                 ) from error
 
 
-def _json_faults(file: Path) -> Iterator[str]:
+def _fault(files: list[Path]) -> str | None:
+    """The first fault in files of JSON, with its line, as far as we can tell."""
+    for file in files:
+        if LOADERS.get(file.suffix) == "json" and file.name not in ("state.json", "dataset_info.json"):
+            with file.open(encoding="utf-8") as lines:
+                is_list = lines.readline().lstrip().startswith("[")
+            fault = _list_fault(file) if is_list else _lines_fault(file)
+            if fault:
+                return fault
+    return None
+
+
+def _lines_fault(file: Path) -> str | None:
     seen: dict[str, tuple[int, str]] = {}  # column → the first line that has it, and its type there
     with file.open(encoding="utf-8") as lines:
         for number, line in enumerate(lines, 1):
-            if number == 1 and line.lstrip().startswith("["):
-                yield from _json_list_faults(file)
-                return
             if not line.strip():
                 continue
             try:
                 row = json.loads(line)
             except ValueError as error:
-                yield f"{file}, line {number}: broken JSON ({_one_line(error)}): mend or remove the line"
-                return
+                return f"{file}, line {number}: broken JSON ({_one_line(error)}): correct or remove the line"
             if not isinstance(row, dict):
-                yield f"{file}, line {number}: a row is a JSON object, not {_json_type(row)}"
-                return
+                return f"{file}, line {number}: a row is a JSON object, not {_json_type(row)}"
             for column, value in row.items():
-                if value is not None:
-                    first, kind = seen.setdefault(column, (number, _json_type(value)))
-                    if kind != _json_type(value):
-                        yield (
-                            f"{file}, line {number}: column {column!r} holds {_json_type(value)}, "
-                            f"but {kind} in line {first}: give it one type"
-                        )
+                if value is None:
+                    continue
+                first, kind = seen.setdefault(column, (number, _json_type(value)))
+                if kind != _json_type(value):
+                    return (
+                        f"{file}, line {number}: column {column!r} holds {_json_type(value)}, "
+                        f"but {kind} in line {first}: give it one type"
+                    )
+    return None
 
 
-def _json_list_faults(file: Path) -> Iterator[str]:
+def _list_fault(file: Path) -> str | None:
     try:
         rows = json.loads(file.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
-        yield f"{file}, line {error.lineno}: broken JSON ({_one_line(error)})"
-        return
+        return f"{file}, line {error.lineno}: broken JSON ({_one_line(error)})"
     for number, row in enumerate(rows):
         if not isinstance(row, dict):
-            yield f"{file}, row {number}: a row is a JSON object, not {_json_type(row)}"
+            return f"{file}, row {number}: a row is a JSON object, not {_json_type(row)}"
+    return None
 
 
-def _json_type(value: Any) -> str:
+def _json_type(value: object) -> str:
     kinds = {bool: "a boolean", int: "a number", float: "a number", str: "a string", list: "a list"}
     return kinds.get(type(value), "an object")
-
-
-def _chain(error: BaseException) -> list[BaseException]:
-    chain = [error]
-    while (cause := chain[-1].__cause__ or chain[-1].__context__) is not None:
-        chain.append(cause)
-    return chain
 
 
 def _one_line(error: BaseException) -> str:
@@ -207,7 +199,7 @@ def _one_line(error: BaseException) -> str:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without the progress bars of `datasets`, and its log of errors that we tell ourselves."""
+    """Without the progress bars of `datasets`, and its log of errors that we report ourselves."""
     import datasets
 
     level, bars = datasets.logging.get_verbosity(), datasets.is_progress_bar_enabled()

@@ -3,14 +3,15 @@
     all samples → permute(seed, epoch) → pack → permute packs → steps of `global_batch_size` packs
                                                                   └→ share(step): rank → its micro-batches
 
-All of it is a function of (lengths, seed, epoch, global batch size). Ranks and accumulation only share a step
-out, so a run resumes at its exact next sample on any number of GPUs, and the number of supervised tokens of a
-step is known before its first forward pass.
+All of it is a function of (lengths, seed, epoch, global batch size). Ranks and accumulation only share a step out. So
+a run resumes at its exact next sample on any number of GPUs, and the number of supervised tokens of a step is known
+before its first forward pass.
 """
 
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 from sft.data.packing import pack
 from sft.errors import UserError
@@ -18,21 +19,20 @@ from sft.errors import UserError
 
 @dataclass(frozen=True)
 class Step:
-    """What one optimizer step trains on, over all ranks."""
+    """The samples of one optimizer step, over all ranks."""
 
-    packs: list[np.ndarray]  # each int64 [num_samples in the pack]: indices of samples
+    packs: list[NDArray[np.int64]]  # each [num_samples in the pack]: indices of samples
     num_supervised: int
     num_tokens: int
 
 
 @dataclass(frozen=True)
 class EpochPlan:
-    """Every sample once, in steps of `global_batch_size` packs; the last step may have fewer, none is
-    dropped."""
+    """Every sample once, in steps of `global_batch_size` packs; the last step may have fewer, and none is dropped."""
 
-    packs: list[np.ndarray]  # in the order they are trained
-    lengths: np.ndarray  # [num_samples], tokens
-    num_supervised: np.ndarray  # [num_samples], tokens
+    packs: list[NDArray[np.int64]]  # in the order of training
+    lengths: NDArray[np.int32]  # [num_samples], tokens
+    num_supervised: NDArray[np.int32]  # [num_samples], tokens
     global_batch_size: int
 
     @property
@@ -51,8 +51,8 @@ class EpochPlan:
 
 
 def epoch_plan(
-    lengths: np.ndarray,
-    num_supervised: np.ndarray,
+    lengths: NDArray[np.int32],
+    num_supervised: NDArray[np.int32],
     *,
     seed: int,
     epoch: int,
@@ -62,12 +62,14 @@ def epoch_plan(
 ) -> EpochPlan:
     """The plan of one epoch. Without packing each sample is a pack of its own."""
     rng = np.random.default_rng([seed, epoch])
-    # Permuted before packing too, so that samples of equal length meet other company every epoch.
+    # Permuted before packing too, so that samples of equal length share a pack with others every epoch.
     packs = _packs(lengths, rng.permutation(len(lengths)), max_length, packing)
     return EpochPlan([packs[i] for i in rng.permutation(len(packs))], lengths, num_supervised, global_batch_size)
 
 
-def _packs(lengths: np.ndarray, samples: np.ndarray, max_length: int, packing: bool) -> list[np.ndarray]:
+def _packs(
+    lengths: NDArray[np.int32], samples: NDArray[np.int64], max_length: int, packing: bool
+) -> list[NDArray[np.int64]]:
     if not packing:
         return list(samples.reshape(-1, 1))
     order, starts = pack(lengths[samples], max_length)
@@ -75,41 +77,41 @@ def _packs(lengths: np.ndarray, samples: np.ndarray, max_length: int, packing: b
 
 
 def share(
-    step: Step, lengths: np.ndarray, *, world_size: int, micro_batch_size: int, accumulation: int, rank: int
-) -> list[np.ndarray]:
-    """One rank's micro-batches of a step: `accumulation` arrays of sample indices, each of at most
-    `micro_batch_size` packs. Over all ranks they hold each pack of the step once.
+    step: Step, lengths: NDArray[np.int32], *, world_size: int, micro_batch_size: int, accumulation: int, rank: int
+) -> list[NDArray[np.int64]]:
+    """One rank's micro-batches of a step: `accumulation` arrays of sample indices, each of at most `micro_batch_size`
+    packs. Over all ranks they hold each pack of the step once.
 
-    Packs of equal length differ in attention cost (the sum of squared sample lengths); dealt in snake order
-    from the costliest down, no rank waits for another. In an epoch's smaller last step micro-batches may be
-    empty, yet each rank has as many of them as ever.
+    Packs of equal length differ in attention cost (the sum of squared sample lengths), so they are dealt in snake
+    order, the costliest first: then no rank waits for another. In an epoch's smaller last step micro-batches may be
+    empty, but each rank has as many as in any step.
     """
     assert len(step.packs) <= world_size * micro_batch_size * accumulation, "a step larger than the global batch"
     cost = [int((lengths[samples].astype(np.int64) ** 2).sum()) for samples in step.packs]
     by_cost = sorted(range(len(cost)), key=lambda i: -cost[i])
-    mine = [i for at, i in enumerate(by_cost) if _snake(at, world_size) == rank]
+    mine = [i for place, i in enumerate(by_cost) if _snake(place, world_size) == rank]
     return [
         _joined([step.packs[i] for i in mine[a * micro_batch_size : (a + 1) * micro_batch_size]])
         for a in range(accumulation)
     ]
 
 
-def _snake(at: int, world_size: int) -> int:
+def _snake(place: int, world_size: int) -> int:
     """0, 1, ..., w-1, w-1, ..., 1, 0, 0, 1, ..."""
-    turn, place = divmod(at, world_size)
-    return place if turn % 2 == 0 else world_size - 1 - place
+    turn, rank = divmod(place, world_size)
+    return rank if turn % 2 == 0 else world_size - 1 - rank
 
 
-def _joined(packs: list[np.ndarray]) -> np.ndarray:
+def _joined(packs: list[NDArray[np.int64]]) -> NDArray[np.int64]:
     return np.concatenate(packs) if packs else np.empty(0, dtype=np.int64)
 
 
 def eval_plan(
-    lengths: np.ndarray, *, max_length: int, packing: bool, micro_batch_size: int, world_size: int, rank: int
-) -> list[np.ndarray]:
+    lengths: NDArray[np.int32], *, max_length: int, packing: bool, micro_batch_size: int, world_size: int, rank: int
+) -> list[NDArray[np.int64]]:
     """One rank's micro-batches of a pass over all samples, in order: arrays of sample indices.
 
-    Dealt to ranks in turn; every rank has the same number, the last of some may be empty.
+    They are dealt to the ranks in turn; every rank has the same number, and the last of some ranks may be empty.
     """
     packs = _packs(lengths, np.arange(len(lengths)), max_length, packing)
     batches = [_joined(packs[i : i + micro_batch_size]) for i in range(0, len(packs), micro_batch_size)]
@@ -118,17 +120,17 @@ def eval_plan(
 
 
 def position(global_step: int, steps_per_epoch: int) -> tuple[int, int]:
-    """(epoch, step in it) of a global step. Epochs have equal numbers of steps: see `packing`."""
+    """(epoch, step in the epoch) of a global step. All epochs have as many steps: see `packing`."""
     return divmod(global_step, steps_per_epoch)
 
 
 def check_division(global_batch_size: int, world_size: int, micro_batch_size: int) -> int:
-    """The number of micro-batches each rank accumulates in a step. UserError unless the division is exact."""
-    at_once = world_size * micro_batch_size
-    accumulation, rest = divmod(global_batch_size, at_once)
+    """The number of micro-batches that each rank accumulates in a step. UserError unless the division is exact."""
+    packs_at_once = world_size * micro_batch_size
+    accumulation, rest = divmod(global_batch_size, packs_at_once)
     if rest == 0 and accumulation > 0:
         return accumulation
-    sizes = sorted({max(accumulation, 1) * at_once, (accumulation + 1) * at_once})
+    sizes = sorted({max(accumulation, 1) * packs_at_once, (accumulation + 1) * packs_at_once})
     advice = f"use a global batch size of {' or '.join(map(str, sizes))}"
     per_rank, rest = divmod(global_batch_size, world_size)
     if rest == 0 and per_rank > 0:
@@ -141,13 +143,12 @@ def check_division(global_batch_size: int, world_size: int, micro_batch_size: in
     )
 
 
-def split_held_out(content: np.ndarray, size: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Hold samples out of training where there is no validation split.
+def split_held_out(content: NDArray[np.uint64], size: float, seed: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Holds samples out of training for validation.
 
-    Takes content uint64 [num_samples], a hash of each sample's row, and a size: below 1 a share of the
-    samples, from 1 on a number of them. Returns indices (train, held out), int64, ascending. Samples of equal
-    content fall on one side, so a few more than `size` may be held out; and who is held out hardly changes
-    when rows are added.
+    Takes content [num_samples], a hash of each sample's row, and a size: below 1 a share of the samples, from 1 on a
+    number of them. Returns indices (train, held out), ascending. Samples of equal content are on the same side, so a
+    few more than `size` may be held out. Added rows hardly change which samples are held out.
     """
     num_held_out = round(size * len(content)) if size < 1 else int(size)
     if not 0 < num_held_out < len(content):
@@ -165,8 +166,8 @@ def split_held_out(content: np.ndarray, size: float, seed: int) -> tuple[np.ndar
     return np.flatnonzero(~held_out), np.flatnonzero(held_out)
 
 
-def _mix(content: np.ndarray, seed: int) -> np.ndarray:
-    """An order of hashes for each seed: SplitMix64's finaliser (Steele et al., OOPSLA 2014), one to one."""
+def _mix(content: NDArray[np.uint64], seed: int) -> NDArray[np.uint64]:
+    """Orders hashes differently for each seed: SplitMix64's finaliser (Steele et al., OOPSLA 2014), one to one."""
     offset = np.random.default_rng(seed).integers(2**64, dtype=np.uint64)
     x = content.astype(np.uint64) + offset  # unsigned arithmetic wraps
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)

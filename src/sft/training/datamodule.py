@@ -6,7 +6,7 @@ import lightning as L
 import numpy as np
 import torch
 
-from sft.data.batch import Batch, Samples, make_batch, to_device
+from sft.data.batch import Batch, SampleSet, make_batch, to_device
 from sft.data.step_plan import EpochPlan, Step, check_division, epoch_plan, eval_plan, position, share
 
 
@@ -23,8 +23,8 @@ class SFTDataModule(L.LightningDataModule):
 
     def __init__(
         self,
-        train: Samples,
-        val: Samples | None,
+        train: SampleSet,
+        val: SampleSet | None,
         *,
         seed: int,
         epochs: int,
@@ -45,7 +45,7 @@ class SFTDataModule(L.LightningDataModule):
         self.num_steps = min(epochs * self.steps_per_epoch, max_steps or epochs * self.steps_per_epoch)
 
     @property
-    def probed(self) -> Samples:
+    def probed(self) -> SampleSet:
         """The samples that prove an export."""
         return self.val if self.val is not None and len(self.val) else self.train
 
@@ -113,7 +113,7 @@ class _Validation:
 
     def __init__(self, data: SFTDataModule) -> None:
         assert data.trainer is not None and data.val is not None
-        self.val: Samples = data.val
+        self.val: SampleSet = data.val
         self.plan: list[np.ndarray] = eval_plan(
             data.val.lengths,
             max_length=data.max_length,
