@@ -3,10 +3,12 @@ that one worker has it: `pytestmark = pytest.mark.xdist_group("slurm")`."""
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -35,7 +37,7 @@ class Cluster:
         and fails it where it must be, in CI."""
         started = self("start", *(f"--{name}={value}" for name, value in options.items()))
         if "is not installed" in started.stderr and not os.environ.get("CI"):
-            pytest.skip(started.stderr.strip())
+            pytest.skip("no Slurm here: make slurm installs it")
         assert started.returncode == 0, started.stderr
         known = json.loads((self.folder / "cluster.json").read_text())
         self.nodes, self.hosts = known["nodes"], known["hosts"]
@@ -53,20 +55,29 @@ class Cluster:
         env: dict[str, str] | None = None,
     ) -> "subprocess.CompletedProcess[str]":
         """`slurm/local-cluster VERB ARGUMENTS`, with additions to the environment."""
-        return subprocess.run(
-            [sys.executable, str(SCRIPT), verb, "--dir", str(self.folder), *arguments],
-            capture_output=True,
-            text=True,
-            timeout=timeout,
-            cwd=cwd,
-            env=os.environ | (env or {}),
-        )
+        command, environment = self._command(verb, *arguments), os.environ | (env or {})
+        return subprocess.run(command, capture_output=True, text=True, timeout=timeout, cwd=cwd, env=environment)
+
+    def _command(self, verb: str, *arguments: str) -> list[str]:
+        return [sys.executable, str(SCRIPT), verb, "--dir", str(self.folder), *arguments]
 
     def exec(
         self, *command: str, timeout: float = 60, cwd: Path | None = None, env: dict[str, str] | None = None
     ) -> "subprocess.CompletedProcess[str]":
         """`command` on the login node."""
         return self("exec", *command, timeout=timeout, cwd=cwd, env=env)
+
+    @contextmanager
+    def background(self, *command: str, cwd: Path) -> Iterator[None]:
+        """Runs `command` on the login node meanwhile, and kills it afterwards."""
+        process = subprocess.Popen(
+            self._command("exec", *command), stdout=subprocess.DEVNULL, cwd=cwd, start_new_session=True
+        )
+        try:
+            yield
+        finally:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
 
     def submit(self, *arguments: str, cwd: Path | None = None, env: dict[str, str] | None = None) -> str:
         """The number of the job that sbatch made."""

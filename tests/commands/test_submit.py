@@ -23,14 +23,13 @@ GPU = ["trainer=gpu", "strategy=ddp", "micro_batch_size=1", "run=run"]
 
 
 class FalseSlurm:
-    """sbatch, sinfo, squeue and sacctmgr. What sbatch is called with goes to `asked`, an argument a line."""
+    """sbatch, sinfo and squeue. What sbatch is called with goes to `asked`, an argument a line."""
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.asked = folder, folder / "asked"
         folder.mkdir()
         self.answer("sinfo", "main*|4|16|gpu:a100:2(S:0-1)|infinite|n/a|up|idle\nshort|4|16|gpu:2|2:00|n/a|up|mixed")
         self.answer("squeue", "")
-        self.answer("sacctmgr", "You are not running a supported accounting_storage plugin", code=1)
         self.answer("sbatch", "7")
 
     def answer(self, command: str, text: str, code: int = 0) -> None:
@@ -75,7 +74,7 @@ def queued_before(slurm: FalseSlurm) -> None:
             file.write(
                 json.dumps({"time": "2026-01-01T10:00:00+00:00", "event": event, "job": job, "restart": 0}) + "\n"
             )
-    slurm.answer("squeue", "3|RUNNING\n4|PENDING")
+    slurm.answer("squeue", "3|RUNNING|(null)\n4|PENDING|(null)")
 
 
 def not_installed(slurm: FalseSlurm) -> None:
@@ -162,8 +161,8 @@ def story(*events: tuple[str, str, int]) -> Prepare:
             nothing,
             ["-p", "short"],
             [],
-            "--time=24:00:00 is more than partition short allows: set --time=0:02:00 or less; when it is over, the job "
-            "is requeued and goes on",
+            "--time=24:00:00 is more than partition short allows: set --time=0:02:00 or less; at the time limit the job "
+            "is requeued and resumes",
         ),
         (
             nothing,
@@ -180,10 +179,11 @@ def story(*events: tuple[str, str, int]) -> Prepare:
             "its signal: set checkpoint.save_every=50 or less, or a longer --time",
         ),
         (
-            answer("sacctmgr", "mine\nours"),
+            answer("sbatch", "allocation failure: Invalid account or account/partition combination specified", code=1),
             ["--account=theirs"],
             [],
-            "--account=theirs is not yours: you are in mine, ours",
+            "Slurm refuses the job: Invalid account or account/partition combination specified: set --account, one of: "
+            "sacctmgr show assoc user=$USER format=account,partition,qos",
         ),
         (
             queued_before,

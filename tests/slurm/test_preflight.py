@@ -10,7 +10,7 @@ import pytest
 
 from cluster import Cluster
 from sft.cluster.preflight import gpus
-from sft.cluster.preflight.judge import Limits, Verdict, judge
+from sft.cluster.preflight.judge import Judgement, Limits, judge
 
 NODES = ["n1", "n2", "n3"]
 # index, driver, temperature, uncorrected errors, pages to retire, rows to remap, rows that can't be, heat, power
@@ -37,7 +37,7 @@ def rank(node: str, local_rank: int = 0, **changes: Any) -> dict[str, Any]:
     return report | ({} if local_rank else leading) | changes
 
 
-def verdict(*changed: dict[str, Any], without: tuple[int, ...] = ()) -> Verdict:
+def judgement(*changed: dict[str, Any], without: tuple[int, ...] = ()) -> Judgement:
     """Of three good nodes of two ranks, but for the ranks that changed or are absent."""
     reports = {each["rank"]: each for node in NODES for each in (rank(node), rank(node, 1))}
     reports |= {each["rank"]: each for each in changed}
@@ -45,7 +45,7 @@ def verdict(*changed: dict[str, Any], without: tuple[int, ...] = ()) -> Verdict:
 
 
 def test_good_nodes() -> None:
-    good = verdict()
+    good = judgement()
     assert good.line() == "all 3 nodes are good" and not good.troubles and not good.notes
 
 
@@ -75,25 +75,25 @@ def test_good_nodes() -> None:
     ],
 )
 def test_a_fault_names_its_node(changes: dict[str, Any], told: str) -> None:
-    found = verdict(rank("n2", **changes))
+    found = judgement(rank("n2", **changes))
     assert found.line() == "bad nodes: --exclude=n2"
     assert [each[: len(told)] for each in found.faults["n2"]] == [told]
 
 
 def test_who_did_not_come_is_blamed_and_not_who_waited() -> None:
     waiting = [rank(node, at, stage="meeting", error="waited in vain") for node in NODES for at in (0, 1)]
-    gone = verdict(*waiting, without=(4, 5))
+    gone = judgement(*waiting, without=(4, 5))
     assert gone.bad == ["n3"] and gone.faults["n3"][0].startswith("no answer") and gone.notes
-    assert verdict(*waiting, without=(3,)).faults["n2"] == ["1 of 2 ranks gave no answer"]
+    assert judgement(*waiting, without=(3,)).faults["n2"] == ["1 of 2 ranks gave no answer"]
     # All came, and one hangs in an earlier stage than those that wait for it.
     behind = rank("n2", 1, stage="connecting", error="n1:20001 can't be reached")
-    assert verdict(*waiting, behind).faults == {"n1": [], "n2": ["connecting: n1:20001 can't be reached"], "n3": []}
+    assert judgement(*waiting, behind).faults == {"n1": [], "n2": ["connecting: n1:20001 can't be reached"], "n3": []}
     # What the others say when one fails is no fault of theirs.
     failing = [
         rank(node, stage="all-reduce", error="DistBackendError: NCCL error: remote process exited") for node in NODES
     ]
     failing[2] = rank("n3", stage="all-reduce", error="AcceleratorError: CUDA error: unspecified launch failure")
-    assert verdict(*failing).bad == ["n3"]
+    assert judgement(*failing).bad == ["n3"]
 
 
 def test_a_node_that_is_lost_on_the_way_is_blamed() -> None:
@@ -105,13 +105,13 @@ def test_a_node_that_is_lost_on_the_way_is_blamed() -> None:
 
 
 def test_what_is_wrong_everywhere_is_of_no_single_node() -> None:
-    hanging = verdict(*(rank(node, at, stage="all-reduce") for node in NODES for at in (0, 1)))
+    hanging = judgement(*(rank(node, at, stage="all-reduce") for node in NODES for at in (0, 1)))
     assert hanging.troubles == ["on every node: all-reduce: did not end in time"]
     assert hanging.line() == "no single node is to blame"
     unreached = [
         rank(node, at, stage="connecting", error="n1:20001 can't be reached") for node in NODES[1:] for at in (0, 1)
     ]
-    assert verdict(*unreached, rank("n1", stage="meeting"), rank("n1", 1, stage="meeting")).bad == ["n1"]
+    assert judgement(*unreached, rank("n1", stage="meeting"), rank("n1", 1, stage="meeting")).bad == ["n1"]
 
 
 def test_a_tie_goes_to_the_first_node_and_is_told() -> None:
@@ -122,7 +122,7 @@ def test_a_tie_goes_to_the_first_node_and_is_told() -> None:
 
 
 def test_locks_that_exclude_nobody_are_told() -> None:
-    found = verdict(rank("n2", flock=False), rank("n3", flock=False))
+    found = judgement(rank("n2", flock=False), rank("n3", flock=False))
     assert not found.bad and found.notes == ["flock excludes nobody on n2, n3: trust no lock in the runs' folder"]
 
 
@@ -141,7 +141,7 @@ def test_health_of_gpus() -> None:
     ]
     assert old["celsius"] is None and len(old["faults"]) == 2
     node = rank("n2", gpus={"allocated": 2, "visible": 2, "health": [hot]})
-    assert verdict(node).faults["n2"] == [*(f"GPU 1: {fault}" for fault in hot["faults"]), "GPU 1: 88 °C"]
+    assert judgement(node).faults["n2"] == [*(f"GPU 1: {fault}" for fault in hot["faults"]), "GPU 1: 88 °C"]
 
 
 @pytest.mark.xdist_group("slurm")

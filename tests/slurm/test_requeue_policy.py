@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import yaml
 
-from sft.cluster.requeue_policy import Death, decide, ended, examine
+from sft.cluster.requeue_policy import Death, decide, ended_by_slurm, examine
 from sft.errors import NotFinite, UserError
 from sft.runs import events, failure
 
@@ -100,7 +100,7 @@ def test_ranks_that_hung_left_their_stacks(tmp_path: Path) -> None:
     ],
 )
 def test_slurms_own_word(word: str, reason: str | None) -> None:
-    assert ended(f"job 1 restart 0 on n1\n{word}\nsrun: got SIGCONT\n") == reason
+    assert ended_by_slurm(f"job 1 restart 0 on n1\n{word}\nsrun: got SIGCONT\n") == reason
 
 
 def test_torn_line_of_the_story_is_left_out(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Options of sbatch, site.sh and the #SBATCH lines in; what the job gets out."""
+"""The job that sbatch options, site.sh and the #SBATCH lines make."""
 
 import re
 from pathlib import Path
@@ -44,10 +44,10 @@ def job(options: str, project: Path) -> Job:
         ("--nodes=4", {"nodes": 4}),
         ("-N 4 -n16 --ntasks-per-node 4 --mem 1G -c3", {"nodes": 4, "tasks": 4, "cpus": 3}),
         ("--gpus-per-node=a100:2,v100:3", {"gpus": 5}),
-        ("--nodes=2 -G 16 --gres=shard:1,gpu:a100:8", {"nodes": 2, "gpus": 8}),
+        ("--nodes=2 --gres=shard:1,gpu:a100:8", {"nodes": 2, "gpus": 8}),
         ("--gpus-per-node=0 --ntasks-per-n=2", {"gpus": 0, "tasks": 2}),
-        ("-t 1-12 --signal=R:SIGTERM", {"limit": 36 * 3600, "lead": 60}),
-        ("-pa,b -A me", {"partitions": ["a", "b"], "account": "me"}),
+        ("-t 1-12 --signal=R:SIGTERM", {"limit": 36 * 3600, "signal_seconds_before_end": 60}),
+        ("-pa,b -A me", {"partitions": ["a", "b"]}),
         ("-J name -o %x.log", {"name": "name", "output": "%x.log"}),
     ],
 )
@@ -58,9 +58,8 @@ def test_the_script_and_options_make_a_job(options: str, changed: dict[str, Any]
         "gpus": 8,
         "cpus": 12,
         "limit": 24 * 3600,
-        "lead": 300,
+        "signal_seconds_before_end": 300,
         "partitions": [],
-        "account": None,
         "name": None,
         "output": None,
     } | changed
@@ -75,8 +74,8 @@ def test_site_goes_before_the_script_and_options_before_both(project: Path) -> N
     site = "export SBATCH_PARTITION=site SBATCH_TIMELIMIT=60 SBATCH_GPUS_PER_NODE=4\nSBATCH_ACCOUNT=not-exported\n"
     (project / "slurm" / "site.sh").write_text(site)
     made = job("--partition=typed", project)
-    assert (made.partitions, made.limit, made.gpus, made.account) == (["typed"], 3600, 4, None)
-    assert made.environment["SBATCH_PARTITION"] == "site"
+    assert (made.partitions, made.limit, made.gpus) == (["typed"], 3600, 4)
+    assert made.environment["SBATCH_PARTITION"] == "site" and "SBATCH_ACCOUNT" not in made.environment
     (project / "slurm" / "site.sh").write_text("module load cuda/12\n")
     site_environment.cache_clear()
     with pytest.raises(UserError, match=r"^slurm/site.sh fails, as it would in the job: .*module: command not found$"):
@@ -106,18 +105,23 @@ def test_duration(text: str, seconds: float) -> None:
         ("--nodes=2-4", "--nodes=2-4 is not a whole number from 1 on"),
         ("--ntasks=12", "--ntasks=12 is not 1 nodes × 8 tasks: set --nodes and --ntasks-per-node"),
         (
-            "--nodes=2 --gpus=8",
-            "GPUs a node are said in different ways, --gpus-per-node=8 (8), --gpus=8 (4): set --gpus-per-node alone",
+            "--gres=gpu:4",
+            "--gpus-per-node=8 and --gres=gpu:4 differ: set --gpus-per-node alone",
+        ),
+        (
+            "-G 8",
+            "--gpus is not for sft submit: each rank drives one of the GPUs of its node and must see the others: set "
+            "--gpus-per-node",
         ),
         (
             "--gpus-per-task=a100:1",
-            "--gpus-per-task=a100:1 shows each rank its own GPU alone, while a rank is given one by its place on the "
-            "node, and NVLink needs its neighbours': set --gpus-per-node=8",
+            "--gpus-per-task is not for sft submit: each rank drives one of the GPUs of its node and must see the "
+            "others: set --gpus-per-node",
         ),
         ("--time=1h", "--time=1h is no time: set it like 30 (minutes), 4:00:00 or 1-12:00:00"),
         (
             "--signal=B:USR1@60",
-            "--signal=B:USR1@60 goes to the batch script alone, and it is the ranks that save: leave B: away",
+            "--signal=B:USR1@60 goes to the batch script alone, but the ranks save: leave out B:",
         ),
         (
             "--signal=INT@60",
@@ -127,7 +131,7 @@ def test_duration(text: str, seconds: float) -> None:
             "-a 0-3",
             "--array is not for sft submit: a job trains one run; for many, sbatch --array with slurm/sweep.sbatch",
         ),
-        ("--nodes", "of the options of sbatch, argument -N/--nodes: expected one argument: see sbatch --help"),
+        ("--nodes", "options of sbatch: argument -N/--nodes: expected one argument: see sbatch --help"),
     ],
 )
 def test_options_that_make_no_job(options: str, message: str, project: Path) -> None:

@@ -10,15 +10,16 @@ from pathlib import Path
 
 import pytest
 
-from cluster import Cluster
+from cluster import Cluster, eventually
 from running import Sft
 from sft.cluster.submitit_watcher import Watcher
-from sft.cluster.sweep import pick
+from sft.commands.job import pick
 from sft.errors import UserError
 
 pytestmark = pytest.mark.xdist_group("slurm")
 
 ROOT = Path(__file__).resolve().parents[2]
+SFT = str(Path(sys.executable).with_name("sft"))
 SETTINGS = ["optimizer.lr=1e-5,2e-5", "data.path='a b'", "seed=0,1,2"]
 
 
@@ -84,7 +85,7 @@ def test_a_job_a_setting_goes_on_after_a_signal_and_the_table_ends_it(cluster: C
     # In one of them the second rank gets a signal in step 3.
     signal = "{_target_: sft.proof.rehearsal.SignalInStep, step: ${seed}, rank: 1, name: SIGUSR1}"
     command = [
-        str(Path(sys.executable).with_name("sft")),
+        SFT,
         "train",
         "-m",
         *sft.settings,
@@ -115,13 +116,37 @@ def test_a_job_a_setting_goes_on_after_a_signal_and_the_table_ends_it(cluster: C
     assert resumed == stopped
 
 
-def test_a_run_that_a_job_in_the_queue_trains_is_not_trained_twice(cluster: Cluster, sft: Sft) -> None:
-    job = cluster.submit("--hold", "--job-name=one", "--wrap=true", cwd=sft.folder)
-    command = [str(Path(sys.executable).with_name("sft")), "train", "-m", *sft.settings, "hydra/launcher=slurm"]
-    swept = cluster.exec(*command, "run=one", cwd=sft.folder)
+def submission(sft: Sft, run: str, *options: str) -> list[str]:
+    """`sft submit` of a run on one rank."""
+    job = ["--ntasks-per-node=1", "--gpus-per-node=0", "--cpus-per-task=1", *options]
+    folders = [f"runs_dir={sft.folder}/runs", f"data.cache_dir={sft.folder}/cache"]
+    return [SFT, "submit", *job, "--", *sft.settings, *folders, f"run={run}"]
+
+
+def sweep(sft: Sft, run: str, *settings: str) -> list[str]:
+    """A sweep of one setting, as a job."""
+    return [SFT, "train", "-m", *sft.settings, f"run={run}", "hydra/launcher=slurm", *settings]
+
+
+def test_a_sweep_sees_a_submitted_job_whatever_its_name(cluster: Cluster, sft: Sft) -> None:
+    submitted = cluster.exec(*submission(sft, "one", "--hold", "--job-name=other"))
+    assert submitted.returncode == 0, submitted.stderr
+    job = submitted.stdout.split("job ")[1].split()[0]
+    swept = cluster.exec(*sweep(sft, "one"), cwd=sft.folder)
     cluster.exec("scancel", job)
     assert (swept.returncode, swept.stdout) == (2, "")
-    assert f"job {job} trains runs/one and is still in the queue: wait for it, or scancel {job}" in swept.stderr
+    assert f"job {job} (PENDING) trains runs/one already: let it, or end it first with scancel {job}" in swept.stderr
+
+
+def test_a_submission_sees_the_waiting_job_of_a_sweep(cluster: Cluster, sft: Sft) -> None:
+    hold = "+hydra.launcher.additional_parameters.hold=true"
+    with cluster.background(*sweep(sft, "one", hold, "hydra.launcher.cpus_per_task=1"), cwd=sft.folder):
+        eventually(lambda: cluster.exec("squeue", "--noheader", "--name=one").stdout != "")
+        job = cluster.exec("squeue", "--noheader", "--name=one", "--format=%A").stdout.strip()
+        refused = cluster.exec(*submission(sft, "one"))
+    cluster.exec("scancel", job)
+    assert refused.returncode == 2
+    assert f"job {job} (PENDING) trains {sft.run_folder('one')} already" in refused.stderr
 
 
 def test_a_job_has_ended_when_the_controller_says_so(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 import math
 import re
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -13,105 +14,107 @@ from sft.errors import UserError
 
 @dataclass(frozen=True)
 class Nodes:
-    """Nodes of a partition that are alike."""
+    """Nodes of a partition that are alike. `cpus` and `gpus` per node; times as sinfo prints them."""
 
     partition: str
     default: bool
     num: int
-    cpus: int  # of each
-    gpus: int  # of each
+    cpus: int
+    gpus: int
     max_time: str
     default_time: str
-    up: bool  # the partition
+    partition_up: bool
     state: str
 
     @property
-    def away(self) -> bool:
-        return self.state.startswith(("down", "drain", "fail", "unk", "maint", "power"))
+    def available(self) -> bool:
+        return not self.state.startswith(("down", "drain", "fail", "unk", "maint", "power"))
+
+    def fit(self, job: Job) -> bool:
+        return self.cpus >= job.tasks * job.cpus and self.gpus >= job.gpus
 
 
 def nodes() -> list[Nodes]:
-    """All that sinfo shows."""
-    found = []
+    """All nodes that sinfo shows."""
+    groups = []
     for line in ask("sinfo", "--noheader", "--all", "--exact", "--format=%P|%D|%c|%G|%l|%L|%a|%T").splitlines():
         name, num, cpus, gres, max_time, default_time, available, state = line.split("|")
-        gpus = [re.sub(r"\(.*", "", each) for each in re.split(r",(?![^(]*\))", gres) if each.startswith("gpu")]
-        found.append(
+        gpus = [re.sub(r"\(.*", "", item) for item in re.split(r",(?![^(]*\))", gres) if item.startswith("gpu")]
+        groups.append(
             Nodes(
-                name.removesuffix("*"),
-                name.endswith("*"),
-                int(num),
-                int(cpus),
-                sum(count_gpus(each) for each in gpus),
-                max_time,
-                default_time,
-                available == "up",
-                state,
+                partition=name.removesuffix("*"),
+                default=name.endswith("*"),
+                num=int(num),
+                cpus=int(cpus),
+                gpus=sum(map(count_gpus, gpus)),
+                max_time=max_time,
+                default_time=default_time,
+                partition_up=available == "up",
+                state=state,
             )
         )
-    return found
+    return groups
 
 
-def check_resources(job: Job, found: Sequence[Nodes]) -> list[str]:
-    """What it will have to wait for; `UserError` where the partition will never run it."""
-    known = sorted({each.partition for each in found})
-    wanted = job.partitions or sorted({each.partition for each in found if each.default})
+def check_resources(job: Job, groups: Sequence[Nodes]) -> list[str]:
+    """Notes on what the job will wait for; `UserError` if none of its partitions can ever run it."""
+    names = sorted({group.partition for group in groups})
+    wanted = job.partitions or sorted({group.partition for group in groups if group.default})
     if not wanted:
-        raise UserError(f"the cluster has no default partition: set --partition, one of {', '.join(known)}")
+        raise UserError(f"the cluster has no default partition: set --partition, one of {', '.join(names)}")
+    problems, notes = [], []
     for name in wanted:
-        if name not in known:
-            raise UserError(f"there is no partition {name}: there are {', '.join(known)}")
-    problems = {name: _problem(job, name, [each for each in found if each.partition == name]) for name in wanted}
-    if all(problems.values()):
-        raise UserError(str(next(iter(problems.values()))))
-    return [
-        note
-        for name, problem in problems.items()
-        if not problem and (note := _wait(job, name, [each for each in found if each.partition == name]))
-    ]
+        if name not in names:
+            raise UserError(f"there is no partition {name}: there are {', '.join(names)}")
+        partition = [group for group in groups if group.partition == name]
+        if problem := _problem(job, name, partition):
+            problems.append(problem)
+        elif note := _wait(job, name, partition):
+            notes.append(note)
+    if len(problems) == len(wanted):
+        raise UserError(problems[0])
+    return notes
 
 
-def _fits(job: Job, node: Nodes) -> bool:
-    return node.cpus >= job.tasks * job.cpus and node.gpus >= job.gpus
-
-
-def _problem(job: Job, name: str, there: Sequence[Nodes]) -> str | None:
+def _problem(job: Job, name: str, partition: Sequence[Nodes]) -> str | None:
     """Why a partition never runs the job."""
-    fitting = sum(each.num for each in there if _fits(job, each))
-    if fitting < job.nodes:
-        kinds: dict[tuple[int, int], int] = {}
-        for each in there:
-            kinds[each.cpus, each.gpus] = kinds.get((each.cpus, each.gpus), 0) + each.num
+    if sum(group.num for group in partition if group.fit(job)) < job.nodes:
+        kinds: Counter[tuple[int, int]] = Counter()
+        for group in partition:
+            kinds[group.cpus, group.gpus] += group.num
         has = ", ".join(f"{num} with {cpus} CPUs and {gpus} GPUs" for (cpus, gpus), num in sorted(kinds.items()))
         return (
-            f"the job needs {_several(job.nodes, 'node')} with {job.tasks * job.cpus} CPUs and {job.gpus} GPUs, and "
+            f"the job needs {_num_nodes(job)} with {job.tasks * job.cpus} CPUs and {job.gpus} GPUs, and "
             f"partition {name} has {has}: set --nodes, --ntasks-per-node, --gpus-per-node, --cpus-per-task"
         )
-    longest = duration(there[0].max_time) if there[0].max_time != "n/a" else math.inf
+    longest = duration(partition[0].max_time) if partition[0].max_time != "n/a" else math.inf
     if job.limit is not None and job.limit > longest and not job.qos:  # a QOS may allow more
         return (
             f"--time={clock(job.limit)} is more than partition {name} allows: set --time={clock(longest)} or less; "
-            "when it is over, the job is requeued and goes on"
+            "at the time limit the job is requeued and resumes"
         )
     return None
 
 
-def _wait(job: Job, name: str, there: Sequence[Nodes]) -> str | None:
-    if not there[0].up:
+def _wait(job: Job, name: str, partition: Sequence[Nodes]) -> str | None:
+    """What the job will wait for there."""
+    if not partition[0].partition_up:
         return f"partition {name} is down, so the job waits"
-    up = sum(each.num for each in there if _fits(job, each) and not each.away)
-    if up < job.nodes:
-        return f"{up} of the {_several(job.nodes, 'node')} that it needs are up in partition {name}, so the job waits"
+    num_available = sum(group.num for group in partition if group.fit(job) and group.available)
+    if num_available < job.nodes:
+        return f"{num_available} of the {_num_nodes(job)} that it needs are up in partition {name}, so the job waits"
     return None
 
 
-def _several(num: int, what: str) -> str:
-    return f"{num} {what}" + ("s" if num != 1 else "")
+def _num_nodes(job: Job) -> str:
+    return "1 node" if job.nodes == 1 else f"{job.nodes} nodes"
 
 
-def limit(job: Job, found: Sequence[Nodes]) -> float:
+def limit(job: Job, groups: Sequence[Nodes]) -> float:
     """The job's time limit in seconds: its own or the partition's."""
     if job.limit is not None:
         return job.limit
-    there = next(each for each in found if each.partition in job.partitions or (each.default and not job.partitions))
-    return duration(there.default_time if there.default_time != "n/a" else there.max_time)
+    first = next(
+        group for group in groups if group.partition in job.partitions or (group.default and not job.partitions)
+    )
+    return duration(first.default_time if first.default_time != "n/a" else first.max_time)

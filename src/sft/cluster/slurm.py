@@ -1,7 +1,6 @@
-"""What Slurm says of a job: of its account, of other jobs of the same run, and of the whole request, before it is
-queued; then its number."""
+"""What Slurm says before a job is queued: about other jobs of the same run, and about the request; then the job's
+number."""
 
-import getpass
 import os
 import re
 import shutil
@@ -13,7 +12,7 @@ from sft.cluster.sbatch import Job
 from sft.errors import UserError
 from sft.runs import events
 
-ANSWER = 20  # seconds that Slurm may take
+TIMEOUT = 20  # seconds for Slurm to answer
 UNAVAILABLE = "Requested node configuration is not available"
 ADVICE = (
     (UNAVAILABLE, "no nodes have all of it together (memory, kind of GPU, constraint): see scontrol show node"),
@@ -38,66 +37,54 @@ def check_installed() -> None:
 
 
 def ask(*command: str) -> str:
-    """What a command of Slurm prints; `NoAnswer` where it fails."""
+    """The output of one of Slurm's commands; `NoAnswer` if it fails."""
     try:
-        asked = subprocess.run(
-            command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=True, timeout=ANSWER
+        answer = subprocess.run(
+            command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=True, timeout=TIMEOUT
         )
     except (subprocess.SubprocessError, FileNotFoundError) as error:
-        told = " ".join((getattr(error, "stderr", None) or str(error)).split())
-        raise NoAnswer(f"Slurm does not answer ({command[0]}: {told}): see whether sinfo works") from error
-    return asked.stdout
+        reason = " ".join((getattr(error, "stderr", None) or str(error)).split())
+        raise NoAnswer(f"Slurm does not answer ({command[0]}: {reason}): see whether sinfo works") from error
+    return answer.stdout
 
 
-def check_account(account: str | None) -> None:
-    """Refuses an account that the user is not in, where Slurm keeps accounts."""
-    if not account or not shutil.which("sacctmgr"):
-        return
-    query = ["show", "assoc", f"user={getpass.getuser()}", "format=account"]
-    try:
-        asked = subprocess.run(
-            ["sacctmgr", "--noheader", "--parsable2", *query], capture_output=True, text=True, check=True, timeout=5
-        )
-    except subprocess.SubprocessError:  # no accounting, or it is down: sbatch will know
-        return
-    accounts = sorted(set(asked.stdout.split()))
-    if accounts and account not in accounts:
-        raise UserError(f"--account={account} is not yours: you are in {', '.join(accounts)}")
+def comment(run: Path) -> str:
+    """The comment on the job of a sweep's setting, by which `refuse_queued` knows the run."""
+    return f"sft train {run.resolve()}"
 
 
 def refuse_queued(run: Path, *states: str, own: int | None = None) -> None:
-    """Refuses a run that another job trains already or, with no `states`, waits for; by the run's own story."""
+    """Refuses a run for which the queue holds another job, in one of these `states` if any are given. A job of
+    sft submit or slurm/train.sbatch is known by the run's events, a sweep's that hasn't started by its comment."""
     last = {event["job"]: event["event"] for event in events.read(run) if "job" in event}
-    jobs = {job for job, event in last.items() if event not in ("finish", "stop")} - {own}
-    if not jobs:
-        return
-    for line in ask("squeue", "--noheader", f"--user={getpass.getuser()}", "--format=%A|%T").splitlines():
-        number, state = line.split("|")
-        if int(number) in jobs and (state in states or not states):
+    jobs = {job for job, event in last.items() if event not in ("finish", "stop")}
+    for line in ask("squeue", "--noheader", f"--user={os.getuid()}", "--format=%A|%T|%k").splitlines():
+        number, state, its_comment = line.split("|", 2)
+        trains = int(number) in jobs or its_comment == comment(run)
+        if trains and int(number) != own and (state in states or not states):
             raise UserError(
                 f"job {number} ({state}) trains {run} already: let it, or end it first with scancel {number}"
             )
 
 
 def expected_start(command: Sequence[str], job: Job, waits: bool) -> str | None:
-    """Slurm's own word on the request, which it doesn't queue: when it would start. `waits`: for nodes that are away,
-    which Slurm takes for none here, but not in the queue. `UserError` where it refuses."""
-    asked = _sbatch(["sbatch", "--test-only", *command[1:]], job)
-    told = asked.stderr.strip()
-    if asked.returncode == 0:
-        found = re.search(r"to start at (\S+)", told)
-        return found[1] if found else None
-    if waits and UNAVAILABLE in told:
+    """When Slurm would start the job if it were queued; `UserError` if Slurm refuses it. `waits`: for nodes that are
+    down, without which this check says unavailable, though the queue would take the job."""
+    check = _sbatch(["sbatch", "--test-only", *command[1:]], job)
+    if check.returncode == 0:
+        start = re.search(r"to start at (\S+)", check.stderr)
+        return start[1] if start else None
+    if waits and UNAVAILABLE in check.stderr:
         return None
-    raise refused(told)
+    raise refused(check.stderr)
 
 
 def queue(command: Sequence[str], job: Job) -> int:
-    """The number of the new job."""
-    asked = _sbatch(command, job)
-    if asked.returncode:
-        raise refused(asked.stderr.strip())
-    return int(asked.stdout.strip().partition(";")[0])
+    """Queues the job and returns its number."""
+    submission = _sbatch(command, job)
+    if submission.returncode:
+        raise refused(submission.stderr)
+    return int(submission.stdout.strip().partition(";")[0])
 
 
 def _sbatch(command: Sequence[str], job: Job) -> "subprocess.CompletedProcess[str]":
@@ -106,9 +93,9 @@ def _sbatch(command: Sequence[str], job: Job) -> "subprocess.CompletedProcess[st
     )
 
 
-def refused(told: str) -> UserError:
-    """sbatch's message in one line, and what to do where that is known."""
-    lines = [re.sub(r"^(sbatch: )?((error|fatal): )?(allocation failure: )?", "", line) for line in told.splitlines()]
+def refused(stderr: str) -> UserError:
+    """sbatch's message in one line, with advice if the message is known."""
+    lines = [re.sub(r"^(sbatch: )?((error|fatal): )?(allocation failure: )?", "", line) for line in stderr.splitlines()]
     message = "; ".join(line for line in lines if line and not line.startswith("Try "))
-    advice = next((advice for known, advice in ADVICE if known in message), "see sbatch --help")
+    advice = next((advice for words, advice in ADVICE if words in message), "see sbatch --help")
     return UserError(f"Slurm refuses the job: {message}: {advice}")

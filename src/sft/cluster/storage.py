@@ -1,4 +1,4 @@
-"""Whether what a job reads and writes is there, is where its nodes see it, and fits."""
+"""Whether the files and folders of a job exist, can be written, are visible to its nodes, and have room."""
 
 import shutil
 import tempfile
@@ -8,8 +8,8 @@ from pathlib import Path
 from sft.errors import UserError
 from sft.runs.run import nearest_existing
 
-OWN_FOLDERS = ("/tmp", "/var/tmp", "/dev/shm")
-OWN_KINDS = ("tmpfs", "ramfs", "overlay", "squashfs")  # of file system
+LOCAL_FOLDERS = ("/tmp", "/var/tmp", "/dev/shm")
+LOCAL_FILE_SYSTEMS = ("tmpfs", "ramfs", "overlay", "squashfs")
 
 
 def check_writable(folder: Path, setting: str) -> None:
@@ -23,23 +23,23 @@ def check_writable(folder: Path, setting: str) -> None:
         ) from error
 
 
-def is_own(path: Path) -> bool:
-    """Whether a path is likely to be another one on other machines."""
-    place = nearest_existing(path).resolve()
+def is_local(path: Path) -> bool:
+    """Whether other machines are likely to have something else, or nothing, at this path."""
+    existing = nearest_existing(path).resolve()
     mounts = [line.split()[1:3] for line in Path("/proc/self/mounts").read_text().splitlines()]
-    kind = max((len(folder), kind) for folder, kind in mounts if place.is_relative_to(folder))[1]
-    return kind in OWN_KINDS or any(place.is_relative_to(folder) for folder in OWN_FOLDERS)
+    _, kind = max((len(folder), kind) for folder, kind in mounts if existing.is_relative_to(folder))
+    return kind in LOCAL_FILE_SYSTEMS or any(existing.is_relative_to(folder) for folder in LOCAL_FOLDERS)
 
 
-def notes(places: Mapping[str, Path]) -> list[str]:
-    """A note where some of the paths, by what sets them, are on this machine's own disk."""
-    own = [f"{name} ({path})" for name, path in places.items() if is_own(path)]
-    return [f"on this machine's own disk, which the nodes may not see: {', '.join(own)}"] if own else []
+def notes(paths: Mapping[str, Path]) -> list[str]:
+    """A note that names the paths on this machine's own disk, and the settings that name them."""
+    local = [f"{name} ({path})" for name, path in paths.items() if is_local(path)]
+    return [f"on this machine's own disk, which the nodes may not see: {', '.join(local)}"] if local else []
 
 
 def check_hub(setting: str, name: str, kind: str) -> list[str]:
-    """A note where there is no copy of a Hub repository yet; refuses that where the environment, which the job
-    inherits, forbids the download. `kind`: models or datasets."""
+    """A note if there is no copy of a Hub repository yet; refuses that if the environment, which the job inherits,
+    forbids the download. `kind`: models or datasets."""
     from huggingface_hub import constants
 
     hub = Path(constants.HF_HUB_CACHE)
@@ -57,8 +57,8 @@ def check_hub(setting: str, name: str, kind: str) -> list[str]:
 
 
 def check_space(runs: Path, model: Path) -> None:
-    """Refuses a disk without room for one checkpoint of a local model: its weights, and as much twice for the
-    optimizer."""
+    """Refuses a disk without room for one checkpoint of a local model: three times the bytes of its weights, since the
+    optimizer has two states for each."""
     needed = 3 * sum(file.stat().st_size for file in model.glob("*.safetensors"))
     free = shutil.disk_usage(nearest_existing(runs)).free
     if free < needed:

@@ -1,4 +1,4 @@
-"""The life of a rank in a job that `hydra/launcher=slurm` has submitted."""
+"""How a rank lives and ends in a job that `hydra/launcher=slurm` submitted."""
 
 import atexit
 import os
@@ -6,9 +6,8 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
-from sft.runs import signals
+from sft.runs import process, signals
 
 
 def is_submitted() -> bool:
@@ -17,39 +16,31 @@ def is_submitted() -> bool:
 
 @contextmanager
 def rank() -> Iterator[None]:
-    """Remembers signals as a typed command does, in the place of submitit, which would requeue the job in the middle of
-    a step. A run that a signal has stopped goes back into the queue, and leaves no result: what waits for it waits on.
-    """
+    """Handles signals as a typed command does; submitit's own handler would requeue the job in the middle of a step. A
+    run stopped by a signal is requeued and leaves no result, so the sweep keeps waiting for it."""
     signals.install()
     code = 1
-
-    def end() -> None:
-        # After submitit has written the result. Threads of a process group can crash an interpreter's own end; and with
-        # another code than 0 srun ends the ranks that wait for this one.
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
-
-    atexit.register(end)
+    # Runs after submitit has written the result. With an exit code other than 0, srun ends the ranks that wait.
+    atexit.register(lambda: process.leave(code))
     try:
         yield
     except signals.Interrupted as stopped:
-        if os.environ["SLURM_PROCID"] != "0":
-            code = 0
-        else:
+        if os.environ["SLURM_PROCID"] == "0":
             code = stopped.exit_code
             requeue()
+        else:
+            code = 0
         sys.exit(code)
     code = 0
-    distributed: Any = sys.modules.get("torch.distributed")
-    if distributed is not None and distributed.is_available() and distributed.is_initialized():
-        distributed.destroy_process_group()
+    ranks = sys.modules.get("sft.ranks")
+    if ranks is not None:
+        ranks.disband()
 
 
 def requeue() -> None:
-    """Puts this job back into the queue, unless it was cancelled: Slurm would requeue that, too."""
+    """Requeues this job, unless it was cancelled: Slurm would requeue it even then."""
     job = os.environ["SLURM_JOB_ID"]
-    asked = subprocess.run(["squeue", "--noheader", f"--jobs={job}", "--format=%T"], capture_output=True, text=True)
-    if asked.stdout.strip() == "RUNNING":
-        print(f"job {job} goes back into the queue", flush=True)
+    squeue = subprocess.run(["squeue", "--noheader", f"--jobs={job}", "--format=%T"], capture_output=True, text=True)
+    if squeue.stdout.strip() == "RUNNING":
+        print(f"requeueing job {job}", flush=True)
         subprocess.run(["scontrol", "requeue", job], check=True)

@@ -1,4 +1,4 @@
-"""Whether queued jobs have ended, asked of the controller."""
+"""Reports to submitit whether queued jobs have ended, as the controller knows."""
 
 import os
 import time
@@ -20,11 +20,11 @@ ENDED = {
 
 
 class Watcher(SlurmInfoWatcher):
-    """By squeue, while submitit's own needs the accounting database, which not every cluster has."""
+    """Asks squeue; submitit's own watcher needs the accounting database, which not every cluster has."""
 
     def __init__(self) -> None:
-        super().__init__(delay_s=20)  # a job is shown for minutes after its end (MinJobAge)
-        self._missed: dict[str, float] = {}
+        super().__init__(delay_s=20)  # squeue shows a job for minutes after its end (MinJobAge)
+        self._missing_since: dict[str, float] = {}
 
     def _make_command(self) -> list[str] | None:
         if not self._registered - self._finished:
@@ -35,12 +35,15 @@ class Watcher(SlurmInfoWatcher):
     def read_info(self, string: bytes | str) -> dict[str, dict[str, str]]:
         text = string if isinstance(string, str) else string.decode()
         states = dict(line.split("|", 1) for line in text.splitlines())
-        found = {job: states.get(job) or self._gone(job) for job in self._registered - self._finished}
-        self._missed = {job: since for job, since in self._missed.items() if job not in states}
-        # There are many states of a job that goes on; submitit knows a few.
-        return {job: {"JobID": job, "State": state if state in ENDED else "RUNNING"} for job, state in found.items()}
+        self._missing_since = {job: since for job, since in self._missing_since.items() if job not in states}
+        infos = {}
+        for job in self._registered - self._finished:
+            state = states.get(job) or self._state_of_missing(job)
+            # Slurm has many states for a job that hasn't ended; submitit knows a few.
+            infos[job] = {"JobID": job, "State": state if state in ENDED else "RUNNING"}
+        return infos
 
-    def _gone(self, job: str) -> str:
-        """A job that isn't shown is gone if it isn't shown a little later either."""
-        since = self._missed.setdefault(job, time.monotonic())
+    def _state_of_missing(self, job: str) -> str:
+        """A job that isn't shown is gone if it still isn't a little later."""
+        since = self._missing_since.setdefault(job, time.monotonic())
         return "GONE" if time.monotonic() - since > 15 else "MISSED"

@@ -1,31 +1,29 @@
-"""A job's time limit against what has to fit in it: the ranks' start, the signal, checkpoints."""
+"""Whether a job's time limit leaves room for the ranks' start, a step and a checkpoint."""
 
 import math
 import re
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from datetime import datetime
-from typing import Any
 
 from sft.errors import UserError
+from sft.runs.events import Event
 
 LEAST_WORK = 60  # seconds between a job's start and its signal
 
 
 def duration(text: str) -> float:
-    """Seconds of a time as Slurm writes it: minutes, minutes:seconds, hours:minutes:seconds, and after `days-` from
-    hours on; infinite for 0 and words."""
+    """Seconds of a time as Slurm writes it: minutes, minutes:seconds, hours:minutes:seconds; after `days-` it begins
+    with hours. Infinite for 0, infinite and unlimited."""
     if text.lower() in ("infinite", "unlimited", "0"):
         return math.inf
-    found = re.fullmatch(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", text)
-    if not found:
+    match = re.fullmatch(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", text)
+    if not match:
         raise UserError(f"--time={text} is no time: set it like 30 (minutes), 4:00:00 or 1-12:00:00")
-    days, first, second, third = (int(each) if each else None for each in found.groups())
-    if days is not None or third is not None:
-        hours, minutes, seconds = first, second, third
-    else:
-        hours, minutes, seconds = 0, first, second
-    return (((days or 0) * 24 + (hours or 0)) * 60 + (minutes or 0)) * 60.0 + (seconds or 0)
+    days, first, second, third = (int(number or 0) for number in match.groups())
+    if match[1] or match[4]:
+        return ((days * 24 + first) * 60 + second) * 60.0 + third
+    return first * 60.0 + second
 
 
 def clock(seconds: float) -> str:
@@ -36,49 +34,55 @@ def clock(seconds: float) -> str:
     return f"{minutes // 60}:{minutes % 60:02}:{rest:02}"
 
 
-def check_limit(limit: float, lead: int) -> None:
+def check_limit(limit: float, signal_seconds_before_end: int) -> None:
     """Refuses a job that gets its signal as soon as it has started. Both in seconds."""
-    if limit < lead + LEAST_WORK:
+    least = signal_seconds_before_end + LEAST_WORK
+    if limit < least:
         raise UserError(
-            f"a job of {clock(limit)} gets its signal {lead} s before the end, almost at once: set --time to "
-            f"{clock(lead + LEAST_WORK)} or more, or a later signal with --signal=USR1@SECONDS"
+            f"a job of {clock(limit)} gets its signal {signal_seconds_before_end} s before the end, almost at once: "
+            f"set --time to {clock(least)} or more, or a later signal with --signal=USR1@SECONDS"
         )
 
 
 def check_interval(
-    limit: float, lead: int, num_ranks: int, story: Sequence[Mapping[str, Any]], save_every: int | None
+    limit: float, signal_seconds_before_end: int, num_ranks: int, events: Sequence[Event], save_every: int | None
 ) -> list[str]:
-    """Compares with the times of the run's earlier attempts on as many ranks: refuses a job that ends before its first
-    regular checkpoint; a note where the signal comes too late for a step and a save. `save_every` in steps, None: as
-    then."""
-    intervals, saving = _measured(story, num_ranks)
+    """Refuses a job too short for its first regular checkpoint, judged by the run's earlier attempts on as many ranks;
+    returns a note if the signal comes too late for a step and a save. `save_every` in steps;
+    None: as in those attempts."""
+    intervals, longest_save = _measured(events, num_ranks)
     if not intervals:
         return []
-    step = statistics.median(seconds / steps for steps, seconds in intervals)
-    steps = save_every or max(steps for steps, _ in intervals)
-    if limit - lead < steps * step:
+    step = statistics.median(seconds / num_steps for num_steps, seconds in intervals)
+    save_every = save_every or max(num_steps for num_steps, _ in intervals)
+    until_signal = limit - signal_seconds_before_end
+    if until_signal < save_every * step:
         raise UserError(
-            f"the {steps} steps between two checkpoints took {clock(steps * step)} in earlier attempts, and "
-            f"this job has {clock(limit - lead)} until its signal: set checkpoint.save_every="
-            f"{max(1, int((limit - lead) / step))} or less, or a longer --time"
+            f"the {save_every} steps between two checkpoints took {clock(save_every * step)} in earlier attempts, and "
+            f"this job has {clock(until_signal)} until its signal: set checkpoint.save_every="
+            f"{max(1, int(until_signal / step))} or less, or a longer --time"
         )
-    if step + saving <= lead:
+    needed = step + longest_save
+    if needed <= signal_seconds_before_end:
         return []
     return [
-        f"a step and a save took {step + saving:.0f} s in earlier attempts, and --signal leaves {lead} s: "
-        f"--signal=USR1@{2 * math.ceil(step + saving)} is safer"
+        f"a step and a save took {needed:.0f} s in earlier attempts, and --signal leaves {signal_seconds_before_end} "
+        f"s: --signal=USR1@{2 * math.ceil(needed)} is safer"
     ]
 
 
-def _measured(story: Sequence[Mapping[str, Any]], num_ranks: int) -> tuple[list[tuple[int, float]], float]:
-    """Steps and seconds between saves, and the seconds of the longest save."""
-    before, intervals, saving = None, [], 0.0
-    for event in story:
+def _measured(events: Sequence[Event], num_ranks: int) -> tuple[list[tuple[int, float]], float]:
+    """Steps and seconds of each interval between saves, and the seconds of the longest save."""
+    before: Event | None = None
+    intervals, longest_save = [], 0.0
+    for event in events:
         if event["event"] == "start":
             before = event if event["num_ranks"] == num_ranks else None
         elif event["event"] == "save" and before:
             seconds = (datetime.fromisoformat(event["time"]) - datetime.fromisoformat(before["time"])).total_seconds()
-            if (steps := event["step"] - before["step"]) > 0:
-                intervals.append((steps, seconds))
-            before, saving = event, max(saving, event["seconds"])
-    return intervals, saving
+            num_steps = event["step"] - before["step"]
+            if num_steps > 0:
+                intervals.append((num_steps, seconds))
+            longest_save = max(longest_save, event["seconds"])
+            before = event
+    return intervals, longest_save

@@ -1,29 +1,34 @@
-"""What slurm/train.sbatch asks before the ranks start and after they have ended.
+"""The batch scripts' own steps, before the ranks start and after they end.
 
-  sft job begin [the settings of sft train]     refuses what can't work; prints the run's folder
-  sft job end FOLDER EXIT_CODE LOG              tells why the ranks ended; exit code 75: requeue the job
+  sft job setting INDEX [settings of a sweep]   prints one setting of slurm/sweep.sbatch, an override a line
+  sft job begin [settings of sft train]         refuses what can't work; prints the run's folder
+  sft job end FOLDER EXIT_CODE LOG              reports why the ranks ended; exit code 75: requeue the job
 
-EXIT_CODE is that of `srun`, LOG the file in which it and Slurm tell of errors.
+`optimizer.lr=1e-5,2e-5 seed=0,1` are four settings, 0 to 3, in the order of `sft train -m`: the last varies first.
+EXIT_CODE is that of `srun`, LOG the file for its errors and Slurm's.
 """
 
 import os
 import sys
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 
-from sft.cluster.requeue_policy import Death, decide, ended, examine
+from sft.cluster.requeue_policy import Death, decide, ended_by_slurm, examine
 from sft.cluster.slurm import NoAnswer, refuse_queued
-from sft.commands.train import check
 from sft.errors import UserError
 from sft.runs import events, signals
+from sft.runs.events import Event, SlurmJob
+from sft.runs.metrics_file import Metrics
 from sft.runs.run import Run
+from sft.training.settings import check
 
 
-def main(config: Any) -> None:
-    """Prints the run's folder, with the job's folder made in it. Exit code 1 where the job has died too often."""
+def main(config: DictConfig) -> None:
+    """`sft job begin`. Makes the job's folder too; exit code 1 if the job has failed too often."""
     settings: Any = OmegaConf.to_container(config, resolve=True)
     check(config)
     run = Run.of(settings)
@@ -34,97 +39,113 @@ def main(config: Any) -> None:
     with suppress(NoAnswer):  # a container has no squeue, and a controller is away now and then
         refuse_queued(run.folder, "RUNNING", own=job["job"])
     logs(run.folder).mkdir(parents=True, exist_ok=True)
-    for earlier in logs(run.folder).glob(f"attempt-{job['restart']}-rank-*"):  # of another job of this number
-        earlier.unlink()
-    budgets = settings["cluster"]["max_requeues"]
+    for file in logs(run.folder).glob(f"attempt-{job['restart']}-rank-*"):  # of an older job with this number
+        file.unlink()
+    max_requeues = settings["cluster"]["max_requeues"]
     allocation = {name.lower(): os.environ.get(f"SLURM_{name}") for name in ("JOB_NODELIST", "NTASKS")}
-    unfinished = _unexplained(story, job)
-    if unfinished and not _concluded(run.folder, unfinished, story, budgets):
+    unexplained = _unexplained(story, job)
+    if unexplained and not _conclude(run.folder, unexplained, story, max_requeues):
         sys.exit(1)
-    events.record(run.folder, "job", **allocation, max_requeues=budgets)
+    events.record(run.folder, "job", **allocation, max_requeues=max_requeues)
     if signals.received():
         events.record(run.folder, "signal", step=_step(run.folder))
     print(run.folder, flush=True)
     sys.exit(signals.EXIT_CODE if signals.received() else 0)
 
 
-def logs(run: Path) -> Path:
-    """Where the ranks of this job leave their errors."""
-    return run / "logs" / os.environ["SLURM_JOB_ID"]
+def without_configuration(arguments: list[str]) -> None:
+    """The steps that need no configuration."""
+    match arguments:
+        case ["setting", index, *overrides]:
+            print("\n".join(pick(int(index), overrides)))
+        case ["end", folder, exit_code, log]:
+            end(Run(Path(folder)), int(exit_code), Path(log))
+        case _:
+            raise UserError("sft job is for batch scripts: see slurm/train.sbatch")
 
 
-def _of_job(story: list[dict[str, Any]], job: dict[str, Any]) -> list[dict[str, Any]]:
-    """What has happened since this job began; its number may have been another's in a cluster that was set up anew."""
-    own = [each for each in story if each.get("job") == job["job"]]
-    begun = [place for place, each in enumerate(own) if each["event"] == "job" and each["restart"] == 0]
-    return own[begun[-1] :] if begun else []
+def pick(index: int, overrides: list[str]) -> list[str]:
+    """The overrides of one setting of a sweep; `UserError` if there is no such setting."""
+    from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+
+    parsed = OverridesParser.create().parse_overrides(overrides)
+    (settings,) = BasicSweeper.split_arguments(parsed, max_batch_size=None)
+    if not 0 <= index < len(settings):
+        raise UserError(
+            f"there is no setting {index}: these are {len(settings)} settings, sbatch --array=0-{len(settings) - 1}"
+        )
+    return settings[index]
 
 
-def _unexplained(story: list[dict[str, Any]], job: dict[str, Any]) -> Death | None:
-    """Why an earlier attempt of this job ended that nobody has concluded: Slurm itself requeues when a node is lost."""
-    before = [each for each in story if each["restart"] < job["restart"]]
-    start = max((place for place, each in enumerate(before) if each["event"] == "job"), default=None)
-    verdicts = [each for each in before[start:] if each["event"] in ("requeue", "stop")]
-    if verdicts and verdicts[-1]["event"] == "stop":
-        raise UserError(f"this job was stopped ({verdicts[-1]['why']}): submit it again to go on with the run")
-    if start is None or verdicts:
-        return None
-    steps = [each["step"] for each in before[start:] if each["event"] in ("start", "save", "signal")]
-    step = max(steps, default=0)
-    if any(each["event"] == "signal" for each in before[start:]):
-        return Death("signal", step, "requeued by Slurm after it had stopped the run")
-    nodes = before[start].get("job_nodelist")
-    return Death("lost", step, f"the attempt on {nodes} ended without a word: a node was lost, or Slurm requeued it")
-
-
-def end(arguments: list[str]) -> None:
-    """Tells in the run's story, and as the last thing in the log, why the ranks ended."""
-    try:
-        verb, folder, exit_code, log = arguments
-        assert verb == "end"
-        run, code = Run(Path(folder)), int(exit_code)
-    except (ValueError, AssertionError):
-        raise UserError("sft job is for batch scripts: see slurm/train.sbatch") from None
+def end(run: Run, exit_code: int, log: Path) -> None:
+    """Reports in the run's events, and as the last line of the log, why the ranks ended."""
     if run.status.get("state") == "finished":
         return
     job = events.job()
     story = _of_job(events.read(run.folder), job)
-    start = max(place for place, each in enumerate(story) if each["event"] == "job")
-    printed = Path(log).read_text(errors="replace") if Path(log).is_file() else ""
+    start = max(at for at, event in enumerate(story) if event["event"] == "job")
+    printed = log.read_text(errors="replace") if log.is_file() else ""
     printed = printed.rpartition(f"job {job['job']} restart {job['restart']} ")[2]
-    by_slurm = ended(printed)
-    if any(each["event"] == "signal" for each in story[start:]):
-        death = Death("signal", _step(run.folder), "its checkpoint is saved")
+    step = _step(run.folder)
+    by_slurm = ended_by_slurm(printed)
+    if any(event["event"] == "signal" for event in story[start:]):
+        death = Death("signal", step, "its checkpoint is saved")
     elif by_slurm and "TIME LIMIT" in by_slurm:
         error = "killed at the time limit: --signal=USR1@SECONDS must leave time for a step, a save or the export"
-        death = Death("timeout", _step(run.folder), error)
+        death = Death("timeout", step, error)
     elif by_slurm:  # the loss of a node, a preemption that gave no time, or a requeue by hand
-        death = Death("lost", _step(run.folder), f"Slurm ended the job {by_slurm.lower()}")
+        death = Death("lost", step, f"Slurm ended the job {by_slurm.lower()}")
     else:
-        death = examine(logs(run.folder), job["restart"], code, _step(run.folder), printed)
+        death = examine(logs(run.folder), job["restart"], exit_code, step, printed)
     if by_slurm == "":
         events.record(run.folder, "stop", **death.event(), why="the job was cancelled")
-        print(f"stopped at step {death.step}: the job was cancelled; submitted again, it goes on", flush=True)
-    elif _concluded(run.folder, death, story, story[start]["max_requeues"]):
+        print(f"stopped at step {death.step}: the job was cancelled; submit it again to resume", flush=True)
+    elif _conclude(run.folder, death, story, story[start]["max_requeues"]):
         sys.exit(signals.EXIT_CODE)
 
 
-def _concluded(folder: Path, death: Death, story: list[dict[str, Any]], budgets: dict[str, int]) -> bool:
-    """Decides, records and tells; whether to requeue."""
-    requeue, why = decide(death, story, budgets)
+def logs(run: Path) -> Path:
+    """The folder for the errors of this job's ranks."""
+    return run / "logs" / os.environ["SLURM_JOB_ID"]
+
+
+def _of_job(story: Sequence[Event], job: SlurmJob) -> list[Event]:
+    """The events since this job began. An older job may have had its number, in a cluster that was set up anew."""
+    own = [event for event in story if event.get("job") == job["job"]]
+    begins = [at for at, event in enumerate(own) if event["event"] == "job" and event["restart"] == 0]
+    return own[begins[-1] :] if begins else []
+
+
+def _unexplained(story: Sequence[Event], job: SlurmJob) -> Death | None:
+    """Why an earlier attempt of this job ended, if no event says so: when a node is lost, Slurm itself requeues."""
+    earlier = [event for event in story if event["restart"] < job["restart"]]
+    start = max((at for at, event in enumerate(earlier) if event["event"] == "job"), default=None)
+    attempt = earlier[start:]
+    decisions = [event for event in attempt if event["event"] in ("requeue", "stop")]
+    if decisions and decisions[-1]["event"] == "stop":
+        raise UserError(f"this job was stopped ({decisions[-1]['why']}): submit it again to resume the run")
+    if start is None or decisions:
+        return None
+    step = max((event["step"] for event in attempt if event["event"] in ("start", "save", "signal")), default=0)
+    if any(event["event"] == "signal" for event in attempt):
+        return Death("signal", step, "requeued by Slurm after it had stopped the run")
+    nodes = attempt[0].get("job_nodelist")
+    return Death("lost", step, f"the attempt on {nodes} left no message: a node was lost, or Slurm requeued the job")
+
+
+def _conclude(folder: Path, death: Death, story: Sequence[Event], max_requeues: Mapping[str, int]) -> bool:
+    """Decides whether to requeue, records and prints the decision, and returns it."""
+    requeue, why = decide(death, story, max_requeues)
     events.record(folder, "requeue" if requeue else "stop", **death.event(), why=why)
     if death.details:
         print(death.details.rstrip(), file=sys.stderr)
     place = f" (rank {death.rank} on {death.host})" if death.rank is not None else ""
-    verdict = "requeued" if requeue else "stopped"
-    print(f"{verdict}: {death.cause} at step {death.step}{place}: {death.error}; {why}", file=sys.stderr, flush=True)
+    decision = "requeued" if requeue else "stopped"
+    print(f"{decision}: {death.cause} at step {death.step}{place}: {death.error}; {why}", file=sys.stderr, flush=True)
     return requeue
 
 
 def _step(folder: Path) -> int:
-    """The last optimizer step that is known to be done: the last row of metrics.csv."""
-    try:
-        last = (folder / "metrics.csv").read_text().splitlines()[-1].partition(",")[0]
-    except (OSError, IndexError):
-        return 0
-    return int(last) if last.isdigit() else 0
+    """The last finished optimizer step."""
+    return Metrics.read(folder / "metrics.csv").step

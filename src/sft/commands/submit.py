@@ -1,19 +1,19 @@
-"""sft submit: queue sft train as a job on a Slurm cluster, once all is checked that would fail after the wait.
+"""sft submit: check a training job for mistakes that would fail it after the wait, then queue it on a Slurm cluster.
 
-  sft submit [options of sbatch] -- [the settings of sft train]
+  sft submit [options of sbatch] -- [settings of sft train]
 
   sft submit -- experiment=gsm8k strategy=deepspeed_zero3 trainer=gpu
-      as slurm/train.sbatch and slurm/site.sh say
+      with the options in slurm/train.sbatch and slurm/site.sh
   sft submit --nodes=4 --partition=gpu --time=8:00:00 -- experiment=gsm8k strategy=deepspeed_zero3 trainer=gpu
-      any options of sbatch, which go before those
+      with any options of sbatch instead of those
   sft submit --dry-run ... -- ...
-      checks all of it, prints the command, and queues nothing
+      makes all checks, prints the command, and queues nothing
   sft submit --rehearse ... -- ...
-      sft rehearse of the same settings first, about a minute; queued only where it succeeds
+      runs sft rehearse with the same settings first, about a minute; queues the job only if that succeeds
 
-The job runs in the project's folder, so relative paths are looked for there, and its log is in the run's folder. It
-trains on the nodes and GPUs that are allocated, whatever trainer.num_nodes and trainer.devices say. The same command
-again, after the job's end, goes on with the run.
+The job runs in the project's folder: relative paths start there. Its log is in the run's folder. It trains on the nodes
+and GPUs of its allocation, whatever trainer.num_nodes and trainer.devices say. When the job has ended, the same command
+resumes the run.
 """
 
 import shlex
@@ -25,32 +25,32 @@ from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 
 from sft.cluster import partitions, slurm, storage, time_limit
 from sft.cluster.sbatch import PROJECT, SCRIPT, Job, split
-from sft.commands.train import check
 from sft.errors import UserError
 from sft.runs import events
 from sft.runs.run import Run
+from sft.training.settings import check
 
 
-def main(config: Any) -> None:
-    own, job = request(sys.argv[2:])
+def main(config: DictConfig) -> None:
+    flags, job = request(sys.argv[2:])
     slurm.check_installed()
     with chdir(PROJECT):
-        _submit(config, job, dry_run="--dry-run" in own, rehearse="--rehearse" in own)
+        _submit(config, job, dry_run="--dry-run" in flags, rehearse="--rehearse" in flags)
 
 
 def request(arguments: list[str]) -> tuple[list[str], Job]:
-    """This command's own flags, and the job of all the rest."""
+    """This command's own flags, and the job of all other arguments."""
     options, _ = split(arguments)
-    own = [option for option in options if option in ("--dry-run", "--rehearse")]
-    rest = [option for option in options if option not in own]
-    return own, Job.of([*rest, *arguments[len(options) :]])
+    flags = [option for option in options if option in ("--dry-run", "--rehearse")]
+    others = [option for option in options if option not in flags]
+    return flags, Job.of([*others, *arguments[len(options) :]])
 
 
-def _submit(config: Any, job: Job, dry_run: bool, rehearse: bool) -> None:
+def _submit(config: DictConfig, job: Job, dry_run: bool, rehearse: bool) -> None:
     settings: Any = OmegaConf.to_container(config, resolve=True)
     num_ranks, accumulation = check_settings(config)
     notes = check_devices(job, config.trainer.accelerator)
@@ -60,23 +60,22 @@ def _submit(config: Any, job: Job, dry_run: bool, rehearse: bool) -> None:
         raise UserError(f"{run.folder} is finished: nothing to do (another run: run=NAME; anew: remove the folder)")
     notes += check_files(config, run)
 
-    found = partitions.nodes()
-    waits = partitions.check_resources(job, found)
-    limit = partitions.limit(job, found)
-    time_limit.check_limit(limit, job.lead)
+    nodes = partitions.nodes()
+    waits = partitions.check_resources(job, nodes)
+    limit = partitions.limit(job, nodes)
+    signal_time = job.signal_seconds_before_end
+    time_limit.check_limit(limit, signal_time)
     save_every = config.checkpoint.save_every or config.val_every
-    notes += time_limit.check_interval(limit, job.lead, num_ranks, events.read(run.folder), save_every)
-    slurm.check_account(job.account)
-    name = job.name or run.folder.name
+    notes += time_limit.check_interval(limit, signal_time, num_ranks, events.read(run.folder), save_every)
     slurm.refuse_queued(run.folder)
     log = job.output or str(PROJECT / run.folder / "logs").replace("%", "%%") + "/%j.out"
-    ours = [f"--chdir={PROJECT}", f"--job-name={name}", f"--output={log}"]
+    ours = [f"--chdir={PROJECT}", f"--job-name={job.name or run.folder.name}", f"--output={log}"]
     command = ["sbatch", "--parsable", *ours, *job.options, str(PROJECT / SCRIPT), *job.settings]
     start = slurm.expected_start(command, job, waits=bool(waits))
 
     print(
         f"{run.folder} ({state}): {job.nodes} nodes × {job.tasks} ranks, {accumulation} micro-batches of "
-        f"{config.micro_batch_size} each a step; {time_limit.clock(limit)} at most, saved {job.lead} s before"
+        f"{config.micro_batch_size} each a step; {time_limit.clock(limit)} at most, saved {signal_time} s before"
     )
     for note in [*notes, *waits, *([f"Slurm would start it at {start}"] if start else [])]:
         print(f"note: {note}", flush=True)
@@ -89,11 +88,11 @@ def _submit(config: Any, job: Job, dry_run: bool, rehearse: bool) -> None:
         print(shlex.join([*environment, *command]))
         return
     number = _queue(command, job, run)
-    _tell(number, log.replace("%j", str(number)).replace("%%", "%"), config, run)
+    _print_commands(number, log.replace("%j", str(number)).replace("%%", "%"), config, run)
 
 
-def check_settings(config: Any) -> tuple[int, int]:
-    """As `check`, for machines other than this one, which may have no GPU."""
+def check_settings(config: DictConfig) -> tuple[int, int]:
+    """`check` for other machines than this one, which may have no GPU."""
     if not (config.adapter and config.adapter.quantize):
         return check(config)
     from sft.model.adapter import check_quantization
@@ -103,7 +102,7 @@ def check_settings(config: Any) -> tuple[int, int]:
 
 
 def check_devices(job: Job, accelerator: str) -> list[str]:
-    """Notes; refuses tasks that are not one a GPU."""
+    """Returns notes; refuses a job whose tasks and GPUs differ in number."""
     notes = [
         f"{setting} gives way to {value}, the job's own"
         for name, value in (("num_nodes", job.nodes), ("devices", job.tasks))
@@ -121,39 +120,39 @@ def check_devices(job: Job, accelerator: str) -> list[str]:
     return notes
 
 
-def check_files(config: Any, run: Run) -> list[str]:
-    """Notes; refuses a model or data that are not there, and folders that can't be written or are too full."""
+def check_files(config: DictConfig, run: Run) -> list[str]:
+    """Returns notes; refuses a missing model or missing data, and folders that can't be written or are too full."""
     from sft.data.rows import local_files
     from sft.model.loading import check_folder
 
     model = instantiate(config.model, _convert_="all")
     instantiate(config.adapter, _convert_="all")
     training, validation = instantiate(config.data, _convert_="all").sources()
-    places = {"runs_dir": run.folder, "data.cache_dir": Path(config.data.cache_dir)}
-    for setting, folder in places.items():
+    paths = {"runs_dir": run.folder, "data.cache_dir": Path(config.data.cache_dir)}
+    for setting, folder in paths.items():
         storage.check_writable(folder, setting)
     notes = []
     for setting, source in (("model.path", model.path), ("model.tokenizer", model.tokenizer)):
         if source:
             check_folder(source, setting)
             if Path(source).expanduser().exists():
-                places[setting] = Path(source).expanduser()
+                paths[setting] = Path(source).expanduser()
             else:
                 notes += storage.check_hub(setting, source, "models")
-    if "model.path" in places and not (places["model.path"] / "config.json").is_file():
+    if "model.path" in paths and not (paths["model.path"] / "config.json").is_file():
         raise UserError(f"model.path={model.path}: the folder holds no model (config.json)")
     if model.chat_template:
-        places["model.chat_template"] = Path(model.chat_template).expanduser()
-        if not places["model.chat_template"].is_file():
+        paths["model.chat_template"] = Path(model.chat_template).expanduser()
+        if not paths["model.chat_template"].is_file():
             raise UserError(f"model.chat_template={model.chat_template}: there is no such file")
     for source in [*training, *validation]:
         if local_files(source):
-            places[f"data {source}"] = Path(source.path).expanduser()
+            paths[f"data {source}"] = Path(source.path).expanduser()
         else:
             notes += storage.check_hub("data.path", source.path, "datasets")
-    if "model.path" in places and not config.adapter:
-        storage.check_space(run.folder, places["model.path"])
-    return [*dict.fromkeys(notes), *storage.notes(places)]
+    if "model.path" in paths and not config.adapter:
+        storage.check_space(run.folder, paths["model.path"])
+    return [*dict.fromkeys(notes), *storage.notes(paths)]
 
 
 def _queue(command: list[str], job: Job, run: Run) -> int:
@@ -162,7 +161,7 @@ def _queue(command: list[str], job: Job, run: Run) -> int:
     try:
         number = slurm.queue(command, job)
     except UserError:
-        with suppress(OSError):  # those that were there before aren't empty
+        with suppress(OSError):  # folders that existed before aren't empty
             logs.rmdir()
             run.folder.rmdir()
         raise
@@ -170,17 +169,18 @@ def _queue(command: list[str], job: Job, run: Run) -> int:
     return number
 
 
-def _tell(number: int, log: str, config: Any, run: Run) -> None:
+def _print_commands(number: int, log: str, config: DictConfig, run: Run) -> None:
+    """The commands for a queued job."""
     with suppress(ValueError):
         log = str(Path(log).relative_to(PROJECT))
     print(f"job {number} is queued")
-    for command, what in (
-        (f"squeue -j {number}", "its place"),
-        (f"tail -F {shlex.quote(log)}", "its log, from its start on"),
-        (f"scancel --signal=USR1 {number}", "save now, and back into the queue"),
-        (f"scancel {number}", "end it; the same sft submit goes on later"),
+    for command, effect in (
+        (f"squeue -j {number}", "its place in the queue"),
+        (f"tail -F {shlex.quote(log)}", "its log, once it starts"),
+        (f"scancel --signal=USR1 {number}", "save now, and requeue"),
+        (f"scancel {number}", "end it; the same sft submit resumes the run later"),
     ):
-        print(f"  {command:<{max(30, len(log) + 9)}} {what}")
+        print(f"  {command:<{max(30, len(log) + 9)}} {effect}")
     logger = (config.logger or {}).get("_target_", "")
     if logger.endswith("wandb_logger"):
-        print(f"W&B: run {run.folder.name}; where the nodes are offline, wandb sync {run.folder}/wandb/offline-run-*")
+        print(f"W&B: run {run.folder.name}; if the nodes are offline, wandb sync {run.folder}/wandb/offline-run-*")

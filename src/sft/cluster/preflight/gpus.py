@@ -1,10 +1,10 @@
-"""Health of a node's GPUs, as nvidia-smi tells it."""
+"""Health of a node's GPUs, as nvidia-smi reports it."""
 
 import shutil
 import subprocess
-from typing import Any
+from typing import TypedDict
 
-# What may be asked for, and what is wrong where the answer is "Active", "Yes" or a number other than 0.
+# nvidia-smi's names, and the fault if the value is "Active", "Yes" or a number other than 0.
 HEALTH = {
     "ecc.errors.uncorrected.volatile.total": "uncorrected memory errors",
     "retired_pages.pending": "a memory page waits to be retired, which a reset does",
@@ -16,20 +16,27 @@ HEALTH = {
 QUERY = ("index", "driver_version", "temperature.gpu", *HEALTH)
 
 
-def health() -> list[dict[str, Any]]:
-    """Of each GPU its index, driver, temperature and faults; nothing where there is no nvidia-smi."""
+class Gpu(TypedDict):
+    index: int
+    driver: str
+    celsius: float | None
+    faults: list[str]
+
+
+def health() -> list[Gpu]:
+    """The node's GPUs; none if there is no nvidia-smi."""
     if not shutil.which("nvidia-smi"):
         return []
     command = ["nvidia-smi", f"--query-gpu={','.join(QUERY)}", "--format=csv,noheader,nounits"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
-    if done.returncode:
-        raise RuntimeError(f"nvidia-smi ended with exit code {done.returncode}: {done.stdout.strip()[:200]}")
-    return parse(done.stdout)
+    answer = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    if answer.returncode:
+        raise RuntimeError(f"nvidia-smi ended with exit code {answer.returncode}: {answer.stdout.strip()[:200]}")
+    return parse(answer.stdout)
 
 
-def parse(csv: str) -> list[dict[str, Any]]:
-    """nvidia-smi's answer to `QUERY`. What a model doesn't report ("[N/A]", "[Not Supported]") is no fault."""
-    gpus = []
+def parse(csv: str) -> list[Gpu]:
+    """nvidia-smi's answer to `QUERY`. A value that a model doesn't report ("[N/A]", "[Not Supported]") is no fault."""
+    gpus: list[Gpu] = []
     for line in csv.strip().splitlines():
         index, driver, celsius, *values = (value.strip() for value in line.split(","))
         faults = [
@@ -37,12 +44,6 @@ def parse(csv: str) -> list[dict[str, Any]]:
             for value, fault in zip(values, HEALTH.values(), strict=True)
             if value in ("Active", "Yes") or (value.isdigit() and int(value))
         ]
-        gpus.append(
-            {
-                "index": int(index),
-                "driver": driver,
-                "celsius": float(celsius) if celsius.isdigit() else None,
-                "faults": faults,
-            }
-        )
+        temperature = float(celsius) if celsius.isdigit() else None
+        gpus.append({"index": int(index), "driver": driver, "celsius": temperature, "faults": faults})
     return gpus

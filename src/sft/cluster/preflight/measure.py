@@ -1,5 +1,5 @@
-"""What each rank of sft.cluster.preflight measures. A node's first rank, its leader, looks at the node; all of them
-meet and reduce. After each stage the rank's file in the shared folder says how far it has come."""
+"""The measurements of each rank of sft.cluster.preflight. The first rank of a node, its leader, examines the node; all
+ranks meet and reduce. After each stage the rank's file in the shared folder names the next."""
 
 import fcntl
 import hashlib
@@ -11,20 +11,23 @@ import time
 from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from sft.cluster.preflight import gpus
 from sft.cluster.preflight.judge import DONE
-from sft.runs import provenance
+from sft.runs import files, provenance
 
-TOKEN_WAIT = 60  # seconds for a file to be seen on other nodes: NFS remembers for as long that there is none
-PING_PONGS = 20  # the quickest tells the offset best
-REDUCTIONS = 7  # of which the first two warm up
-REDUCED_MB = {"cuda": 512, "cpu": 16}  # enough to be limited by bandwidth
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+TOKEN_WAIT = 60  # seconds for a file to be seen on other nodes: NFS remembers for as long that it was missing
+NUM_ROUND_TRIPS = 20  # the quickest gives the best offset
+NUM_REDUCTIONS = 7  # the first two warm up
+REDUCED_MB = {"cuda": 512, "cpu": 16}  # enough for bandwidth to be the limit
 
 
 class Rank:
-    """This process, among those that srun has started."""
+    """This process, one of those that srun started."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -33,17 +36,17 @@ class Rank:
         self.local_rank = int(os.environ["SLURM_LOCALID"])
         self.leader = self.local_rank == 0
         self.stage = "start"
-        self.report: dict[str, Any] = {}
+        self.report: dict[str, object] = {}
         self.note(node=self.node, rank=self.rank, local_rank=self.local_rank, num_ranks=self.num_ranks)
 
-    def note(self, stage: str | None = None, **measured: Any) -> None:
-        """Leaves behind what is known by now, and which stage begins."""
-        self.stage = stage or self.stage
+    def begin(self, stage: str) -> None:
+        self.stage = stage
+        self.note()
+
+    def note(self, **measured: object) -> None:
+        """Adds measurements to this rank's file, which also names the current stage."""
         self.report |= {"stage": self.stage, **measured}
-        path = self.folder / f"rank-{self.rank}.json"
-        unfinished = path.with_suffix(".unfinished")
-        unfinished.write_text(json.dumps(self.report))
-        os.replace(unfinished, path)
+        files.write_json(self.folder / f"rank-{self.rank}.json", self.report)
 
     def check(self, write_mb: int, timeout: float) -> None:
         """All stages.
@@ -56,28 +59,29 @@ class Rank:
         if self.rank == 0:
             token.touch()
         if self.leader:
-            self.note("node")
-            self.note(**look(self.folder))
-            self.note("shared folder")
+            self.begin("node")
+            self.note(**examine(self.folder))
+            self.begin("shared folder")
             self.note(shared_s=seen_after(token))
-            self.note("write speed")
+            self.begin("write speed")
             self.note(write_mb_s=write_speed(self.folder / f"written-{self.rank}", write_mb))
         self._meet(timeout)
-        self.note("clock")
+        self.begin("clock")
         self.note(**self._clock())
-        self.note("locks")
+        self.begin("locks")
         self.note(**self._locks())
-        self.note("all-reduce")
-        self.note(DONE, **self._reduce())
+        self.begin("all-reduce")
+        self.note(**self._reduce())
+        self.begin(DONE)
         with suppress(RuntimeError):
-            self._barrier()  # the first rank keeps the store, without which others can't finish
+            self._barrier()  # the first rank holds the store, which the others need until they finish
 
     def _meet(self, timeout: float) -> None:
-        """Makes the process group, once it is known that all are there."""
+        """Makes the process group, once all ranks have come."""
         import torch
         import torch.distributed as dist
 
-        self.note("connecting")
+        self.begin("connecting")
         self.device = torch.device("cpu")
         if torch.cuda.is_available():
             self.device = torch.device("cuda", self.local_rank % torch.cuda.device_count())
@@ -89,18 +93,17 @@ class Rank:
             )
         except dist.DistError as error:
             raise RuntimeError(f"{address}:{port} can't be reached in {timeout:.0f} s") from error
-        self.note("meeting")
-        store.set(f"place{self.rank}", json.dumps([self.node, self.local_rank]))
-        places = {f"place{rank}": rank for rank in range(self.num_ranks)}
+        self.begin("meeting")
+        places = [f"place{rank}" for rank in range(self.num_ranks)]
+        store.set(places[self.rank], json.dumps([self.node, self.local_rank]))
         try:
-            store.wait(list(places), within)
+            store.wait(places, within)
         except dist.DistError as error:
             raise RuntimeError(f"waited {timeout:.0f} s in vain for ranks that didn't come") from error
-        # Of each rank its node, and the leaders, by rank.
-        known = [json.loads(store.get(place)) for place in places]
-        self.nodes = [node for node, _ in known]
-        self.leaders = [rank for rank, (_, local_rank) in enumerate(known) if local_rank == 0]
-        # Gloo beside NCCL, for all that isn't about GPUs.
+        nodes_and_local_ranks = [json.loads(store.get(place)) for place in places]
+        self.nodes = [node for node, _ in nodes_and_local_ranks]  # of each rank
+        self.leaders = [rank for rank, (_, local_rank) in enumerate(nodes_and_local_ranks) if local_rank == 0]
+        # Gloo in addition to NCCL, for everything outside the GPUs.
         backend = "cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo"
         dist.init_process_group(backend, store=store, rank=self.rank, world_size=self.num_ranks, timeout=within)
         self._barrier()
@@ -111,8 +114,8 @@ class Rank:
 
         dist.all_reduce(torch.zeros(1))
 
-    def _clock(self) -> dict[str, Any]:
-        """Seconds by which this node's clock is ahead of the first one's, by the round trip that took least."""
+    def _clock(self) -> dict[str, float]:
+        """Seconds by which this node's clock is ahead of the first one's, by the quickest round trip."""
         import torch
         import torch.distributed as dist
 
@@ -121,24 +124,24 @@ class Rank:
             if self.rank not in (first, leader):
                 continue
             trips = []
-            for _ in range(PING_PONGS):
-                there = torch.zeros(1, dtype=torch.float64)
+            for _ in range(NUM_ROUND_TRIPS):
+                first_time = torch.zeros(1, dtype=torch.float64)
                 if self.rank == first:
-                    dist.recv(there, leader)
+                    dist.recv(first_time, leader)
                     dist.send(torch.tensor([time.time()], dtype=torch.float64), leader)
                 else:
                     sent = time.time()
-                    dist.send(there, first)
-                    dist.recv(there, first)
+                    dist.send(first_time, first)
+                    dist.recv(first_time, first)
                     received = time.time()
-                    trips.append((received - sent, (sent + received) / 2 - there.item()))
+                    trips.append((received - sent, (sent + received) / 2 - first_time.item()))
             if trips:
                 measured = {"clock_s": min(trips)[1]}
         self._barrier()
         return measured
 
-    def _locks(self) -> dict[str, Any]:
-        """Whether a lock that the first node holds is refused to this one."""
+    def _locks(self) -> dict[str, bool]:
+        """Whether this node is refused a lock that the first node holds."""
         first, others = self.leaders[0], self.leaders[1:]
         measured = {}
         for kind, lock in (("flock", fcntl.flock), ("fcntl", fcntl.lockf)):
@@ -150,32 +153,32 @@ class Rank:
                             measured[kind] = self.rank == first
                         except BlockingIOError:
                             measured[kind] = self.rank != first
-                        except OSError:  # there are no locks here
+                        except OSError:  # the file system has no locks
                             measured[kind] = False
                     self._barrier()
         return measured
 
-    def _reduce(self) -> dict[str, Any]:
+    def _reduce(self) -> dict[str, float]:
         """Bus bandwidths over all ranks and between those of this node, in GB/s."""
         import torch.distributed as dist
 
         megabytes = REDUCED_MB[self.device.type]
-        measured: dict[str, Any] = {"all_mb": megabytes, "all_gb_s": self._bandwidth(None, self.num_ranks, megabytes)}
+        measured = {"all_mb": megabytes, "all_gb_s": self._bandwidth(None, self.num_ranks, megabytes)}
         for node in dict.fromkeys(self.nodes):
-            ranks = [rank for rank, each in enumerate(self.nodes) if each == node]
-            group = dist.new_group(ranks)  # by all ranks, whoever is in it
+            ranks = [rank for rank, its_node in enumerate(self.nodes) if its_node == node]
+            group = dist.new_group(ranks)  # a call of all ranks, whoever is in the group
             if node == self.node and len(ranks) > 1 and self.device.type == "cuda":
                 measured["inside_gb_s"] = self._bandwidth(group, len(ranks), megabytes)
         return measured
 
-    def _bandwidth(self, group: Any, num_ranks: int, megabytes: int) -> float:
-        """2 (n−1)/n of the bytes pass each rank's link in an all-reduce; over the median time of some."""
+    def _bandwidth(self, group: "ProcessGroup | None", num_ranks: int, megabytes: int) -> float:
+        """Bus bandwidth: 2 (n−1)/n of the bytes, which pass each rank's link in an all-reduce, over its median time."""
         import torch
         import torch.distributed as dist
 
         values = torch.empty(megabytes * 10**6 // 4, device=self.device)
         times = []
-        for _ in range(REDUCTIONS):
+        for _ in range(NUM_REDUCTIONS):
             values.fill_(1)
             self._finish()
             start = time.perf_counter()
@@ -194,23 +197,23 @@ class Rank:
             torch.cuda.synchronize()
 
 
-def look(folder: Path) -> dict[str, Any]:
+def examine(folder: Path) -> dict[str, object]:
     """This node's GPUs, versions and free space."""
     import torch
 
-    found = gpus.health()
+    health = gpus.health()
     code = provenance.collect()
     versions = {"sft": code["commit"], "python": code["python"], **code["versions"], "CUDA": torch.version.cuda}
     if code["uncommitted_diff"]:
         versions["sft's uncommitted changes"] = hashlib.sha256(code["uncommitted_diff"].encode()).hexdigest()[:8]
     if torch.cuda.is_available():
         versions["NCCL"] = ".".join(map(str, torch.cuda.nccl.version()))
-    versions["driver"] = ", ".join(sorted({each["driver"] for each in found})) or None
+    versions["driver"] = ", ".join(sorted({gpu["driver"] for gpu in health})) or None
     return {
         "gpus": {
             "allocated": int(os.environ.get("SLURM_GPUS_ON_NODE") or 0),
             "visible": torch.cuda.device_count(),
-            "health": found,
+            "health": health,
         },
         "versions": versions,
         "runs_gb": shutil.disk_usage(folder).free / 1e9,
@@ -220,17 +223,17 @@ def look(folder: Path) -> dict[str, Any]:
 
 
 def seen_after(path: Path) -> float | None:
-    """Seconds until the file is seen; None where it isn't."""
+    """Seconds until the file is seen; None if it never is."""
     start = time.monotonic()
     while (waited := time.monotonic() - start) < TOKEN_WAIT:
-        if path.name in os.listdir(path.parent):  # which asks the server, where `exists` may believe its cache
+        if path.name in os.listdir(path.parent):  # asks the server, while `exists` may believe its cache
             return waited
         time.sleep(0.1)
     return None
 
 
 def write_speed(path: Path, megabytes: int) -> float:
-    """MB/s at which a file is written, until it is safe on disk."""
+    """MB/s at which a file is written and synced to disk."""
     block = os.urandom(10**6)
     start = time.perf_counter()
     with open(path, "wb") as file:
