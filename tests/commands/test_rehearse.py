@@ -16,7 +16,8 @@ from conftest import CHATML
 from running import Sft
 from sft.commands.rehearse import check_stops
 from sft.errors import UserError
-from sft.proof.rehearsal import FOREIGN, Failed, explain, run
+from sft.proof.rank_pool import LAUNCHERS
+from sft.proof.rehearsal import Failed, failure, run_command
 from test_readme import COMMANDS, ROOT
 
 STAGES = ["check", "train", "validate", "save", "SIGUSR1", "resume", "export", "generate"]
@@ -160,16 +161,16 @@ def test_stop_token_has_to_be_supervised(tokenizer: object) -> None:
 def test_a_command_that_hangs_is_ended(sft: Sft) -> None:
     log, lines = sft.folder / "log", []
     with pytest.raises(Failed, match=r"did not end within 0\.1 seconds"):
-        run(["train", *sft.settings], log, lines.append, timeout=0.1)
-    run(["--help"], log, lines.append, timeout=60)
+        run_command(["train", *sft.settings], log, lines.append, timeout=0.1)
+    run_command(["--help"], log, lines.append, timeout=60)
     assert "  sft COMMAND [setting=value ...]" in lines
     with pytest.raises(Failed, match="there is no command trian: did you mean train"):
-        run(["trian"], log, lines.append, timeout=60)
+        run_command(["trian"], log, lines.append, timeout=60)
 
 
 def test_a_rehearsal_inside_a_job_is_no_part_of_it() -> None:
     theirs = ["SLURM_PROCID", "RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_PORT", "TORCHELASTIC_RUN_ID"]
-    assert [name for name in [*theirs, "PATH", "HF_HOME", "MY_RANK"] if FOREIGN.match(name)] == theirs
+    assert [name for name in [*theirs, "PATH", "HF_HOME", "MY_RANK"] if name.startswith(LAUNCHERS)] == theirs
 
 
 def test_the_reason_of_a_failure() -> None:
@@ -177,11 +178,11 @@ def test_the_reason_of_a_failure() -> None:
         f'  File "{file}", line {n}, in f\n    x()\n'
         for n, file in enumerate(["/usr/lib/python3/site-packages/lightning/x.py", "/home/me/mine.py", "<string>"])
     )
-    failed = explain(
+    failed = failure(
         f"step 1\n{own}RuntimeError: rank 1 has failed: OSError\n{own}OSError: no\n{own}ValueError: x\n", 1
     )
-    assert (str(failed), failed.users) == ("OSError: no (/home/me/mine.py, line 1, in f)", False)
-    mistake = explain(f"sft: the optimizer refuses\n{own}RuntimeError: x\nsft: the optimizer refuses\n", 1)
-    assert (str(mistake), mistake.users) == ("the optimizer refuses", True)
-    assert str(explain("step 1\n", -9)) == "it was killed by SIGKILL"
-    assert str(explain("step 1\nwent wrong\n\n", 3)) == "it ended with exit code 3: went wrong"
+    assert (str(failed), failed.users_mistake) == ("OSError: no (/home/me/mine.py, line 1, in f)", False)
+    mistake = failure(f"sft: the optimizer refuses\n{own}RuntimeError: x\nsft: the optimizer refuses\n", 1)
+    assert (str(mistake), mistake.users_mistake) == ("the optimizer refuses", True)
+    assert str(failure("step 1\n", -9)) == "it was killed by SIGKILL"
+    assert str(failure("step 1\nwent wrong\n\n", 3)) == "it ended with exit code 3: went wrong"

@@ -1,19 +1,24 @@
 """A small model is the same architecture; the samples of a certificate make small last steps."""
 
+import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from sft.commands import certify, rehearse
 from sft.data.mask import IGNORE
 from sft.data.step_plan import epoch_plan
 from sft.errors import UserError
+from sft.mistakes import CONF
 from sft.proof import shrink
-from sft.proof.excerpt import LEFT_OVER, excerpt, made_up
+from sft.proof.excerpt import LAST_STEP_PACKS, excerpt, made_up
 from sft.proof.reference import check_order
+from sft.training.prepare import setup
 
 ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
     "grouped heads": ("llama", {"num_attention_heads": 32, "num_key_value_heads": 8}),
@@ -56,16 +61,56 @@ def test_architecture_without_a_small_form_is_told(tmp_path: Path, monkeypatch: 
 
 
 def test_first_rows_alone_are_read(tmp_path: Path) -> None:
-    data = OmegaConf.create({"path": "x.jsonl", "split": "train"})
-    shrink.first_rows(data)
-    assert data.split == "train[:2000]"
-    sliced = OmegaConf.create({"path": ["x.jsonl", "y"], "split": "train[5:9]"})
-    shrink.first_rows(sliced)
-    assert sliced.split == "train[5:9]"
+    def cut(path: object, split: str, **validation: str) -> list[str | None]:
+        data = OmegaConf.create({"path": path, "split": split, "val_path": None, "val_split": None, **validation})
+        shrink.first_rows(data, 2000)
+        return [data.split, data.val_split]
+
+    assert cut("x.jsonl", "train") == ["train[:2000]", None]
+    assert cut("x.jsonl", "train", val_split="test") == ["train[:2000]", "test[:2000]"]
+    assert cut(["x.jsonl", "y"], "train[5:9]") == ["train[5:9]", None]
     (tmp_path / "state.json").touch()
-    saved = OmegaConf.create({"path": str(tmp_path), "split": "train"})
-    shrink.first_rows(saved)
-    assert saved.split == "train"  # has no slices
+    assert cut(str(tmp_path), "train") == ["train", None]  # has no slices
+    assert cut("x.jsonl", "train", val_path=str(tmp_path)) == ["train", None]
+
+
+@pytest.mark.parametrize("device", ["cpu", "gpu"])
+def test_rehearsal_and_certificate_train_the_same_small_model(
+    device: str, tmp_path: Path, model_folder: Path, data_file: Path
+) -> None:
+    settings = [
+        f"model.path={model_folder}",
+        "model.revision=main",
+        "model.attention=flash_attention_2",
+        "model.compile=true",
+        "+model.config.attention_dropout=0.1",
+        f"data.path={data_file}",
+        "data.max_length=256",
+        "data.num_workers=1",
+        f"data.cache_dir={tmp_path / 'cache'}",
+        "trainer=gpu",
+        "trainer.num_nodes=4",
+        "strategy=ddp",
+        "adapter=lora",
+        "adapter.dropout=0.1",
+    ]
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        job = OmegaConf.create(OmegaConf.to_container(compose("rehearse", settings), resolve=True))
+        cells = compose("certify", [*settings, "precision=bf16-mixed", f"device={device}"])
+    rehearse.shrink_job(job, setup(job), tmp_path / "job")
+    cells, _ = certify.prepare(cells, tmp_path / "cells")
+
+    names = ("_target_", "tokenizer", "revision", "init", "config", "attention", "compile")
+    assert [job.model[name] for name in names] == [cells.model[name] for name in names]
+    assert [job.model.tokenizer, job.model.revision] == [str(model_folder), "main"]
+    assert [job.model.attention, job.model.compile, job.model.config] == ["packed", False, {}]
+    assert job.adapter == cells.adapter and job.adapter.dropout == 0
+    for config in (job, cells):
+        assert [config.trainer.num_nodes, config.trainer.precision] == [1, "bf16-mixed"]
+    assert [job.trainer.accelerator, cells.trainer.accelerator] == ["cpu", device]
+    small = [json.loads((tmp_path / name / "model" / "config.json").read_text()) for name in ("job", "cells")]
+    assert [size.pop("vocab_size") > 200 for size in small] == [True, False]  # the ids that occur are enough for cells
+    assert small[0] == small[1] and small[0]["attention_dropout"] == 0
 
 
 def _num_packs(lengths: np.ndarray, max_length: int, packed: bool) -> int:
@@ -76,7 +121,7 @@ def _num_packs(lengths: np.ndarray, max_length: int, packed: bool) -> int:
 def test_last_step_of_an_epoch_is_a_small_one() -> None:
     samples = made_up(seed=0, global_batch_size=16)
     for packed in (True, False):
-        assert _num_packs(samples.lengths, samples.max_length, packed) % 16 in LEFT_OVER
+        assert _num_packs(samples.lengths, samples.max_length, packed) % 16 in LAST_STEP_PACKS
     assert all(labels[0] == IGNORE for _, labels in samples.pairs)
     assert samples.num_supervised.min() > 0
 

@@ -1,48 +1,52 @@
 """sft rehearse: run a small form of a job through all its stages before it is queued. Settings as for sft train.
 
   sft rehearse experiment=gsm8k strategy=deepspeed_zero3 trainer=gpu trainer.num_nodes=4 trainer.devices=8
-      about a minute, on 2 ranks of this machine's processor; exit code 0 where every stage went through, 2 for a
-      mistake in the settings, 1 for a failure
+      takes about a minute on 2 ranks of this machine's processor; exit code 0 if every stage passed, 2 for a mistake
+      in the settings, 1 for a failure
 
-The stages: the settings against each other, with the real number of ranks; then sft train on a model of the same
-architecture with a few narrow layers, and the first rows of the data: train, validate, save, stop on SIGUSR1, resume;
-sft export, which loads the exported model again; sft generate. What is written goes to a temporary folder, which stays
-where something failed.
+First the settings are checked against each other, with the real number of ranks. Then sft train runs with a few narrow
+layers of the same architecture and the first rows of the data: train, validate, save, stop on SIGUSR1, resume. Then
+sft export, which reloads the exported model, and sft generate. All files go to a temporary folder, which is kept if a
+stage fails.
 """
 
 import copy
-import os
 import re
 import shutil
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 
+from sft.cluster.storage import check_writable
 from sft.errors import UserError
 from sft.runs.run import Run
 
+if TYPE_CHECKING:
+    from sft.training.prepare import Prepared
+
 NUM_RANKS = 2
-STEPS, SAVED, SIGNALLED = 4, 2, 3  # of the rehearsed run; validated and saved each SAVED, SIGUSR1 in step SIGNALLED
+NUM_STEPS = 4
+SAVE_EVERY = 2  # steps; validates as often
+SIGNAL_AT = 3  # the step in which SIGUSR1 comes
 PRECISIONS = ("32-true", "bf16-mixed", "bf16-true")  # that a processor has
 
 
-def main(config: Any) -> None:
-    os.environ["DS_ACCELERATOR"] = "cpu"  # or DeepSpeed, which others import, looks for one and says so
-    from sft.proof import rehearsal
+def main(config: DictConfig) -> None:
+    from sft.proof.rehearsal import Failed
     from sft.training.prepare import quiet
 
     quiet()
     folder = Path(tempfile.mkdtemp(prefix="sft-rehearsal-"))
-    stages = Stages(folder)
-    options = config.rehearse
-    # Resolved: where the small run lies must not change what refers to where the real one does.
-    plain: Any = OmegaConf.to_container(config, resolve=True)
-    config = OmegaConf.create({name: value for name, value in plain.items() if name != "rehearse"})
-    stages.begin("check")
+    config = copy.deepcopy(config)
+    OmegaConf.set_struct(config, False)
+    OmegaConf.resolve(config)  # settings that refer to others keep their values when those change
+    options = config.pop("rehearse")
+    stages = Stages(folder, options.timeout)
     try:
         stages.end(_check(config, folder, options.num_rows))
     except BaseException as error:
@@ -51,10 +55,10 @@ def main(config: Any) -> None:
             raise UserError(f"check failed: {error}") from error
         raise
     try:
-        _rehearse(folder, stages, options.timeout)
-    except rehearsal.Failed as failed:
+        _rehearse(stages)
+    except Failed as failed:
         message = f"{stages.name} failed: {failed}; see {stages.log}"
-        if failed.users:
+        if failed.users_mistake:
             raise UserError(message) from failed
         print(f"sft: {message}", file=sys.stderr, flush=True)
         sys.exit(1)
@@ -63,24 +67,47 @@ def main(config: Any) -> None:
 
 
 class Stages:
-    """Prints each stage with its time as it ends."""
+    """Runs commands in `folder`, and prints each stage with its time as it ends."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder, self.name, self.log = folder, "", folder
-        self.start = self.begun = time.monotonic()
+    def __init__(self, folder: Path, timeout: float) -> None:
+        self.folder, self.timeout = folder, timeout
+        self.log = folder
+        self.lines: list[str] = []  # that the last command printed
+        self.start = time.monotonic()
+        self.begin("check")
 
     def begin(self, name: str) -> None:
         self.name, self.begun = name, time.monotonic()
 
-    def end(self, what: str, then: str = "") -> None:
-        print(f"  {self.name:<9}{time.monotonic() - self.begun:>6.1f} s  {what}", flush=True)
+    def end(self, summary: str, then: str = "") -> None:
+        print(f"  {self.name:<9}{time.monotonic() - self.begun:>6.1f} s  {summary}", flush=True)
         self.begin(then)
 
+    def run(
+        self, stage: str, arguments: list[str], on_line: Callable[[str], None] | None = None, exit_code: int = 0
+    ) -> None:
+        """Runs `sft ARGUMENTS` in its own process."""
+        from sft.proof.rehearsal import run_command
 
-def _check(config: Any, folder: Path, num_rows: int) -> str:
-    """Checks the settings as they are, then makes the small form of them: `folder/conf/rehearsed.yaml`."""
-    from sft.commands.train import check
+        self.begin(stage)
+        self.log = self.folder / f"{stage}.log"
+        self.lines.clear()
+        run_command(arguments, self.log, on_line or self.lines.append, self.timeout, exit_code)
+
+    def printed(self, pattern: str) -> str:
+        """The last match among the lines that the command printed."""
+        from sft.proof.rehearsal import Failed
+
+        for line in reversed(self.lines):
+            if match := re.search(pattern, line):
+                return match[0]
+        raise Failed(f"it has not printed a line like {pattern!r}")
+
+
+def _check(config: DictConfig, folder: Path, num_rows: int) -> str:
+    """Checks the settings, then writes those of the small job: `folder/conf/rehearsed.yaml`."""
     from sft.training.prepare import setup
+    from sft.training.settings import check
 
     small = copy.deepcopy(config)
     if config.adapter:
@@ -90,25 +117,25 @@ def _check(config: Any, folder: Path, num_rows: int) -> str:
     run = Run.of(settings)
     check_writable(run.folder, "runs_dir")
     check_writable(Path(config.data.cache_dir), "data.cache_dir")
-    _cut(small.data, folder, num_rows)
+    cut_data(small.data, folder, num_rows)
     prepared = setup(small)
-    stop = check_stops(prepared)
-    _shrink(small, prepared, folder)
+    stops = check_stops(prepared)
+    shrink_job(small, prepared, folder)
     (folder / "conf").mkdir()
     quiet = [{"override hydra/job_logging": "none"}, {"override hydra/hydra_logging": "none"}]
     hydra = {"run": {"dir": "."}, "output_subdir": None}
     rehearsed = {"defaults": ["_self_", *quiet], **small, "hydra": hydra}
     OmegaConf.save(OmegaConf.create(rehearsed), folder / "conf" / "rehearsed.yaml")
-    sources = [counts for split in prepared.splits.ledger.values() for counts in split.get("sources", [])]
-    rows, lost = sum(each["rows"] for each in sources), sum(sum(each["lost"].values()) for each in sources)
+    sources = [source for split in prepared.splits.ledger.values() for source in split.get("sources", [])]
+    num_read, num_lost = sum(source["rows"] for source in sources), sum(source["rows_lost"] for source in sources)
     return (
         f"{run.folder} ({run.status.get('state', 'new')}): {num_ranks} ranks × {accumulation} micro-batches of "
-        f"{config.micro_batch_size}; of the first {rows} rows {lost} are lost; {len(prepared.splits.train)} samples "
-        f"end in {stop}"
+        f"{config.micro_batch_size}; of the first {num_read} rows {num_lost} are lost; "
+        f"{len(prepared.splits.train)} samples end in {stops}"
     )
 
 
-def check_stops(prepared: Any) -> str:
+def check_stops(prepared: "Prepared") -> str:
     """The tokens at which the exported model will stop; refuses samples that don't teach it to."""
     from sft.data.chat_template import special_ids
     from sft.data.mask import IGNORE
@@ -125,101 +152,61 @@ def check_stops(prepared: Any) -> str:
                 f"{tokenizer.decode([last])!r} and the sample ends in {end!r}, so the model would not learn to stop: "
                 "give a template that ends a response in a special token in model.chat_template"
             )
-    return " or ".join(tokenizer.decode([token]) for token in stops)
+    return " or ".join(str(tokenizer.decode(token)) for token in stops)
 
 
-def check_writable(folder: Path, setting: str) -> None:
-    """Writes a folder there, or in the one that it would be made in, and removes it."""
-    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    try:
-        tempfile.TemporaryDirectory(prefix=".sft-rehearsal-", dir=existing).cleanup()
-    except OSError as error:
-        raise UserError(
-            f"{folder} can't be written ({existing}: {error.strerror}): set {setting} to another folder"
-        ) from error
+def cut_data(data: DictConfig, folder: Path, num_rows: int) -> None:
+    """Leaves the first rows, in a cache of their own, however many of them are lost."""
+    from sft.proof.shrink import first_rows
 
-
-def _cut(data: Any, folder: Path, num_rows: int) -> None:
-    """The first rows, in a cache of their own, however many of them are lost."""
-    paths = [each for path in (data.path, data.val_path) for each in (path if OmegaConf.is_list(path) else [path])]
-    # A data set that `datasets` has saved has no slices: it stays whole.
-    saved = [Path(path) / name for path in paths if path for name in ("dataset_dict.json", "state.json")]
-    if not any(file.exists() for file in saved):
-        for name in ("split", "val_split"):
-            if data[name] and "[" not in data[name]:
-                data[name] = f"{data[name]}[:{num_rows}]"
+    first_rows(data, num_rows)
     data.cache_dir, data.max_lost = str(folder / "cache"), 1.0
-    if data.val_size:  # of a few rows the user's share may be none at all, and their number all
+    if data.val_size:  # a share of few rows may be none, a number of rows may be all
         data.val_size = max(data.val_size, 0.1) if data.val_size < 1 else min(data.val_size, num_rows // 10)
 
 
-def _shrink(config: Any, prepared: Any, folder: Path) -> None:
-    """Makes of a configuration that of a run of seconds."""
-    from sft.proof.shrink import write_model
+def shrink_job(config: DictConfig, prepared: "Prepared", folder: Path) -> None:
+    """Turns a configuration into that of a run of seconds on this machine's processor."""
+    from sft.proof.shrink import shrink
 
-    source = prepared.source
-    write_model(folder / "model", source.load_config(), None, config.seed, source.trust_remote_code)
-    config.model.tokenizer = source.tokenizer or source.path
-    config.model.path, config.model.init, config.model.config = str(folder / "model"), "pretrained", {}
-    if config.model.attention.startswith("flash"):
-        config.model.attention = "packed"
-    config.model.compile = False  # would take longer than all else
-    lengths = [split.lengths.max() for split in (prepared.splits.train, prepared.splits.val) if split]
-    config.data.max_length = int(max(lengths))
-    ranks = NUM_RANKS if config.strategy else 1
-    config.trainer.accelerator, config.trainer.devices, config.trainer.num_nodes = "cpu", ranks, 1
-    if config.trainer.precision not in PRECISIONS:
-        config.trainer.precision = "32-true"
+    precision = config.trainer.precision
+    shrink(config, folder, "cpu", precision if precision in PRECISIONS else "32-true")
+    splits = prepared.splits
+    config.data.max_length = int(max(split.lengths.max() for split in (splits.train, splits.val) if split))
+    config.trainer.devices = NUM_RANKS if config.strategy else 1
     if config.strategy:
         config.strategy.pop("process_group_backend", None)
-    config.micro_batch_size, config.global_batch_size = 1, ranks * 2
-    config.epochs = config.max_steps = STEPS
-    config.val_every = config.checkpoint.save_every = SAVED
+    config.micro_batch_size, config.global_batch_size = 1, config.trainer.devices * 2
+    config.epochs = config.max_steps = NUM_STEPS
+    config.val_every = config.checkpoint.save_every = SAVE_EVERY
     config.callbacks = {
         **(config.callbacks or {}),
-        "rehearsal": {"_target_": "sft.proof.rehearsal.SignalInStep", "step": SIGNALLED},
+        "rehearsal": {"_target_": "sft.proof.rehearsal.SignalInStep", "step": SIGNAL_AT},
     }
     config.runs_dir, config.run, config.export = str(folder / "runs"), "rehearsal", False
 
 
-def _rehearse(folder: Path, stages: Stages, timeout: float) -> None:
-    """The commands, each in a process of its own."""
-    from sft.proof import rehearsal
+def _rehearse(stages: Stages) -> None:
     from sft.runs.signals import EXIT_CODE
 
-    train = ["train", "--config-dir", str(folder / "conf"), "--config-name", "rehearsed"]
-    of_run = ["run=rehearsal", f"runs_dir={folder / 'runs'}"]
-    printed: list[str] = []
-
-    def run(stage: str, arguments: list[str], seen: Any = None, expected: int = 0) -> None:
-        printed.clear()
-        stages.begin(stage)
-        stages.log = folder / f"{stage}.log"
-        rehearsal.run(arguments, stages.log, seen or printed.append, timeout, expected)
-
-    def told(pattern: str) -> str:
-        """The last of what a command has printed in this form."""
-        found = [match[0] for line in printed if (match := re.search(pattern, line))]
-        if not found:
-            raise rehearsal.Failed(f"it has not printed a line like {pattern!r}", users=False)
-        return found[-1]
-
-    def training(line: str) -> None:
-        """Tells the stages of one process apart by what it prints."""
-        printed.append(line)
+    def on_line(line: str) -> None:
+        """Begins and ends the stages of training as its lines come."""
+        stages.lines.append(line)
         if stages.name == "train" and re.match("step +1/", line):
-            validates = any(each.startswith("step 0: validation") for each in printed)
-            stages.end(told(r"loss [\w.]+"), then="validate" if validates else "save")
-        elif stages.name == "validate" and line.startswith(f"step {SAVED}: validation"):
-            stages.end(told(r"validation loss [\w.]+"), then="save")
-        elif stages.name == "save" and line.startswith(f"step {SAVED}: saved"):
-            stages.end(f"step {SAVED}", then="SIGUSR1")
+            validates = any(line.startswith("step 0: validation") for line in stages.lines)
+            stages.end(stages.printed(r"loss [\w.]+"), then="validate" if validates else "save")
+        elif stages.name == "validate" and line.startswith(f"step {SAVE_EVERY}: validation"):
+            stages.end(stages.printed(r"validation loss [\w.]+"), then="save")
+        elif stages.name == "save" and line.startswith(f"step {SAVE_EVERY}: saved"):
+            stages.end(f"step {SAVE_EVERY}", then="SIGUSR1")
 
-    run("train", train, training, EXIT_CODE)
-    stages.end(told("stopped by SIGUSR1 after step .*"))
-    run("resume", train)
-    stages.end(f"{told('resumed after step .*')}, finished{told(' after .* steps')}")
-    run("export", ["export", *of_run])
-    stages.end(told("the log-probabilities of .*"))
-    run("generate", ["generate", *of_run, "--prompt", "Hello", "max_new_tokens=8"])
+    train = ["train", "--config-dir", str(stages.folder / "conf"), "--config-name", "rehearsed"]
+    run = ["run=rehearsal", f"runs_dir={stages.folder / 'runs'}"]
+    stages.run("train", train, on_line, EXIT_CODE)
+    stages.end(stages.printed("stopped by SIGUSR1 after step .*"))
+    stages.run("resume", train)
+    stages.end(f"{stages.printed('resumed after step .*')}, finished{stages.printed(' after .* steps')}")
+    stages.run("export", ["export", *run])
+    stages.end(stages.printed("the log-probabilities of .*"))
+    stages.run("generate", ["generate", *run, "--prompt", "Hello", "max_new_tokens=8"])
     stages.end("a prompt is answered")

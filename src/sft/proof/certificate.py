@@ -5,26 +5,31 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from sft.proof.cells import GLOBAL_BATCH_SIZE, NUM_STEPS, RESUME_AT, Result
+from omegaconf import DictConfig, OmegaConf
+
+from sft.proof.cells import GLOBAL_BATCH_SIZE, NUM_STEPS, RESUME_AT, CellResult
 from sft.proof.excerpt import Excerpt
 from sft.proof.reference import Reference
 from sft.runs import provenance
 from sft.runs.files import write_json, write_text
+
+if TYPE_CHECKING:
+    from rich.console import Group
 
 HEAD = ("strategy", "ranks", "pass", "loss", "|grad|", "weights", "tolerance", "seconds")
 
 
 @dataclass(frozen=True)
 class Certificate:
-    """All results, and what they were made with."""
+    """All results and the settings that they were made with."""
 
-    settings: dict[str, Any]
+    config: DictConfig
     model: dict[str, Any]  # the small model's configuration
     excerpt: Excerpt
-    references: dict[tuple[str, bool], Reference]
-    results: list[Result]
+    references: dict[tuple[str, bool], Reference]  # by optimizer and packed
+    results: list[CellResult]
     seconds: float
 
     @property
@@ -36,27 +41,45 @@ class Certificate:
         num_passed = sum(result.passed for result in self.results)
         return f"{'passed' if self.passed else 'FAILED'}: {num_passed} of {len(self.results)} cells pass"
 
+    def failures(self) -> list[str]:
+        """A line for each cell that fails."""
+        return [
+            f"{result.cell}: {result.error or f'loss off by {result.loss:.1e}, weights by {result.weight:.1e}'}"
+            for result in self.results
+            if not result.passed
+        ]
+
     def save(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         write_json(folder / "certificate.json", self.document())
         write_text(folder / "certificate.md", self.page())
 
-    def document(self) -> dict[str, Any]:
+    def document(self) -> dict[str, object]:
         return {
             "passed": self.passed,
             "num_steps": NUM_STEPS,
-            "device": self.settings["device"],
-            "precision": self.settings["precision"],
-            "references": self._references(),
+            "device": self.config.device,
+            "precision": self.config.precision,
+            "references": [
+                {
+                    "optimizer": optimizer,
+                    "packed": packed,
+                    "losses": reference.losses,
+                    "grad_norms": reference.grad_norms,
+                    "num_clipped": self._num_clipped(reference),
+                    "movement": reference.movement,
+                }
+                for (optimizer, packed), reference in self.references.items()
+            ],
             "cells": [result.document() for result in self.results],
             "seconds": round(self.seconds, 1),
             "model": self.model,
-            "settings": self.settings,
+            "settings": OmegaConf.to_container(self.config, resolve=True),
             "provenance": provenance.collect(),
         }
 
-    def table(self) -> Any:
-        """A row for each strategy and number of ranks, and a line for each cell that fails."""
+    def table(self) -> "Group":
+        """A row for each strategy and number of ranks, and a line for each of the first cells that fail."""
         from rich.console import Group
         from rich.table import Column, Table
         from rich.text import Text
@@ -68,114 +91,89 @@ class Certificate:
         return Group(table, *lines, Text(self.verdict, "bold green" if self.passed else "bold red"))
 
     def page(self) -> str:
-        about = provenance.collect()
-        versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items())
-        kind, num_tokens = self.model["model_type"], int(self.excerpt.lengths.sum())
-        example = self.results[0].cell
-        measure = (
-            "each weight of the last checkpoint"
-            if example.exact
-            else "the change of all weights up to the last checkpoint, whose difference is taken as a share of it"
-        )
-        clip = self.settings["trainer"]["gradient_clip_val"]
-        failures = ["## Cells that fail", "", *(f"- {line}" for line in self.failures()), ""]
-        return "\n".join(
-            [
-                f"# Certificate {self.verdict}",
-                "",
-                "Each cell is a fit by the code of `sft train`, compared with a plain PyTorch loop in fp32 that shares "
-                f"no code with it: the loss of each of {NUM_STEPS} steps (tolerance {example.loss_tolerance:g}) and "
-                f"{measure}. A row below shows the largest differences of its cells: {self._axes()}.",
-                "",
-                *_markdown([name.replace("|", "\\|") for name in HEAD], self._rows()),
-                "",
-                *(failures if self.failures() else []),
-                "## What was trained",
-                "",
-                f"- model: `{kind}` with {self.model['num_hidden_layers']} layers of {self.model['hidden_size']} "
-                f"channels and {self.model['vocab_size']} tokens, random weights, dropout off",
-                f"- on the {example.device}, in {example.precision}",
-                f"- data: {len(self.excerpt)} samples, {num_tokens} tokens; {GLOBAL_BATCH_SIZE} packs a step, fewer in "
-                "an epoch's last, where some ranks have none",
-                f"- gradients are clipped to a norm of {clip:.4g}",
-                "- the order of the data is the step plan's in both; that each epoch takes each sample once is checked "
-                "apart",
-                "",
-                *_markdown(
-                    ("optimizer", "packs", "loss", "largest change of a weight", "steps clipped"),
-                    [
-                        (
-                            each["optimizer"],
-                            "packed" if each["packed"] else "unpacked",
-                            f"{each['losses'][0]:.3f} to {each['losses'][-1]:.3f}",
-                            f"{each['movement']:.2g}",
-                            f"{each['num_clipped']} of {NUM_STEPS}",
-                        )
-                        for each in self._references()
-                    ],
-                ),
-                "",
-                f"Made by `{' '.join(['sft', *about['command'][1:]])}` at {about['started']} in {self.seconds:.0f} s; "
-                f"commit {about['commit'] or 'unknown'}{' with changes' if about['uncommitted_diff'] else ''}; "
-                f"Python {about['python']}, {versions}.",
-                "",
-            ]
-        )
+        cell, model, about = self.results[0].cell, self.model, provenance.collect()
+        weights = "each weight" if cell.exact else "all weights, as a share of their change,"
+        lines = [
+            f"# Certificate {self.verdict}",
+            "",
+            "Each cell is a fit by the code of `sft train`, compared with a plain PyTorch loop in fp32 that shares no "
+            f"code with it: the loss of each of {NUM_STEPS} steps (tolerance {cell.loss_tolerance:g}) and {weights} in "
+            f"the last checkpoint. A row shows the largest differences of its cells: {self._axes()}.",
+            "",
+            *_markdown([name.replace("|", "\\|") for name in HEAD], self._rows()),
+            "",
+        ]
+        if not self.passed:
+            lines += ["## Cells that fail", "", *(f"- {line}" for line in self.failures()), ""]
+        lines += [
+            "## What was trained",
+            "",
+            f"- model: `{model['model_type']}` with {model['num_hidden_layers']} layers of {model['hidden_size']} "
+            f"channels and {model['vocab_size']} tokens, random weights, dropout off",
+            f"- on the {cell.device}, in {cell.precision}",
+            f"- data: {len(self.excerpt)} samples, {self.excerpt.lengths.sum()} tokens; {GLOBAL_BATCH_SIZE} packs a "
+            "step, fewer in an epoch's last step, where some ranks have none",
+            f"- gradients are clipped to a norm of {self.config.trainer.gradient_clip_val:.4g}",
+            "- both take the samples in the step plan's order; that each epoch takes each sample once is checked apart",
+            "",
+            *_markdown(
+                ("optimizer", "packs", "loss", "largest change of a weight", "steps clipped"),
+                [
+                    (
+                        optimizer,
+                        "packed" if packed else "unpacked",
+                        f"{reference.losses[0]:.3f} to {reference.losses[-1]:.3f}",
+                        f"{reference.movement:.2g}",
+                        f"{self._num_clipped(reference)} of {NUM_STEPS}",
+                    )
+                    for (optimizer, packed), reference in self.references.items()
+                ],
+            ),
+            "",
+            f"Made by `{' '.join(['sft', *about['command'][1:]])}` at {about['started']} in {self.seconds:.0f} s; "
+            f"commit {about['commit'] or 'unknown'}{' with changes' if about['uncommitted_diff'] else ''}; "
+            f"Python {about['python']}, "
+            f"{', '.join(f'{name} {version}' for name, version in about['versions'].items())}.",
+            "",
+        ]
+        return "\n".join(lines)
 
     def _axes(self) -> str:
         """What differs among the cells of a row."""
         cells = [result.cell for result in self.results]
-        starts = {True: f"resumed after step {RESUME_AT}", False: "uninterrupted"}
-        values = [
-            [f"accumulation {number}" for number in sorted({cell.accumulation for cell in cells})],
-            [{True: "packed", False: "unpacked"}[packed] for packed in sorted({cell.packed for cell in cells})],
-            [starts[resumed] for resumed in sorted({cell.resumed for cell in cells})],
-            sorted({cell.optimizer for cell in cells}),
-        ]
-        return "; ".join(", ".join(each) for each in values)
+        axes = (
+            {f"accumulation {cell.accumulation}" for cell in cells},
+            {"packed" if cell.packed else "unpacked" for cell in cells},
+            {f"resumed after step {RESUME_AT}" if cell.resumed else "uninterrupted" for cell in cells},
+            {cell.optimizer for cell in cells},
+        )
+        return "; ".join(", ".join(sorted(values)) for values in axes)
 
     def _rows(self) -> list[tuple[str, ...]]:
-        rows = []
+        rows: list[tuple[str, ...]] = []
         for (num_ranks, strategy), group in groupby(self.results, lambda result: result.cell.group):
-            made = list(group)
+            results = list(group)
             rows.append(
                 (
                     strategy,
                     str(num_ranks),
-                    f"{sum(result.passed for result in made)}/{len(made)}",
-                    *(_worst([getattr(result, name) for result in made]) for name in ("loss", "grad_norm", "weight")),
-                    f"{made[0].cell.tolerance:.0e}",
-                    f"{sum(result.seconds for result in made):.0f}",
+                    f"{sum(result.passed for result in results)}/{len(results)}",
+                    _largest([result.loss for result in results]),
+                    _largest([result.grad_norm for result in results]),
+                    _largest([result.weight for result in results]),
+                    f"{results[0].cell.tolerance:.0e}",
+                    f"{sum(result.seconds for result in results):.0f}",
                 )
             )
         return rows
 
-    def failures(self) -> list[str]:
-        """A line for each cell that fails."""
-        return [
-            f"{result.cell}: {result.error or f'loss off by {result.loss:.1e}, weights by {result.weight:.1e}'}"
-            for result in self.results
-            if not result.passed
-        ]
-
-    def _references(self) -> list[dict[str, Any]]:
-        clip = self.settings["trainer"]["gradient_clip_val"]
-        return [
-            {
-                "optimizer": optimizer,
-                "packed": packed,
-                "losses": reference.losses,
-                "grad_norms": reference.grad_norms,
-                "num_clipped": sum(norm > clip for norm in reference.grad_norms),
-                "movement": reference.movement,
-            }
-            for (optimizer, packed), reference in self.references.items()
-        ]
+    def _num_clipped(self, reference: Reference) -> int:
+        return sum(norm > self.config.trainer.gradient_clip_val for norm in reference.grad_norms)
 
 
-def _worst(numbers: list[float]) -> str:
-    """The largest; where one is missing none is."""
-    return "none" if any(map(math.isnan, numbers)) else f"{max(numbers):.1e}"
+def _largest(differences: list[float]) -> str:
+    """`none` if one is missing."""
+    return "none" if any(map(math.isnan, differences)) else f"{max(differences):.1e}"
 
 
 def _markdown(head: Sequence[str], rows: list[tuple[str, ...]]) -> list[str]:

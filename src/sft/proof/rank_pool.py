@@ -1,28 +1,36 @@
-"""Rank processes that stay: started once, they run one fit after the other in the same process group.
+"""Rank processes that run one fit after another in the same process group.
 
-They are forked from a server that has imported what takes seconds, see the processor alone or this machine's GPUs, and
-reach each other over the loopback interface.
+They are forked from a server that has done the slow imports. They see the processor alone or this machine's GPUs, and
+connect over the loopback interface.
 """
 
 import gc
 import multiprocessing
 import os
 import secrets
-import sys
 import threading
 import traceback
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
 from pathlib import Path
+from queue import SimpleQueue
 from time import monotonic
-from typing import Any
+from typing import TypeVar, TypeVarTuple
+
+from sft.runs.process import exit_with_parent, leave
+
+Task = TypeVar("Task")
+Answer = TypeVar("Answer")
+Arguments = TypeVarTuple("Arguments")
 
 PROCESSES = multiprocessing.get_context("forkserver")
 STARTING = threading.Lock()  # forks from two threads at once aren't safe, and some libraries refuse them
 SHARED = {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
-# What each kind of rank is started with, and imported before. With CUDA a process must not touch it before it forks:
-# torch then asks the driver's library whether there is a GPU, and DeepSpeed isn't imported.
+# The environment of each kind of rank, and the modules that are imported before the fork. A process must not touch CUDA
+# before it forks: torch then asks the driver's library whether there is a GPU, and DeepSpeed isn't imported.
 ENVIRONMENT = {
     "cpu": SHARED | {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"},
     "gpu": SHARED | {"PYTORCH_NVML_BASED_CUDA_CHECK": "1"},
@@ -31,70 +39,72 @@ PRELOADED = {
     "cpu": ["lightning", "deepspeed", "transformers", "sft.training.fit"],
     "gpu": ["lightning", "transformers", "sft.training.fit"],
 }
-# What would make Lightning believe that a cluster had started these processes.
-CLUSTER = ("SLURM_", "TORCHELASTIC_", "PMI_", "OMPI_", "JSM_", "LSB_", "KUBERNETES_")
+# Variables of launchers and batch systems begin with these. With them a process would take itself for a rank of theirs.
+LAUNCHERS = (
+    *("SLURM_", "SLURMD_", "PMI_", "PMIX_", "OMPI_", "TORCHELASTIC_", "JSM_", "LSB_", "KUBERNETES_"),
+    *("RANK", "LOCAL_RANK", "NODE_RANK", "GROUP_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"),
+)
 
 
 @contextmanager
 def seeing(device: str) -> Iterator[None]:
-    """Sets this process, and the server that is started by it, up for ranks on the `cpu` or the `gpu`; with `cpu`
-    accelerators are hidden."""
-    before = {name: os.environ.get(name) for name in ENVIRONMENT[device]}
+    """Prepares this process, and the server that it starts, for ranks on the `cpu` or `gpu`; `cpu` hides GPUs."""
+    saved = {name: os.environ.get(name) for name in ENVIRONMENT[device]}
     os.environ.update(ENVIRONMENT[device])
     try:
         yield
     finally:
-        for name, value in before.items():
+        for name, value in saved.items():
             os.environ.pop(name)
             if value is not None:
                 os.environ[name] = value
 
 
 class RankError(Exception):
-    """A rank failed, died or didn't answer in time; all of its group are stopped."""
+    """A rank failed, died or didn't answer in time; all ranks of its group are stopped."""
 
 
 class Pool:
     """`num_ranks` processes of one process group.
 
     Args:
-        folder: for what the ranks print and where they find each other.
+        folder: for the ranks' output and the file that they connect by.
         device: cpu or gpu.
-        before: called in each process first. Tests break the training path with it.
+        before: called in each process first, e.g. to plant a fault.
     """
 
     def __init__(
         self, num_ranks: int, folder: Path, device: str = "cpu", before: Callable[[], None] | None = None
     ) -> None:
         self.num_ranks, self.folder, self.device, self.before = num_ranks, folder, device, before
-        self._ranks: list[tuple[Any, Connection]] = []
+        self._ranks: list[tuple[BaseProcess, Connection]] = []
 
-    def __call__(self, function: Callable[..., Any], *arguments: Any, timeout: float) -> Any:
-        """What `function(*arguments)` returns on rank 0 when all ranks have called it; RankError otherwise."""
+    def __call__(self, function: Callable[[*Arguments], Answer], *arguments: *Arguments, timeout: float) -> Answer:
+        """Calls the function on all ranks and returns rank 0's result; RankError if one fails."""
         if not self._ranks:
             self._start()
         for _, connection in self._ranks:
             connection.send((function, arguments))
-        answers: dict[int, Any] = {}
+        results: dict[int, Answer] = {}
         deadline = monotonic() + timeout
-        while len(answers) < self.num_ranks:
-            waiting = [rank for rank in range(self.num_ranks) if rank not in answers]
+        while len(results) < self.num_ranks:
+            waiting = [rank for rank in range(self.num_ranks) if rank not in results]
             ready = wait([self._ranks[rank][1] for rank in waiting], max(0.0, deadline - monotonic()))
             if not ready:
                 self.stop(at_once=True)
                 raise RankError(f"rank {waiting[0]} gave no answer within {timeout:g} s")
             for rank in (rank for rank in waiting if self._ranks[rank][1] in ready):
                 try:
-                    failure, answers[rank] = self._ranks[rank][1].recv()
+                    failure, results[rank] = self._ranks[rank][1].recv()
                 except (EOFError, ConnectionError):
-                    failure = f"died: {self._tail(rank)}"
+                    failure = f"died: {self._last_line(rank)}"
                 if failure:  # the others may wait for it in a collective for ever
                     self.stop(at_once=True)
                     raise RankError(f"rank {rank} {failure}")
-        return answers[0]
+        return results[0]
 
     def stop(self, at_once: bool = False) -> None:
-        """Ends all processes; a later call starts others."""
+        """Ends all processes; a later call starts new ones."""
         for _, connection in self._ranks:
             with suppress(OSError):  # it has died
                 connection.send(None)
@@ -110,23 +120,44 @@ class Pool:
         meeting = self.folder / f"meeting-{secrets.token_hex(8)}"  # no group may find the file of another
         PROCESSES.set_forkserver_preload(PRELOADED[self.device])
         for rank in range(self.num_ranks):
-            here, there = PROCESSES.Pipe()
+            ours, theirs = PROCESSES.Pipe()
             process = PROCESSES.Process(
                 target=_serve,
-                args=(there, rank, self.num_ranks, self.device, str(meeting), str(self._log(rank)), self.before),
+                args=(theirs, rank, self.num_ranks, self.device, meeting, self._log(rank), self.before),
                 daemon=True,
             )
             with STARTING:
                 process.start()
-            there.close()
-            self._ranks.append((process, here))
+            theirs.close()
+            self._ranks.append((process, ours))
 
     def _log(self, rank: int) -> Path:
         return self.folder / f"rank-{rank}.log"
 
-    def _tail(self, rank: int) -> str:
-        lines = self._log(rank).read_text(errors="replace").strip().splitlines() if self._log(rank).exists() else []
+    def _last_line(self, rank: int) -> str:
+        log = self._log(rank)
+        lines = log.read_text(errors="replace").strip().splitlines() if log.exists() else []
         return lines[-1] if lines else "it printed nothing"
+
+
+def share_out(pools: list[Pool], tasks: list[Task], work: Callable[[Pool, Task], Answer]) -> list[Answer]:
+    """`work(pool, task)` of each task, in the order of the tasks; each pool does one at a time."""
+    idle: SimpleQueue[Pool] = SimpleQueue()
+    for pool in pools:
+        idle.put(pool)
+
+    def work_on(task: Task) -> Answer:
+        pool = idle.get()
+        try:
+            return work(pool, task)
+        finally:
+            idle.put(pool)
+
+    threads = ThreadPoolExecutor(len(pools))
+    try:
+        return list(threads.map(work_on, tasks))
+    finally:
+        threads.shutdown(wait=False, cancel_futures=True)  # if interrupted, tasks not yet begun never begin
 
 
 def _serve(
@@ -134,16 +165,16 @@ def _serve(
     rank: int,
     num_ranks: int,
     device: str,
-    meeting: str,
-    log: str,
+    meeting: Path,
+    log: Path,
     before: Callable[[], None] | None,
 ) -> None:
-    """A rank: answers calls with (failure, result) until the other end is closed."""
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    """A rank: answers each call with (failure, result) until the other end closes."""
+    exit_with_parent()  # a rank in a collective doesn't see that its parent was killed
     file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(file, 1)
     os.dup2(file, 2)
-    for name in [name for name in os.environ if name.startswith(CLUSTER)]:
+    for name in [name for name in os.environ if name.startswith(LAUNCHERS)]:
         del os.environ[name]
     os.environ.update(
         ENVIRONMENT[device],
@@ -171,29 +202,14 @@ def _serve(
     if before:
         before()
     gc.freeze()  # or each collection, and a fit makes some, goes through all that was imported
-    while True:
-        try:
-            call = connection.recv()
-        except EOFError:
-            break
-        if call is None:
-            break
-        try:
+    with suppress(EOFError):
+        while call := connection.recv():
             function, arguments = call
-            connection.send((None, function(*arguments)))
-        except Exception as error:
-            traceback.print_exc()
-            connection.send((f"raised {type(error).__name__}: {' '.join(str(error).split())[:300]}", None))
-    # Gloo's threads may outlive the interpreter and abort it: leave without its teardown.
-    sys.stdout.flush()
+            try:
+                connection.send((None, function(*arguments)))
+            except Exception as error:
+                traceback.print_exc()
+                connection.send((f"raised {type(error).__name__}: {' '.join(str(error).split())[:300]}", None))
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
-    os._exit(0)
-
-
-def _end_with_parent() -> None:
-    """A rank in a collective doesn't see that its parent was killed."""
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    parent.join()
-    os._exit(1)
+    leave(0)

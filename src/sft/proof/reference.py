@@ -1,17 +1,21 @@
-"""What training has to equal: a plain PyTorch loop, one process, one sample at a time, written out in full.
+"""What training must equal: a plain PyTorch loop in one process, one sample at a time, written out in full.
 
-It shares no code with the training path but the learning-rate formula, and what an adapter is drawn from: both are
-configuration. Which samples form a step is given to it, and `check_order` knows by itself what an order must be.
+It shares no code with the training path except the learning-rate formula and an adapter's initial weights, which are
+both configuration. The samples of each step are given; `check_order` checks their order independently.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+
+if TYPE_CHECKING:
+    from peft import LoraConfig
+    from transformers import PreTrainedModel
 
 IGNORE = -100
 
@@ -20,11 +24,11 @@ Sample = tuple[np.ndarray, np.ndarray]  # input_ids and labels, which are IGNORE
 
 @dataclass(frozen=True)
 class Reference:
-    """What the loop did: of each step the loss and the gradient's norm before clipping, and the weights at the end."""
+    """What the loop measured."""
 
-    losses: list[float]
-    grad_norms: list[float]
-    weights: dict[str, np.ndarray]
+    losses: list[float]  # of each step
+    grad_norms: list[float]  # of each step, before clipping
+    weights: dict[str, np.ndarray]  # after the last step
     movement: float  # largest change of a weight
     change: float  # of all weights together: root of the sum of squares
 
@@ -32,16 +36,16 @@ class Reference:
 def train(
     folder: Path,
     steps: list[list[Sample]],
-    make_optimizer: Callable[[list[dict[str, Any]]], torch.optim.Optimizer],
+    make_optimizer: Callable[[list[dict[str, object]]], torch.optim.Optimizer],
     factor: Callable[[int, int], float],
     clip: float,
-    adapter: Any = None,
+    adapter: "LoraConfig | None" = None,
     seed: int = 0,
 ) -> Reference:
     """Trains the model in `folder` on `steps`, each the samples of one optimizer step.
 
-    `make_optimizer` is called with the two parameter groups; `factor(step, num_steps)` scales its learning rate. An
-    `adapter`, in peft's words, is what is trained where there is one, from the weights that the seed means.
+    `make_optimizer` is called with the two parameter groups; `factor(step, num_steps)` scales its learning rate. With
+    an `adapter`, only the adapter is trained, from initial weights drawn from the seed.
     """
     from transformers import AutoModelForCausalLM
 
@@ -80,8 +84,8 @@ def train(
     return Reference(losses, grad_norms, weights, float(np.abs(changes).max()), float(np.linalg.norm(changes)))
 
 
-def inject(model: Any, adapter: Any, seed: int) -> None:
-    """Puts an adapter in. What it is drawn from is defined by the project alone, so that is asked."""
+def inject(model: "PreTrainedModel", adapter: "LoraConfig", seed: int) -> None:
+    """Adds an adapter with the project's own initial weights, which no library defines."""
     from peft import inject_adapter_in_model
 
     from sft.model.adapter import initial
@@ -95,7 +99,7 @@ def inject(model: Any, adapter: Any, seed: int) -> None:
 
 
 def check_order(steps: list[list[int]], num_samples: int) -> bool:
-    """Whether the steps take every sample once before any comes again."""
+    """Whether the steps take every sample once before any sample a second time."""
     order = [sample for step in steps for sample in step]
     epochs = [order[start : start + num_samples] for start in range(0, len(order), num_samples)]
     return all(len(set(epoch)) == len(epoch) and set(epoch) <= set(range(num_samples)) for epoch in epochs)
