@@ -1,11 +1,13 @@
-"""What the ranks of a run tell each other outside the training step."""
+"""What the ranks of a run say to each other outside the training step."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import TypeVar
 
 import torch.distributed as dist
 
 from sft.errors import UserError
+
+T = TypeVar("T")
 
 disbanded = False  # whether this process was one of several ranks, and is alone now
 
@@ -24,23 +26,23 @@ def place() -> tuple[int, int]:
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
-def together(action: Callable[[], Any]) -> list[Any]:
+def together(action: Callable[[], T]) -> list[T]:
     """Each rank's result of `action`; raises on all ranks where it fails on one, so that none waits for ever."""
-    error, value = None, None
+    failure: Exception | None = None
+    values: list[T] = []
     try:
-        value = action()
-    except Exception as failed:
-        error = failed
-    if error is not None and not dist.is_initialized():
-        raise error
-    told = [(None, value)]
-    if dist.is_initialized():
-        told = [(None, None)] * dist.get_world_size()
-        dist.all_gather_object(told, (error and (isinstance(error, UserError), str(error)), value))
-    if error is not None:
-        raise error
-    for rank, (failure, _) in enumerate(told):
-        if failure:
-            kind = UserError if failure[0] else RuntimeError
-            raise kind(f"rank {rank}: {failure[1]}")
-    return [value for _, value in told]
+        values = [action()]
+    except Exception as error:
+        failure = error
+    if not dist.is_initialized():
+        if failure is not None:
+            raise failure
+        return values
+    answers: list[tuple[list[T], str | None, bool]] = [([], None, False)] * dist.get_world_size()
+    dist.all_gather_object(answers, (values, failure and str(failure), isinstance(failure, UserError)))
+    if failure is not None:
+        raise failure
+    for rank, (_, message, is_users) in enumerate(answers):
+        if message is not None:
+            raise (UserError if is_users else RuntimeError)(f"rank {rank}: {message}")
+    return [value for values, _, _ in answers for value in values]

@@ -19,7 +19,7 @@ import shutil
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple, NotRequired, TypedDict
 
 import torch
 from safetensors import safe_open
@@ -33,6 +33,24 @@ from sft.ranks import place, together
 FORMAT = 2
 
 
+class State(TypedDict):
+    """`state.json`."""
+
+    format: int
+    step: int
+    num_steps: int  # of the whole run
+    stopped: bool  # by a callback, before the last step
+    validated: NotRequired[bool]  # whether the step's validation is done
+    val_loss: float | None
+    shapes: dict[str, list[int]]  # of each weight by its name in the model
+    buffers: list[str]  # those of the names that are buffers
+    groups: list[dict[str, object]]  # of the optimizer: hyperparameters, and names of the parameters
+    scalars: list[str]  # states that are one number for a whole parameter
+    files: dict[str, dict[str, int]]  # size and checksum by name
+    seed: int
+    stop_token_ids: NotRequired[list[int]]
+
+
 @dataclass(frozen=True)
 class Checkpoint:
     """A complete checkpoint folder."""
@@ -44,18 +62,21 @@ class Checkpoint:
         return int(self.path.name.removeprefix("step-"))
 
     @cached_property
-    def state(self) -> dict[str, Any]:
-        return json.loads((self.path / "state.json").read_text())
+    def state(self) -> State:
+        state: State = json.loads((self.path / "state.json").read_text())
+        return state
 
     @property
     def last(self) -> bool:
         """Whether the run ends here: at its last step, or where a callback stopped it."""
-        state = self.state
-        return bool(state["stopped"] or self.step >= state["num_steps"])
+        return self.state["stopped"] or self.step >= self.state["num_steps"]
 
-    def callbacks(self) -> dict[str, Any]:
+    def callbacks(self) -> dict[str, dict[str, object]]:
         """State of the callbacks by their key."""
-        return torch.load(self.path / "callbacks.pt", map_location="cpu", weights_only=True)
+        states: dict[str, dict[str, object]] = torch.load(
+            self.path / "callbacks.pt", map_location="cpu", weights_only=True
+        )
+        return states
 
     @property
     def shapes(self) -> dict[str, list[int]]:
@@ -105,7 +126,7 @@ class Checkpoint:
             raise UserError(f"{self.path} has format {state['format']}, this is {FORMAT}: start the run anew")
         model, optimizer = layout.model, layout.optimizer
         own = {name: full_shape(parameter) for name, parameter in named_trainable(model)}
-        if own.keys() != state["shapes"].keys() - state["buffers"]:
+        if own.keys() != state["shapes"].keys() - set(state["buffers"]):
             differing = sorted(own.keys() ^ (state["shapes"].keys() - set(state["buffers"])))
             raise UserError(f"{self.path} is a checkpoint of another model: {', '.join(differing[:3])} differ")
         for name, shape in own.items():

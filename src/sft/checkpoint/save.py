@@ -3,9 +3,9 @@
 import io
 import json
 import shutil
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,9 +22,9 @@ def save(
     folder: Path,
     step: int,
     layout: Whole,
-    callbacks: dict[str, Any],
-    state: dict[str, Any],
-    probes: Any,
+    callbacks: Mapping[str, object],
+    state: Mapping[str, object],
+    probes: Sequence[object],
 ) -> Checkpoint:
     """Publishes `folder/step-{step}` whole, or leaves nothing of that name. Called by every rank."""
     rank, world_size = place()
@@ -54,7 +54,7 @@ def save(
 
     try:
         together(begin)
-        files = {name: written for each in together(write) for name, written in each.items()}
+        files = {name: written for shard_files in together(write) for name, written in shard_files.items()}
         together(finish)
     except BaseException:
         if rank == 0:
@@ -86,7 +86,7 @@ def _write_shard(path: Path, layout: Whole, rank: int, world_size: int) -> dict[
     return safetensors_file.write(path, entries, values.__getitem__)
 
 
-def is_scalar(value: Any) -> bool:
+def is_scalar(value: object) -> bool:
     """Whether a state is one number for the whole parameter, as the number of steps is."""
     return isinstance(value, int | float) or (isinstance(value, Tensor) and value.ndim == 0)
 
@@ -104,7 +104,7 @@ def _dealt(parts: list[Part], rank: int, world_size: int) -> list[Part]:
     return dealt
 
 
-def _description(layout: Whole) -> dict[str, Any]:
+def _description(layout: Whole) -> dict[str, object]:
     """Shapes, hyperparameters of each group, and which states are single numbers."""
     optimizer = layout.optimizer
     shapes = {name: full_shape(parameter) for name, parameter in named_trainable(layout.model)}
@@ -115,10 +115,12 @@ def _description(layout: Whole) -> dict[str, Any]:
     return {"groups": groups, "shapes": shapes | buffers, "buffers": list(buffers), "scalars": scalars}
 
 
-def _write_rest(staging: Path, document: dict[str, Any], callbacks: dict[str, Any], probes: Any) -> None:
+def _write_rest(
+    staging: Path, document: Mapping[str, object], callbacks: Mapping[str, object], probes: Sequence[object]
+) -> None:
     # Through memory: torch's own file writer doesn't say that a disk is full.
     buffer = io.BytesIO()
-    torch.save(callbacks, buffer)
+    torch.save(dict(callbacks), buffer)
     (staging / "callbacks.pt").write_bytes(buffer.getvalue())
     (staging / "state.json").write_text(json.dumps(document, indent=2))
     (staging / "probes.json").write_text(json.dumps(probes))

@@ -22,7 +22,7 @@ from sft.training.prepare import Prepared
 def main(config: Any) -> None:
     from rich.console import Console
 
-    from sft.commands.train import world_size
+    from sft.training.settings import world_size
     from sft.training.prepare import quiet, setup
 
     quiet()

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
     from peft import LoraConfig
     from torch import Tensor, nn
+    from transformers import PreTrainedModel
 
 NAME = "default"  # peft's own for an adapter that is the only one
 
@@ -63,7 +64,7 @@ class Adapter:
             task_type=TaskType.CAUSAL_LM,
         )
 
-    def add(self, model: Any) -> None:
+    def add(self, model: "PreTrainedModel") -> None:
         """Puts the adapter in and freezes all else. It is in the dtype of the layers that it lies beside.
 
         At first it adds nothing, since B is zero; of a model without weights its own are left to be made as well.
@@ -79,7 +80,7 @@ class Adapter:
             if parameter.requires_grad and not parameter.is_meta:
                 parameter.data.copy_(initial(name, parameter.shape))
 
-    def check_targets(self, model: Any) -> None:
+    def check_targets(self, model: "PreTrainedModel") -> None:
         """Refuses a target that names no layer, one that isn't linear, or the input embeddings by another name."""
         targets = self.target_modules
         if targets == "all-linear":
@@ -129,7 +130,7 @@ def initial(name: str, shape: "Sequence[int]") -> "Tensor":
     return (torch.rand(*shape, generator=generator, **options) * 2 - 1) / math.sqrt(shape[1])
 
 
-def linear_layers(model: Any) -> "dict[str, nn.Module]":
+def linear_layers(model: "nn.Module") -> "dict[str, nn.Module]":
     """The model's linear layers by name, the head among them."""
     from torch import nn
     from transformers.pytorch_utils import Conv1D

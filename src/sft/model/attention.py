@@ -49,7 +49,7 @@ def packed_attention(
     sliding_window: int | None = None,
     softcap: float | None = None,
     s_aux: Tensor | None = None,
-    **_: Any,
+    **_: object,
 ) -> tuple[Tensor, None]:
     """Causal attention within each sample of one flat row; returns [1, T, H, E] and no weights."""
     if s_aux is not None:

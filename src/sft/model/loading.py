@@ -1,6 +1,5 @@
 """A model and its tokenizer, by folder or Hub name, checked against each other before any weight is read."""
 
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,7 +26,7 @@ class ModelSource:
     tokenizer: str | None = None  # folder or Hub name; None: `path`
     chat_template: str | None = None  # a Jinja file; None: the tokenizer's own
     init: str = "pretrained"  # pretrained | random (from `config` alone, the weights drawn from the seed)
-    config: dict[str, Any] = field(default_factory=dict)  # overrides of the model's own configuration
+    config: dict[str, object] = field(default_factory=dict)  # overrides of the model's own configuration
     attention: str = "packed"
     gradient_checkpointing: bool = False
     activation_offload: bool = False
@@ -78,7 +77,7 @@ class ModelSource:
 
         if self.init == "random":
             fields = dict(self.config)
-            return AutoConfig.for_model(fields.pop("model_type", "llama"), **fields)
+            return AutoConfig.for_model(str(fields.pop("model_type", "llama")), **fields)
         assert self.path is not None
         check_folder(self.path, "model.path")
         try:
@@ -174,22 +173,6 @@ def decoder_layers(model: "nn.Module") -> "list[nn.Module]":
     kinds = set(getattr(model, "_no_split_modules", None) or [])
     # Of a layer that FSDP2 has sharded, the class is a subclass made for it.
     return [module for module in model.modules() if kinds & {kind.__name__ for kind in type(module).__mro__}]
-
-
-def load_exported(folder: Path, **options: Any) -> "PreTrainedModel":
-    """The model of a folder that `sft export` wrote and verified: a whole one, or an adapter over its base model."""
-    from transformers import AutoModelForCausalLM, GenerationConfig
-
-    if not (folder / "adapter_config.json").exists():
-        return AutoModelForCausalLM.from_pretrained(folder, dtype="auto", **options)
-    verified = json.loads((folder / "verified.json").read_text())
-    if verified["quantized"]:
-        options |= quantization()
-    # transformers loads the base model that the adapter names and puts the adapter in.
-    dtype = "bfloat16" if verified["precision"] == "bf16-true" else "float32"
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **options)
-    model.generation_config = GenerationConfig.from_pretrained(folder)
-    return model
 
 
 def check_folder(source: str, setting: str) -> None:

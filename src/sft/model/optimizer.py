@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Callable
-from typing import Any
 
 from torch import nn
 from torch.optim import Optimizer
@@ -21,7 +20,7 @@ def build(model: nn.Module, factory: Callable[..., Optimizer]) -> Optimizer:
     for name, parameter in named_trainable(model):
         # Sharded by ZeRO-3 every parameter looks like a vector: ask for its true shape.
         (matrices if len(full_shape(parameter)) >= 2 else vectors).append((name, parameter))
-    groups: list[dict[str, Any]] = [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
+    groups: list[dict[str, object]] = [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
     try:
         return factory([group for group in groups if group["params"]])
     except (TypeError, ValueError) as error:

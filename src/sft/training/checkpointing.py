@@ -1,15 +1,16 @@
-"""The callback that saves checkpoints during `fit`, ends it on a signal, and puts a run back to where one was saved."""
+"""The callback that saves checkpoints during `fit`, resumes from one, and ends the run on a signal."""
 
 import math
 import signal
 import socket
 import time
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.loops.progress import _ProcessedTracker
 
 from sft.checkpoint import checkpoint as checkpoints
 from sft.checkpoint.checkpoint import Checkpoint
@@ -25,16 +26,16 @@ from sft.training.strategies import placement
 
 
 class Checkpoints(Callback):
-    """Saves every `save_every` steps, at the last, and at one in which a signal came; where a step is validated, after
-    that. A signal in the validation breaks it off, and the resumed run makes it first.
+    """Saves every `save_every` steps, at the last step, and at a step in which a signal came; after the validation
+    where the step has one. A signal during a validation stops it, and the resumed run begins with it.
 
     Args:
-        folder: of the checkpoints; beside it lies the story of the run.
+        folder: of the checkpoints; the run's events are recorded beside it.
         save_every: optimizer steps.
         val_every: optimizer steps; the last step is always validated.
-        keep_last: number of newest checkpoints kept besides the best.
-        resume: where to go on from; None: from the start.
-        facts: of the run, kept in each checkpoint.
+        keep_last: number of newest checkpoints kept in addition to the best.
+        resume: the checkpoint to resume from; None: start anew.
+        facts: about the run, saved in each checkpoint.
     """
 
     def __init__(
@@ -57,25 +58,24 @@ class Checkpoints(Callback):
     def on_fit_start(self, trainer: L.Trainer, module: SFTModule) -> None:
         if trainer.is_global_zero:
             checkpoints.discard_unfinished(self.folder)
-        found = together(lambda: (socket.gethostname(), self.resume.step if self.resume else 0))
-        if len({step for _, step in found}) > 1:
-            seen = ", ".join(f"{host}: {step}" for host, step in dict(found).items())
+        steps = dict(together(lambda: (socket.gethostname(), self.resume.step if self.resume else 0)))
+        if len(set(steps.values())) > 1:
+            seen = ", ".join(f"{host}: {step}" for host, step in steps.items())
             raise RuntimeError(f"the ranks see different checkpoints in {self.folder}, of the steps {seen}")
         if self.resume is not None:
             self._resume(trainer, module, self.resume)
-        hosts = list(dict(found))
-        self._tell(trainer, "start", step=trainer.global_step, hosts=hosts, num_ranks=trainer.world_size)
-        if number := agreed(trainer):  # came while all was made ready: there is nothing to save yet
+        self._record(trainer, "start", step=trainer.global_step, hosts=list(steps), num_ranks=trainer.world_size)
+        if number := agreed(trainer):  # came before the first step: there is nothing to save yet
             self._interrupt(trainer, number)
 
-    def _tell(self, trainer: L.Trainer, event: str, **details: object) -> None:
+    def _record(self, trainer: L.Trainer, event: str, **details: object) -> None:
         if trainer.is_global_zero:
             events.record(self.folder.parent, event, **details)
 
     def _interrupt(self, trainer: L.Trainer, number: int) -> NoReturn:
         """Ends the run on all ranks, once its checkpoint is saved."""
         name, step = signal.Signals(number).name, trainer.global_step
-        self._tell(trainer, "signal", signal=name, step=step)
+        self._record(trainer, "signal", signal=name, step=step)
         # The others end with 0: launchers take anything else for a failure and kill the first rank, still busy.
         interrupted = signals.Interrupted(name, step, signals.EXIT_CODE if trainer.is_global_zero else 0)
         log(str(interrupted))
@@ -100,7 +100,8 @@ class Checkpoints(Callback):
         loop.automatic_optimization.optim_progress.optimizer.step.total.ready = step
         loop.automatic_optimization.optim_progress.optimizer.step.total.completed = step
         loop._batches_that_stepped = step
-        batches: Any = loop.batch_progress.total
+        batches = loop.batch_progress.total
+        assert isinstance(batches, _ProcessedTracker)
         batches.ready = batches.started = batches.processed = batches.completed = step * trainer.accumulate_grad_batches
 
     def on_train_start(self, trainer: L.Trainer, module: SFTModule) -> None:
@@ -117,7 +118,7 @@ class Checkpoints(Callback):
             trainer.val_check_batch = total
 
     def on_train_batch_end(
-        self, trainer: L.Trainer, module: SFTModule, outputs: Any, batch: Batch, batch_idx: int
+        self, trainer: L.Trainer, module: SFTModule, outputs: object, batch: Batch, batch_idx: int
     ) -> None:
         watchdog.beat(trainer.global_step)
         whole_step = (batch_idx + 1) % trainer.accumulate_grad_batches == 0
@@ -127,7 +128,7 @@ class Checkpoints(Callback):
     def on_validation_batch_end(self, trainer: L.Trainer, module: SFTModule, *batch: object) -> None:
         watchdog.beat()
         if trainer.state.fn != "fit" or trainer.global_step == module.num_steps:
-            return  # after the last step this is all that a resumed run would have to do
+            return  # after the last step the validation is all that is left
         if number := agreed(trainer):
             if not trainer.sanity_checking:
                 self._save(trainer, module, val_loss=None, validated=False)
@@ -162,19 +163,19 @@ class Checkpoints(Callback):
             "validated": validated,
             **self.facts,
         }
-        callbacks = {each.state_key: each.state_dict() for each in trainer.callbacks}  # type: ignore[attr-defined]
+        states = {callback.state_key: callback.state_dict() for callback in trainer.callbacks}  # type: ignore[attr-defined]
         saved = save(
             self.folder,
             step,
             layout(trainer, module),
-            {key: value for key, value in callbacks.items() if value},
+            {name: callback_state for name, callback_state in states.items() if callback_state},
             state,
             log_probs,
         )
         if trainer.is_global_zero:
             checkpoints.prune(self.folder, self.keep_last)
             log(f"step {step}: saved {saved.path}")
-        self._tell(trainer, "save", step=step, seconds=round(time.perf_counter() - start, 3))
+        self._record(trainer, "save", step=step, seconds=round(time.perf_counter() - start, 3))
         trainer.strategy.barrier("checkpoint")
         watchdog.beat()
 

@@ -1,42 +1,44 @@
-"""One fit: trainer, module and callbacks of a configuration, put together for every command that trains."""
+"""One fit: puts trainer, module and callbacks of a configuration together, for every command that trains."""
 
 import os
 from pathlib import Path
-from typing import Any
 
 import torch
 from hydra.utils import instantiate
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.loggers import Logger
+from omegaconf import DictConfig
 
 from sft.checkpoint.checkpoint import Checkpoint
+from sft.model.loading import ModelSource
 from sft.runs import events, watchdog
 from sft.training.checkpointing import Checkpoints
+from sft.training.datamodule import SFTDataModule
 from sft.training.metrics import StepMetrics
 from sft.training.module import SFTModule
 from sft.training.strategies import build
 
 
 def fit(
-    config: Any,
-    source: Any,
-    data: Any,
+    config: DictConfig,
+    source: ModelSource,
+    data: SFTDataModule,
     *,
     accumulation: int,
     checkpoints: Path,
     resume: Checkpoint | None,
-    loggers: list[Any],
-    facts: dict[str, Any],
+    loggers: list[Logger],
+    facts: dict[str, object],
 ) -> None:
     """Trains to the run's last step, from `resume` on where there is one.
 
     Args:
-        source, data: the model's `ModelSource` and the `SFTDataModule`.
         accumulation: micro-batches of a rank in a step.
-        checkpoints: the folder they are saved in.
-        facts: of the run, kept in each checkpoint.
+        checkpoints: folder of the checkpoints.
+        facts: about the run, saved in each checkpoint.
     """
-    # With deterministic kernels torch fills what it allocates, which of DeepSpeed's buffers would be GBs in each step.
+    # With deterministic kernels torch would fill what it allocates: GBs of DeepSpeed's buffers in each step.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     val_every = config.val_every or data.steps_per_epoch
     callbacks: list[Callback] = [

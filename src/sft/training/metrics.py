@@ -3,12 +3,9 @@
 import csv
 import io
 import math
-import os
-import statistics
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import lightning as L
 from lightning.fabric.loggers.logger import rank_zero_experiment
@@ -16,8 +13,12 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers.logger import Logger
 from lightning.pytorch.utilities import rank_zero_only
 
+from sft.data.batch import Batch
 from sft.errors import NotFinite
+from sft.runs.files import fsync, write_text
+from sft.runs.metrics_file import Metrics
 from sft.training.log import log
+from sft.training.module import SFTModule
 
 # Metrics that depend on the machine and so differ between two runs of the same numbers.
 TIMINGS = ("train/tokens_per_second",)
@@ -47,8 +48,7 @@ class MetricsFile(Logger):
     def __init__(self, path: str | Path) -> None:
         super().__init__()
         self.path = Path(path)
-        self.rows: list[dict[str, str]] = []
-        self.columns = list(COLUMNS)
+        self.metrics = Metrics(list(COLUMNS), [])
 
     name = "metrics"
     version = 0
@@ -58,65 +58,45 @@ class MetricsFile(Logger):
     def experiment(self) -> "MetricsFile":
         return self
 
-    def read(self) -> None:
-        """Takes in the rows that are on disk."""
-        if self.path.exists():
-            with self.path.open(newline="") as file:
-                reader = csv.DictReader(file)
-                # A last row cut short by a kill has no value for some column: csv gives None.
-                self.rows = [row for row in reader if None not in row.values()]
-                self.columns = list(reader.fieldnames or COLUMNS)
-
     @rank_zero_only
     def resume(self, step: int) -> None:
         """Keeps the rows up to `step`; with step 0 none, since a fresh start measures again."""
-        self.read()
-        self.rows = [row for row in self.rows if 0 < step >= int(row["step"])]
+        stored = Metrics.read(self.path)
+        self.metrics.columns = stored.columns or self.metrics.columns
+        self.metrics.rows = [row for row in stored.rows if 0 < step >= int(row["step"])]
         self._rewrite()
 
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
         step = int(step or 0)
-        values = {key: repr(float(value)) for key, value in metrics.items() if key != "epoch"}
-        new = [key for key in values if key not in self.columns]
-        self.columns += new
-        if self.rows and self.rows[-1]["step"] == str(step):
-            self.rows[-1] |= values
+        values = {name: repr(float(value)) for name, value in metrics.items() if name != "epoch"}
+        columns, rows = self.metrics.columns, self.metrics.rows
+        new = [name for name in values if name not in columns]
+        columns += new
+        if rows and rows[-1]["step"] == str(step):
+            rows[-1] |= values
             self._rewrite()
         else:
-            self.rows.append({"step": str(step)} | values)
-            if new or len(self.rows) == 1:
+            rows.append({"step": str(step)} | values)
+            if new or len(rows) == 1:
                 self._rewrite()
             else:
                 with self.path.open("a", newline="") as file:
-                    file.write(self._text(self.rows[-1:], header=False))
+                    file.write(self._text(rows[-1:], header=False))
 
     @rank_zero_only
-    def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:
+    def log_hyperparams(self, *args: object, **kwargs: object) -> None:
         """The configuration is in `config.yaml`."""
 
     @rank_zero_only
     def save(self) -> None:
         """Waits until the rows are on the disk: a checkpoint must not outlive the rows up to its step."""
         if self.path.exists():
-            with self.path.open("a") as file:
-                os.fsync(file.fileno())
-
-    def last(self, key: str) -> float:
-        """The newest value of a metric, NaN where there is none."""
-        return next((float(row[key]) for row in reversed(self.rows) if row.get(key)), math.nan)
-
-    def first(self, key: str) -> float:
-        """The oldest value of a metric, NaN where there is none."""
-        return next((float(row[key]) for row in self.rows if row.get(key)), math.nan)
-
-    def median(self, key: str) -> float:
-        """The median of a metric over the steps, NaN where there is none."""
-        return statistics.median([float(row[key]) for row in self.rows if row.get(key)] or [math.nan])
+            fsync(self.path)
 
     def _text(self, rows: list[dict[str, str]], header: bool) -> str:
         text = io.StringIO()
-        writer = csv.DictWriter(text, self.columns, restval="", lineterminator="\n")
+        writer = csv.DictWriter(text, self.metrics.columns, restval="", lineterminator="\n")
         if header:
             writer.writeheader()
         writer.writerows(rows)
@@ -124,9 +104,7 @@ class MetricsFile(Logger):
 
     def _rewrite(self) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = self.path.with_suffix(".tmp")
-        temporary.write_text(self._text(self.rows, header=True))
-        os.replace(temporary, self.path)
+        write_text(self.path, self._text(self.metrics.rows, header=True))
 
 
 class StepMetrics(Callback):
@@ -143,15 +121,17 @@ class StepMetrics(Callback):
         self.fit_start = 0.0
         self.first_step = 0
 
-    def on_train_start(self, trainer: L.Trainer, module: Any) -> None:
+    def on_train_start(self, trainer: L.Trainer, module: SFTModule) -> None:
         self.fit_start = time.perf_counter()
         self.first_step = trainer.global_step
 
-    def on_train_batch_start(self, trainer: L.Trainer, module: Any, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_start(self, trainer: L.Trainer, module: SFTModule, batch: Batch, batch_idx: int) -> None:
         if batch_idx % trainer.accumulate_grad_batches == 0:
             self.step_start = time.perf_counter()
 
-    def on_train_batch_end(self, trainer: L.Trainer, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_end(
+        self, trainer: L.Trainer, module: SFTModule, outputs: object, batch: Batch, batch_idx: int
+    ) -> None:
         if (batch_idx + 1) % trainer.accumulate_grad_batches:
             return
         step, data = trainer.global_step, trainer.datamodule  # type: ignore[attr-defined]
@@ -185,7 +165,7 @@ class StepMetrics(Callback):
                 f"  {metrics['train/tokens_per_second']:,.0f} tokens/s  {_clock(left)} left"
             )
 
-    def on_validation_end(self, trainer: L.Trainer, module: Any) -> None:
+    def on_validation_end(self, trainer: L.Trainer, module: SFTModule) -> None:
         loss = module.val_loss
         perplexity = math.exp(loss) if loss < 700 else math.inf
         self._log(trainer, {"val/loss": loss, "val/perplexity": perplexity}, trainer.global_step)

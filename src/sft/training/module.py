@@ -2,16 +2,17 @@
 
 from collections.abc import Callable
 from contextlib import nullcontext
-from typing import Any
 
 import lightning as L
 import numpy as np
 import torch
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 from torch.autograd.graph import save_on_cpu
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
+from transformers import PreTrainedModel
 
 from sft.data.batch import Batch
 from sft.model import optimizer as optimizers
@@ -28,9 +29,11 @@ class SFTModule(L.LightningModule):
         optimizer: makes the optimizer of a list of parameter groups.
         schedule: learning-rate factor of (step, num_steps).
         num_steps: optimizer steps of the whole run.
-        seed: what dropout is drawn from, with step, rank and micro-batch.
-        resumed: the weights come from a checkpoint, so don't read the pre-trained ones.
+        seed: dropout is drawn from it, with step, rank and micro-batch.
+        resumed: the weights come from a checkpoint, so the pre-trained ones aren't read.
     """
+
+    model: PreTrainedModel  # made by `configure_model`
 
     def __init__(
         self,
@@ -44,28 +47,27 @@ class SFTModule(L.LightningModule):
         super().__init__()
         self.source, self.optimizer, self.schedule = source, optimizer, schedule
         self.num_steps, self.seed, self.resumed = num_steps, seed, resumed
-        self.model: Any = None
-        self.plain_head = False  # of the model, once there is one
         # Of the step under way or just made, read by the metrics: this rank's sum of −log p, the norm of the
         # whole gradient before clipping, and the learning rate of the first group.
         self.step_nll: Tensor | None = None
-        self.grad_norm: Tensor | None = None
+        self.grad_norm = torch.tensor(float("nan"))
         self.learning_rate = float("nan")
         self.val_loss = float("nan")
 
     def configure_model(self) -> None:
-        if self.model is None:
-            dtype = torch.float32
-            if self.trainer.precision == "bf16-true":
-                dtype = torch.bfloat16
-                # Lightning would convert the whole model once more, and with it what has to stay in fp32: the
-                # frequencies of rotary embeddings.
-                self.trainer.precision_plugin.convert_module = lambda module: module  # type: ignore[method-assign]
-            torch.manual_seed(self.seed)  # what weights that no checkpoint has are drawn from, on all ranks alike
-            strategy = placement(self.trainer.strategy)
-            sharding = strategy if strategy.shards_model else None
-            self.model = self.source.load(dtype, weights=not self.resumed, sharding=sharding)
-            self.plain_head = head_is_plain_matrix(self.model)
+        if hasattr(self, "model"):
+            return
+        dtype = torch.float32
+        if self.trainer.precision == "bf16-true":
+            dtype = torch.bfloat16
+            # Lightning would convert the whole model once more, and with it what has to stay in fp32: the frequencies
+            # of rotary embeddings.
+            self.trainer.precision_plugin.convert_module = lambda module: module  # type: ignore[method-assign]
+        torch.manual_seed(self.seed)  # from which all ranks draw the weights that no checkpoint has
+        strategy = placement(self.trainer.strategy)
+        sharding = strategy if strategy.shards_model else None
+        self.model = self.source.load(dtype, weights=not self.resumed, sharding=sharding)
+        self.plain_head = head_is_plain_matrix(self.model)
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         # Random numbers are a function of the place in the run, as the step plan is: a resumed step draws
@@ -104,7 +106,7 @@ class SFTModule(L.LightningModule):
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), largest)
         self.grad_norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
 
-    def configure_optimizers(self) -> Any:
+    def configure_optimizers(self) -> OptimizerLRScheduler:
         # A strategy that keeps the states elsewhere brings its own implementation of the same optimizer.
         factory = placement(self.trainer.strategy).optimizer_factory(self.optimizer)
         optimizer = optimizers.build(self.model, factory)

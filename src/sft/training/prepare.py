@@ -1,42 +1,51 @@
-"""From a composed configuration to what training, preview and scoring work on: tokenizer, samples, plan."""
+"""Makes tokenizer, samples and step plan of a composed configuration, for training, preview and rehearsal."""
 
 import logging
 import os
 import warnings
 from collections import Counter
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING
+
+from omegaconf import DictConfig
 
 from sft.training.log import is_main, log
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+    from sft.data.dataset import DataConfig, Datasets
+    from sft.model.loading import ModelSource
+    from sft.training.datamodule import SFTDataModule
 
 
 @dataclass(frozen=True)
 class Prepared:
     """A model's source and tokenizer, and the samples as this model reads them."""
 
-    source: Any  # sft.model.loading.ModelSource
-    tokenizer: Any
-    data_config: Any  # sft.data.dataset.DataConfig
-    splits: Any  # sft.data.dataset.Splits
-    data: Any  # sft.training.datamodule.SFTDataModule
+    source: "ModelSource"
+    tokenizer: "PreTrainedTokenizerFast"
+    data_config: "DataConfig"
+    splits: "Datasets"
+    data: "SFTDataModule"
 
     @property
     def stop_token_ids(self) -> list[int]:
-        """What the training samples end with, commonest first: where generation has to stop."""
+        """The last tokens of the training samples, commonest first: where generation has to stop."""
         train = self.splits.train
         last = Counter(int(train[index][0][-1]) for index in range(min(len(train), 1000)))
         return [token for token, _ in last.most_common()]
 
 
-def model_source(config: Any) -> Any:
-    """The `ModelSource` that a configuration's `model` and `adapter` mean."""
+def model_source(config: DictConfig) -> "ModelSource":
+    """The model that a configuration's `model` and `adapter` name."""
     from hydra.utils import instantiate
 
     adapter = instantiate(config.get("adapter"), _convert_="all") or None
     return replace(instantiate(config["model"], _convert_="all"), adapter=adapter)
 
 
-def setup(config: Any, start_step: int = 0) -> Prepared:
+def setup(config: DictConfig, start_step: int = 0) -> Prepared:
     """Checks model, tokenizer and data against each other; builds or opens the token stores."""
     from hydra.utils import instantiate
 
@@ -46,7 +55,7 @@ def setup(config: Any, start_step: int = 0) -> Prepared:
     data_config = instantiate(config.data, _convert_="all")
     tokenizer = source.load_tokenizer()
     source.check(tokenizer, data_config.max_length)
-    splits = data_config.prepare(tokenizer, seed=config.seed, wait=not is_main(), log=log)
+    splits = data_config.datasets(tokenizer, seed=config.seed, wait=not is_main(), log=log)
     data = SFTDataModule(
         splits.train,
         splits.val,
@@ -69,7 +78,7 @@ def quiet() -> None:
 
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     if not torch.cuda.is_available():
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or DeepSpeed, if anything imports it, says that it finds none
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or DeepSpeed looks for one by itself, and says so
     transformers_logging.disable_progress_bar()
     # Lightning's hints on hardware and on its own DataLoader, neither of which is used as it supposes.
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
@@ -78,5 +87,5 @@ def quiet() -> None:
     warnings.filterwarnings("ignore", ".*`srun` command is available.*")
     warnings.filterwarnings("ignore", ".*DeepSpeed handles gradient clipping internally.*")
     warnings.filterwarnings("ignore", ".*`torch.distributed.*` is deprecated.*", FutureWarning)
-    # DeepSpeed doesn't name the device when ranks meet; it was set before.
+    # DeepSpeed names no device where ranks meet; it was set before.
     warnings.filterwarnings("ignore", r".*barrier\(\): using the device under current context.*")

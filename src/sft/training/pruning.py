@@ -1,15 +1,20 @@
 """The callback that reports a sweep's trial to Optuna at each validation, and ends it where it does badly."""
 
 import math
-from typing import Any
+from typing import TYPE_CHECKING
 
 import lightning as L
 from lightning.pytorch.callbacks import Callback
 
 from sft.training.log import log
+from sft.training.module import SFTModule
+
+if TYPE_CHECKING:
+    from optuna.pruners import BasePruner
+    from optuna.storages import JournalStorage
 
 
-def journal(path: str) -> Any:
+def journal(path: str) -> "JournalStorage":
     """A study's file. Its lock is a symbolic link, which shared file systems make atomically, too."""
     from optuna.storages import JournalStorage
     from optuna.storages.journal import JournalFileBackend
@@ -20,10 +25,10 @@ def journal(path: str) -> Any:
 class Pruning(Callback):
     """Args: `storage` and `study` of the sweep, the number of this `trial`, and the `pruner` that compares it."""
 
-    def __init__(self, storage: str, study: str, trial: int, pruner: Any) -> None:
+    def __init__(self, storage: str, study: str, trial: int, pruner: "BasePruner") -> None:
         self.storage, self.study, self.trial, self.pruner = storage, study, trial, pruner
 
-    def on_validation_end(self, trainer: L.Trainer, module: Any) -> None:
+    def on_validation_end(self, trainer: L.Trainer, module: SFTModule) -> None:
         if trainer.sanity_checking or trainer.global_step == module.num_steps:  # there is nothing to end
             return
         bad = trainer.is_global_zero and self._is_bad(trainer.global_step, module.val_loss)

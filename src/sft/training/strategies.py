@@ -21,7 +21,9 @@ from lightning.pytorch.strategies import (
     SingleDeviceStrategy,
     Strategy,
 )
+from omegaconf import DictConfig
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from sft.checkpoint.layout import Rows, Whole, ZeRO3, ZeRO12, allocate, move_buffers
@@ -61,7 +63,7 @@ def placement(strategy: Strategy) -> Placement:
     )
 
 
-def build(settings: Any, accelerator: str) -> Any:
+def build(settings: DictConfig | None, accelerator: str) -> Strategy | str:
     """The strategy that `conf/strategy/*.yaml` names, as the trainer takes it."""
     from hydra.utils import instantiate
 
@@ -71,7 +73,8 @@ def build(settings: Any, accelerator: str) -> Any:
         os.environ["DS_ACCELERATOR"] = "cpu"  # or DeepSpeed looks for one by itself, and says so
     # Ops that DeepSpeed compiles on first use look for ninja here.
     os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
-    return instantiate(settings, _convert_="all")
+    strategy: Strategy = instantiate(settings, _convert_="all")
+    return strategy
 
 
 class DDP(Placement, DDPStrategy):
@@ -82,7 +85,7 @@ class DDP(Placement, DDPStrategy):
     its last bits from that of a run that nothing stopped.
     """
 
-    def _setup_model(self, model: nn.Module) -> Any:
+    def _setup_model(self, model: nn.Module) -> DistributedDataParallel:
         ddp = super()._setup_model(model)
         # A first backward pass without the model: the order is that of the parameters, last first.
         parameters = [parameter for parameter in ddp.parameters() if parameter.requires_grad]
@@ -125,7 +128,7 @@ class DeepSpeed(Placement, DeepSpeedStrategy):
             return factory
         from deepspeed.ops.adam import DeepSpeedCPUAdam
 
-        assert isinstance(factory, partial)  # torch's AdamW, as commands/train.check wants it
+        assert isinstance(factory, partial)  # torch's AdamW, as settings.check makes sure
         settings = {
             name: value for name, value in factory.keywords.items() if name in ("lr", "betas", "eps", "weight_decay")
         }
@@ -190,8 +193,8 @@ class DeepSpeed(Placement, DeepSpeedStrategy):
         # Lightning has divided by the accumulation already; DeepSpeed would do it again.
         return super().backward(closure_loss, optimizer, *args, scale_wrt_gas=False, **kwargs)
 
-    def optimizer_step(self, optimizer: Optimizer, closure: Any, model: Any = None, **kwargs: Any) -> Any:
-        result = super().optimizer_step(optimizer, closure, model, **kwargs)
+    def optimizer_step(self, optimizer: Optimizer, closure: Callable[[], Tensor], *args: Any, **kwargs: Any) -> object:
+        result = super().optimizer_step(optimizer, closure, *args, **kwargs)
         norm = self.deepspeed_engine.get_global_grad_norm()  # before clipping, of all ranks' gradients
         if norm is not None and self.lightning_module is not None:
             self.lightning_module.grad_norm = torch.as_tensor(norm)
@@ -223,8 +226,8 @@ class FSDP2(Placement, ModelParallelStrategy):
         mixed = self.precision_plugin.precision == "bf16-mixed"
         # bf16 in the arithmetic and on the network, fp32 in the sums of the gradients and in the optimizer.
         policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32) if mixed else MixedPrecisionPolicy()
-        options: dict[str, Any] = {"mesh": self.device_mesh["data_parallel"], "mp_policy": policy}
+        mesh = self.device_mesh["data_parallel"]
         for layer in decoder_layers(model):
-            fully_shard(layer, reshard_after_forward=self.reshard_after_forward, **options)
-        fully_shard(model, **options)
+            fully_shard(layer, mesh=mesh, mp_policy=policy, reshard_after_forward=self.reshard_after_forward)
+        fully_shard(model, mesh=mesh, mp_policy=policy)
         allocate(model, self.root_device)

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 from urllib.parse import urlparse
 
 from sft.errors import UserError
@@ -57,7 +57,7 @@ def wandb_logger(
                 log(f"W&B is lost, so it gets no more until the run is resumed: {error}")
                 self.lost = True
 
-    def start(mode: str) -> Any:
+    def start(mode: str) -> wandb.Run:
         if mode == "offline":
             for earlier in (folder / "wandb").glob(f"offline-run-*-{run}"):
                 shutil.rmtree(earlier)
