@@ -100,7 +100,7 @@ def nothing(folder: Path) -> None:
         (nothing, ["optimizer.lrr=1"], r"there is no setting optimizer.lrr: did you mean optimizer.lr\?"),
         (nothing, ["globl_batch_size=1"], r"did you mean global_batch_size\?"),
         (nothing, ["lr=1"], r"there is no setting lr: did you mean optimizer.lr\?"),
-        (nothing, ["schedule=cosinus"], r"there is no schedule=cosinus: there are constant, cosine, linear"),
+        (nothing, ["schedule=cosinus"], r"there is no schedule=cosinus: choose constant, cosine, linear"),
         (nothing, ["optimizer.lr=[1"], r"\[1"),
         (nothing, ["epochs=many"], r"epochs=many is not a whole number"),
         (nothing, ["global_batch_size=3"], r"3 packs does not divide.*2 or 4"),
