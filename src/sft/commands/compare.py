@@ -1,27 +1,28 @@
-"""sft compare: runs side by side, the lowest final validation loss first, with the settings in which they differ.
+"""sft compare: a table of runs, the lowest final validation loss first, with the settings in which they differ.
 
   sft compare runs/gsm8k-*
       folders, or names of runs in runs_dir
   sft compare
       all of runs_dir
   sft compare runs/gsm8k-* output=runs.csv
-      the same as a file besides
+      also writes the table to a file
 
-Runs that train, wait or have failed are shown with the step they have come to. A setting that decides no numbers, as
-where a run was trained, has no column.
+Unfinished and failed runs are shown with the step that they reached. Settings that don't change a run's numbers, such
+as those of the machine, have no column.
 """
 
 import csv
 import math
 from pathlib import Path
-from typing import Any
+
+from omegaconf import DictConfig
 
 from sft.errors import UserError
 from sft.runs.results import Result, best_first, differing
 from sft.runs.run import Run
 
 
-def main(config: Any) -> None:
+def main(config: DictConfig) -> None:
     names = list(config.runs) or sorted(path.parent.name for path in Path(config.runs_dir).glob("*/config.yaml"))
     if not names:
         raise UserError(f"there are no runs in {config.runs_dir}: name some, or set runs_dir=")
@@ -52,12 +53,13 @@ def show(results: list[Result]) -> None:
             result.name,
             result.state,
             f"{result.step}/{result.num_steps or '?'}",
-            *(f"{loss:.4f}" if not math.isnan(loss) else "" for loss in (result.last, result.best)),
-            f"{result.speed:,.0f}" if not math.isnan(result.speed) else "",
+            _figure(result.last, ".4f"),
+            _figure(result.best, ".4f"),
+            _figure(result.speed, ",.0f"),
             *(Text(_short(result.settings.get(name))) for name in settings),  # brackets are no markup
         )
     console = Console(highlight=False)
-    if not console.is_terminal:  # a log has no width, and a cut number is none
+    if not console.is_terminal:  # a log has no width, and a cut number is useless
         console.width = 240
     console.print(table)
     for result in results:
@@ -65,7 +67,11 @@ def show(results: list[Result]) -> None:
             print(f"{result.name} failed: {' '.join(result.error.split())[:300]}")
 
 
-def _short(value: Any) -> str:
+def _figure(value: float, form: str) -> str:
+    return "" if math.isnan(value) else format(value, form)
+
+
+def _short(value: object) -> str:
     return f"{value:.6g}" if isinstance(value, float) else str(value)
 
 

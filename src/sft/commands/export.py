@@ -1,28 +1,29 @@
 """sft export: write a run's checkpoint as a Hugging Face folder, and prove that it is the trained model.
 
   sft export run=gsm8k-1a2b3c4d
-      the last checkpoint, to runs/gsm8k-1a2b3c4d/export/ (sft train has done so unless export=false)
+      the last checkpoint, to runs/gsm8k-1a2b3c4d/export/ (sft train does so itself unless export=false)
   sft export run=gsm8k-1a2b3c4d checkpoint=best output=models/gsm8k dtype=bfloat16 max_shard_size=2GB
-
+      the checkpoint with the lowest validation loss, in bf16
   sft export run=gsm8k-1a2b3c4d merge=false output=models/adapter
-      of a run with adapter=lora the adapter alone, for peft; by default it is merged into the base model
+      only the adapter, for peft, of a run with adapter=lora; by default it is merged into the base model
 
-The folder holds safetensors, written one weight at a time, tokenizer, chat template, a generation config with the stop
-token that was trained, and a model card. It is loaded again in a fresh process, where the log-probabilities of a few
-samples must be those that the model in training gave: verified.json.
+The folder holds safetensors, written one weight at a time, the tokenizer, the chat template, a generation config with
+the trained stop token, and a model card. A fresh process loads it again and compares the log-probabilities of a few
+samples with those that the model had in training: verified.json.
 """
 
 import json
 import shutil
 from pathlib import Path
-from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
 
 from sft.checkpoint.checkpoint import Checkpoint, best, complete
 from sft.errors import UserError
-from sft.runs.run import Run
+from sft.runs.run import Config, Run
 
 
-def main(config: Any) -> None:
+def main(config: DictConfig) -> None:
     from sft.training.prepare import quiet
 
     quiet()
@@ -30,24 +31,25 @@ def main(config: Any) -> None:
     output = Path(config.output).expanduser() if config.output else run.export
     if config.output and output.exists():
         raise UserError(f"{output} exists: name another folder with output=, or remove it")
-    export(run, _chosen(run, str(config.checkpoint)), output, config.dtype, config.merge, config.max_shard_size)
+    checkpoint = choose(run, str(config.checkpoint))
+    export_run(run, checkpoint, output, config.dtype, config.merge, config.max_shard_size)
 
 
-def export(
+def export_run(
     run: Run,
     checkpoint: Checkpoint,
     output: Path | None = None,
     dtype: str | None = None,
     merge: bool | None = None,
     max_shard_size: int | str = "5GB",
-) -> Path:
-    """Exports a checkpoint, `dtype` None keeping that of the weights; returns the folder.
+) -> None:
+    """Exports a checkpoint; `dtype` None keeps that of the weights.
 
-    `merge`: an adapter into the base model, or not: by itself; None as the run says.
+    `merge`: whether an adapter is merged into the base model; None as the run says.
     """
     import torch
 
-    from sft.export.folder import Layout, Read, publish, verify, write_folder
+    from sft.export.folder import Read, Specs, move_into_place, verify, write_folder
     from sft.export.merge import merged, write_adapter
     from sft.training.log import log
     from sft.training.prepare import model_source
@@ -56,7 +58,7 @@ def export(
     if dtype not in dtypes:
         raise UserError(f"dtype={dtype} is unknown: set float32 or bfloat16")
     settings, state = run.config, checkpoint.state
-    source = model_source(settings)
+    source = model_source(OmegaConf.create(dict(settings)))
     if source.adapter:
         merge = source.adapter.merge if merge is None else merge
         source.adapter.check_merge(merge, "merge")
@@ -64,41 +66,43 @@ def export(
         raise UserError(f"merge={merge}: {run.folder} has no adapter, all of its weights were trained")
     output = output or run.export
     log(f"export {output}: writing, then reloading in a fresh process")
-    # Beside its place until it is proven; a failed one stays there to be looked at.
+    # Kept beside its place until it is proven; a failed one stays there for inspection.
     staging = output.with_name(f"{output.name}.unverified")
     shutil.rmtree(staging, ignore_errors=True)
     staging.mkdir(parents=True)
-    layout: Layout = {name: (checkpoint.dtype(name), shape) for name, shape in checkpoint.shapes.items()}
+    specs: Specs = {name: (checkpoint.dtype(name), shape) for name, shape in checkpoint.shapes.items()}
     read: Read = checkpoint.tensor
     rest = source.load_tokenizer(), state["stop_token_ids"], model_card(run, checkpoint, merge)
     if merge is False:
-        write_adapter(staging, source, layout, read, *rest, dtype=dtypes[dtype])
+        write_adapter(staging, source, specs, read, *rest, dtype=dtypes[dtype])
     else:
         if merge:
-            layout, read = merged(source, layout, read)
-        write_folder(staging, source, layout, read, *rest, dtype=dtypes[dtype], max_shard_size=max_shard_size, log=log)
+            specs, read = merged(source, specs, read)
+        write_folder(staging, source, specs, read, *rest, dtype=dtypes[dtype], max_shard_size=max_shard_size, log=log)
     probes = json.loads((checkpoint.path / "probes.json").read_text())
     precision = "bf16-true" if dtype == "bfloat16" else settings["trainer"]["precision"]
     verdict = verify(staging, probes, str(precision), quantized=bool(source.adapter and source.adapter.quantize))
-    publish(staging, output)
-    differ = f"are within {verdict['largest_difference']:.1e} of the trained model's"
+    move_into_place(staging, output)
+    difference = f"are within {verdict['largest_difference']:.1e} of the trained model's"
     if "rms_of_bf16" in verdict:
-        differ = (
+        difference = (
             f"differ from the trained model's by {verdict['rms_difference']:.1e} (root mean square), and bf16 alone "
             f"makes {verdict['rms_of_bf16']:.1e}"
         )
-    log(f"export {output}: step {checkpoint.step}; the log-probabilities of {verdict['num_tokens']} tokens {differ}")
-    return output
+    log(
+        f"export {output}: step {checkpoint.step}; the log-probabilities of {verdict['num_tokens']} tokens {difference}"
+    )
 
 
 def model_card(run: Run, checkpoint: Checkpoint, merge: bool | None) -> str:
-    """README.md of the exported folder: what it was made of, and how. `merge` is None without an adapter."""
+    """README.md of the exported folder: base model, data and settings. `merge` is None without an adapter."""
     settings, state = run.config, checkpoint.state
     data = settings["data"]
     base = settings["model"]["path"]
     provenance = json.loads((run.folder / "provenance.json").read_text())
     sources = json.loads((run.folder / "data.json").read_text())["train"]["sources"]
-    num_samples, num_supervised = (sum(each[key] for each in sources) for key in ("samples", "supervised_tokens"))
+    num_samples = sum(source["samples"] for source in sources)
+    num_supervised = sum(source["supervised_tokens"] for source in sources)
     header = [
         "---",
         f"library_name: {'peft' if merge is False else 'transformers'}",
@@ -128,25 +132,26 @@ def model_card(run: Run, checkpoint: Checkpoint, merge: bool | None) -> str:
     return "\n".join([*title, *table, *whole])
 
 
-def _adapter_line(settings: dict[str, Any], merge: bool) -> str:
+def _adapter_line(settings: Config, merge: bool) -> str:
     targets = settings["target_modules"]
     return (
         f"{'QLoRA' if settings['quantize'] else 'LoRA'} of rank {settings['r']}, alpha {settings['alpha']}, on "
         + (targets if isinstance(targets, str) else ", ".join(targets))
-        + ("; merged into the weights" if merge else "; this folder holds it alone, for the base model")
+        + ("; merged into the weights" if merge else "; this folder holds only the adapter")
     )
 
 
-def _chosen(run: Run, which: str) -> Checkpoint:
+def choose(run: Run, which: str) -> Checkpoint:
+    """The run's checkpoint `last`, `best` or of a step."""
     checkpoints = complete(run.checkpoints)
     if not checkpoints:
-        raise UserError(f"{run.folder} has no checkpoint yet: let sft train go on")
+        raise UserError(f"{run.folder} has no checkpoint yet: let sft train continue")
     if which == "last":
         return checkpoints[-1]
     if which == "best":
-        if (found := best(checkpoints)) is None:
+        if (lowest := best(checkpoints)) is None:
             raise UserError(f"{run.folder} has no validation loss to choose by: set checkpoint=last")
-        return found
+        return lowest
     for checkpoint in checkpoints:
         if str(checkpoint.step) == which:
             return checkpoint

@@ -2,10 +2,10 @@
 
   sft generate run=gsm8k-1a2b3c4d --prompt "How many legs have 3 cats?"
   sft generate run=gsm8k-1a2b3c4d file=prompts.txt max_new_tokens=512 > answers.txt
-      one prompt a line
+      a file with one prompt a line
   echo "How many legs have 3 cats?" | sft generate run=gsm8k-1a2b3c4d temperature=0.7 seed=1
 
-Several prompts give JSON lines with `prompt` and `response`, one prompt its response alone.
+--prompt prints the response alone; a file or standard input gives JSON lines with `prompt` and `response`.
 """
 
 import json
@@ -14,38 +14,34 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from omegaconf import DictConfig
+
 from sft.errors import UserError
 from sft.runs.run import Run
 
 
-def main(config: Any) -> None:
+def main(config: DictConfig) -> None:
     from sft.training.prepare import quiet
 
     run = Run.find(config.run, config.runs_dir)
     folder = run.exported()
-    prompts = _prompts(config)
+    prompts = read_prompts(config)
     if not prompts:
         raise UserError("no prompt: give --prompt TEXT, file=FILE, or lines on standard input")
     quiet()
-    alone = config.prompt is not None
-    for prompt, response in zip(
+    responses = answers(
+        folder,
+        run.config["data"],
         prompts,
-        answers(
-            folder,
-            run.config["data"],
-            prompts,
-            max_new_tokens=config.max_new_tokens,
-            temperature=config.temperature,
-            top_p=config.top_p,
-            seed=config.seed,
-            batch_size=config.batch_size,
-        ),
-        strict=True,
-    ):
-        print(
-            response if alone else json.dumps({"prompt": prompt, "response": response}, ensure_ascii=False),
-            flush=True,
-        )
+        max_new_tokens=config.max_new_tokens,
+        temperature=config.temperature,
+        top_p=config.top_p,
+        seed=config.seed,
+        batch_size=config.batch_size,
+    )
+    for prompt, response in zip(prompts, responses, strict=True):
+        line = json.dumps({"prompt": prompt, "response": response}, ensure_ascii=False)
+        print(line if config.prompt is None else response, flush=True)
 
 
 def answers(
@@ -53,55 +49,48 @@ def answers(
     data: Mapping[str, Any],
     prompts: list[str],
     *,
-    max_new_tokens: int = 256,
-    temperature: float = 0.0,
-    top_p: float = 1.0,
-    seed: int = 0,
-    batch_size: int = 16,
+    max_new_tokens: int,
+    temperature: float,
+    top_p: float,
+    seed: int,
+    batch_size: int,
 ) -> Iterator[str]:
-    """Responses of a model folder to prompts, in their order, without the stop token.
+    """Responses of an exported model to prompts, in their order, without the stop token.
 
-    `data` is a run's data configuration: its row function decides what a prompt looks like to the model.
+    `data` is the run's data configuration: its row function decides what the model sees of a prompt.
     """
     import torch
     from hydra.utils import instantiate
     from transformers import AutoTokenizer
 
     from sft.data.prompt import served_ids
-    from sft.model.loading import load_exported
+    from sft.export.folder import load_exported
 
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    model: Any = load_exported(folder)
-    model.to(device).eval()
-    make = instantiate(data["conversation"], _convert_="all")
-    asked = [served_ids(tokenizer, make, prompt) for prompt in prompts]
+    model = load_exported(folder)
+    row_function = instantiate(data["conversation"], _convert_="all")
+    token_ids = [served_ids(tokenizer, row_function, prompt) for prompt in prompts]
     sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p} if temperature else {"do_sample": False}
     torch.manual_seed(seed)
-    pad = model.generation_config.pad_token_id
-    for start in range(0, len(asked), batch_size):
-        batch = asked[start : start + batch_size]
+    pad, stops = model.generation_config.pad_token_id, model.generation_config.eos_token_id
+    for start in range(0, len(token_ids), batch_size):
+        batch = token_ids[start : start + batch_size]
         longest = max(map(len, batch))
         # Padded on the left, where no new token has to follow it, and masked.
-        ids = torch.tensor([[pad] * (longest - len(each)) + each for each in batch])
-        mask = torch.tensor([[0] * (longest - len(each)) + [1] * len(each) for each in batch])
-        made = model.generate(
-            input_ids=ids.to(device),
-            attention_mask=mask.to(device),
+        padded = torch.tensor([[pad] * (longest - len(ids)) + ids for ids in batch])
+        mask = torch.tensor([[0] * (longest - len(ids)) + [1] * len(ids) for ids in batch])
+        generated = model.generate(  # type: ignore[operator]  # of transformers' mixin
+            input_ids=padded.to(model.device),
+            attention_mask=mask.to(model.device),
             max_new_tokens=max_new_tokens,
             **sampling,
         )
-        for row in made[:, longest:].tolist():
-            stops = [at for at, token in enumerate(row) if token in _stops(model)]
-            yield str(tokenizer.decode(row[: stops[0]] if stops else row, skip_special_tokens=True))
+        for new_ids in generated[:, longest:].tolist():
+            end = next((at for at, token in enumerate(new_ids) if token in stops), len(new_ids))
+            yield str(tokenizer.decode(new_ids[:end], skip_special_tokens=True))
 
 
-def _stops(model: Any) -> list[int]:
-    stops = model.generation_config.eos_token_id
-    return stops if isinstance(stops, list) else [stops]
-
-
-def _prompts(config: Any) -> list[str]:
+def read_prompts(config: DictConfig) -> list[str]:
     if config.prompt is not None:
         return [str(config.prompt)]
     if config.file is not None:

@@ -1,29 +1,40 @@
-"""sft preview: show what sft train of the same settings would train, token by token.
+"""sft preview: show what sft train with the same settings would train, token by token.
 
-  sft preview experiment=gsm8k data.path=../shared/data/gsm8k
-      the first packs of the first step, supervised tokens marked; lengths, fill, and what became of each row
+  sft preview experiment=gsm8k
+      the first packs of the first step with supervised tokens marked; lengths, fill, and rows used and lost
   sft preview ... preview.packs=5
+      more packs
   sft preview ... preview.dump=samples.jsonl
-      every training sample as JSON: source, row, input_ids, labels
+      also writes every training sample as JSON: source, row, input_ids, labels
 
-On a terminal supervised tokens are green and bold; elsewhere they stand between [[ and ]].
+Supervised tokens are green and bold on a terminal; elsewhere they stand between [[ and ]].
 """
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
+from omegaconf import DictConfig
 
 from sft.data.step_plan import check_division
 from sft.training.prepare import Prepared
 
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+    from transformers import PreTrainedTokenizerFast
 
-def main(config: Any) -> None:
+    from sft.data.ledger import Ledger
+
+
+def main(config: DictConfig) -> None:
     from rich.console import Console
 
-    from sft.training.settings import world_size
     from sft.training.prepare import quiet, setup
+    from sft.training.settings import world_size
 
     quiet()
     check_division(config.global_batch_size, world_size(config), config.micro_batch_size)
@@ -35,80 +46,76 @@ def main(config: Any) -> None:
         console.print(f"{len(prepared.splits.train)} samples written: {config.preview.dump}", markup=False)
 
 
-def show(console: Any, prepared: Prepared, num_packs: int, colour: bool) -> None:
-    """Prints figures, ledger and the first packs to a rich console."""
-    from rich.table import Table
+def show(console: "Console", prepared: Prepared, num_packs: int, colour: bool) -> None:
+    """Prints figures, ledger and the first packs."""
     from rich.text import Text
 
     data, train = prepared.data, prepared.splits.train
-    plan = data.epoch(0)
-    num_tokens, num_supervised = int(train.lengths.sum()), int(train.num_supervised.sum())
-    figures = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
-    shortest, median, longest = np.quantile(train.lengths, [0, 0.5, 1])
-    for name, value in {
-        "samples": f"{len(train):,} training, {len(prepared.splits.val) if prepared.splits.val else 0:,} validation",
-        "tokens": f"{num_tokens:,}, of which {num_supervised:,} ({num_supervised / num_tokens:.1%}) are supervised",
-        "length": f"{shortest:.0f} to {longest:.0f} tokens, median {median:.0f}",
-        "packs": f"{len(plan.packs):,} of up to {data.max_length} tokens, "
-        f"{num_tokens / (len(plan.packs) * data.max_length):.2%} full",
-        "steps": f"{data.num_steps:,}, of which {data.steps_per_epoch:,} an epoch, {data.global_batch_size} packs each",
-    }.items():
-        figures.add_row(name, value)
-    console.print(figures)
+    packs = data.epoch(0).packs
+    console.print(figures(prepared))
     console.print(ledger_table(prepared.splits.ledger))
-    for number, pack in enumerate(plan.packs[:num_packs]):
-        tokens = int(train.lengths[pack].sum())
-        console.print(
-            Text(
-                f"pack {number}: {len(pack)} samples, {tokens} tokens, {tokens / data.max_length:.1%} full",
-                "bold",
-            )
-        )
+    for number, pack in enumerate(packs[:num_packs]):
+        num_tokens = int(train.lengths[pack].sum())
+        full = f"{num_tokens / data.max_length:.1%} full"
+        console.print(Text(f"pack {number}: {len(pack)} samples, {num_tokens} tokens, {full}", "bold"))
         for index in pack.tolist():
-            where = f"{train.source(index)} row {train.row(index)}"
-            length, supervised = train.lengths[index], train.num_supervised[index]
-            console.print(Text(f"  {where}: {length} tokens, {supervised} supervised", "dim"))
-            console.print(marked(prepared.tokenizer, train[index], colour))
-    legend = "green and bold" if colour else "between [[ and ]]"
-    console.print(Text(f"supervised tokens are {legend}; all others are read and carry no loss", "dim"))
+            place = f"{train.source(index)} row {train.row(index)}"
+            length, num_supervised = train.lengths[index], train.num_supervised[index]
+            console.print(Text(f"  {place}: {length} tokens, {num_supervised} supervised", "dim"))
+            console.print(marked(prepared.tokenizer, *train[index], colour))
+    mark = "green and bold" if colour else "between [[ and ]]"
+    console.print(Text(f"supervised tokens are {mark}; all others are read and carry no loss", "dim"))
 
 
-def marked(tokenizer: Any, sample: tuple[Any, Any], colour: bool) -> Any:
+def figures(prepared: Prepared) -> "Table":
+    """Numbers of samples, tokens, packs and steps."""
+    from rich.table import Table
+
+    data, train, val = prepared.data, prepared.splits.train, prepared.splits.val
+    num_packs = len(data.epoch(0).packs)
+    num_tokens, num_supervised = int(train.lengths.sum()), int(train.num_supervised.sum())
+    shortest, median, longest = np.quantile(train.lengths, [0, 0.5, 1])
+    full = f"{num_tokens / (num_packs * data.max_length):.2%} full"
+    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+    table.add_row("samples", f"{len(train):,} training, {len(val) if val else 0:,} validation")
+    table.add_row(
+        "tokens", f"{num_tokens:,}, {num_supervised:,} ({num_supervised / num_tokens:.1%}) of them supervised"
+    )
+    table.add_row("length", f"{shortest:.0f} to {longest:.0f} tokens, median {median:.0f}")
+    table.add_row("packs", f"{num_packs:,} of up to {data.max_length} tokens, {full}")
+    table.add_row("steps", f"{data.num_steps:,} of {data.global_batch_size} packs, {data.steps_per_epoch:,} an epoch")
+    return table
+
+
+def marked(
+    tokenizer: "PreTrainedTokenizerFast", input_ids: "NDArray[np.int32]", labels: "NDArray[np.int32]", colour: bool
+) -> "Text":
     """A sample's text with its supervised stretches marked."""
     from rich.text import Text
 
     from sft.data.mask import IGNORE
 
-    text, (input_ids, labels) = Text(), sample
-    start, supervised = 0, labels != IGNORE
-    for end in range(1, len(input_ids) + 1):
-        if end < len(input_ids) and supervised[end] == supervised[start]:
-            continue
-        piece = tokenizer.decode(input_ids[start:end].tolist(), clean_up_tokenization_spaces=False)
+    text, supervised = Text(), labels != IGNORE
+    borders = np.flatnonzero(supervised[1:] != supervised[:-1]) + 1
+    for start, end in zip([0, *borders], [*borders, len(input_ids)], strict=True):
+        piece = str(tokenizer.decode(input_ids[start:end].tolist(), clean_up_tokenization_spaces=False))
         if supervised[start]:
             text.append(piece if colour else f"[[{piece}]]", "bold green")
         else:
             text.append(piece)
-        start = end
     return text
 
 
-def ledger_table(ledger: Any) -> Any:
-    """What became of each row, by source."""
+def ledger_table(ledger: "Ledger") -> "Table":
+    """Rows read, used and lost, by source."""
     from rich.table import Table
 
     table = Table("split", "source", "rows", "samples", "lost", "cut", box=None, padding=(0, 2, 0, 0))
     for split, part in ledger.items():
         for counts in part.get("sources", []):
             lost = ", ".join(f"{count} {reason}" for reason, count in counts["lost"].items()) or "0"
-            table.add_row(
-                split,
-                counts["source"],
-                f"{counts['rows']:,}",
-                f"{counts['samples']:,}",
-                lost,
-                str(counts["truncated_prompt"]),
-            )
+            numbers = f"{counts['rows']:,}", f"{counts['samples']:,}", lost, str(counts["truncated_prompt"])
+            table.add_row(split, counts["source"], *numbers)
     return table
 
 

@@ -1,38 +1,41 @@
-"""sft score: log-probabilities of samples under a run's model, one JSON a sample.
+"""sft score: log-probabilities of samples under a run's model, one JSON line for each sample.
 
   sft score run=gsm8k-1a2b3c4d
       the run's validation data, to standard output
   sft score run=gsm8k-1a2b3c4d data=new.jsonl output=scores.jsonl
-      a file with the run's columns
+      a file with the same columns as the run's data
 
 log_p_response = log Pr(y | x) = log_p_joint - log_p_prompt, in nats, the stop token included.
 """
 
 import json
 import sys
+from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
+
+from omegaconf import DictConfig
 
 from sft.errors import UserError
 from sft.runs.run import Run
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
-def main(config: Any) -> None:
+    from sft.data.dataset import Split
+
+
+def main(config: DictConfig) -> None:
     run = Run.find(config.run, config.runs_dir)
     folder = run.exported()
 
-    import torch
     from hydra.utils import instantiate
     from transformers import AutoTokenizer
 
-    from sft.data.batch import make_batch, to_device
-    from sft.data.mask import IGNORE
-    from sft.data.step_plan import eval_plan
+    from sft.export.folder import load_exported
     from sft.model import attention
-    from sft.model.loading import load_exported
-    from sft.model.loss import head_is_plain_matrix, token_log_probs
     from sft.training.prepare import quiet
 
     quiet()
@@ -46,37 +49,35 @@ def main(config: Any) -> None:
     samples = splits.train if config.path is not None else splits.val
     if samples is None:
         raise UserError(f"{run.folder} has no validation data: name what to score with data=")
-
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model: Any = load_exported(folder, attn_implementation=attention.NAME)
-    model.to(device).eval()
-    plain_head = head_is_plain_matrix(model)
-    plan = eval_plan(
-        samples.lengths,
-        max_length=data_config.max_length,
-        packing=False,
-        micro_batch_size=16,
-        world_size=1,
-        rank=0,
-    )
+    model = load_exported(folder, attention.NAME)
     opened = Path(config.output).expanduser().open("w") if config.output else nullcontext(sys.stdout)
     with opened as output:
-        for indices in plan:
-            batch = make_batch(samples, indices, 1)
-            bounds = batch["cu_seqlens"].tolist()
-            batch = to_device(batch, device)
-            log_prob = token_log_probs(model, batch, plain_head=plain_head).double().cpu()
-            in_response = (batch["labels"][0] != IGNORE).cpu()
-            for index, start, end in zip(indices.tolist(), bounds[:-1], bounds[1:], strict=True):
-                of_sample, response = log_prob[start:end], in_response[start:end]
-                line = {
-                    "source": samples.source(index),
-                    "row": samples.row(index),
-                    "log_p_response": float(of_sample[response].sum()),
-                    "log_p_prompt": float(of_sample[~response].sum()),
-                    "log_p_joint": float(of_sample.sum()),
-                    "num_response_tokens": int(response.sum()),
-                }
-                print(json.dumps(line), file=output)
+        for line in scores(model, samples, data_config.max_length):
+            print(json.dumps(line), file=output)
     if config.output:
         print(f"{len(samples)} samples scored: {config.output}")
+
+
+def scores(model: "PreTrainedModel", samples: "Split", max_length: int) -> Iterator[dict[str, object]]:
+    """The line of each sample."""
+    from sft.data.batch import make_batch, to_device
+    from sft.data.mask import IGNORE
+    from sft.data.step_plan import eval_plan
+    from sft.model.loss import head_is_plain_matrix, token_log_probs
+
+    plain_head = head_is_plain_matrix(model)
+    plan = eval_plan(samples.lengths, max_length=max_length, packing=False, micro_batch_size=16, world_size=1, rank=0)
+    for indices in plan:
+        batch = make_batch(samples, indices, 1)
+        bounds, in_response = batch["cu_seqlens"].tolist(), batch["labels"][0] != IGNORE
+        log_probs = token_log_probs(model, to_device(batch, model.device), plain_head=plain_head).double().cpu()
+        for index, start, end in zip(indices.tolist(), bounds[:-1], bounds[1:], strict=True):
+            sample, response = log_probs[start:end], in_response[start:end]
+            yield {
+                "source": samples.source(index),
+                "row": samples.row(index),
+                "log_p_response": float(sample[response].sum()),
+                "log_p_prompt": float(sample[~response].sum()),
+                "log_p_joint": float(sample.sum()),
+                "num_response_tokens": int(response.sum()),
+            }

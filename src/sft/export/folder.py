@@ -7,25 +7,31 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from sft.checkpoint import safetensors_file
 from sft.errors import UserError
+from sft.export.verify import Probe, Verdict
+from sft.model.adapter import quantization
 from sft.model.loading import ModelSource
 
-Layout = Mapping[str, tuple[torch.dtype, Sequence[int]]]  # dtype and shape of each weight, by its name in the model
+if TYPE_CHECKING:
+    from huggingface_hub import StateDictSplit
+    from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerFast
+
+Specs = Mapping[str, tuple[torch.dtype, Sequence[int]]]  # dtype and shape of each weight, by its name in the model
 Read = Callable[[str], Tensor]  # one weight by that name
 
 
 def write_folder(
     folder: Path,
     source: ModelSource,
-    layout: Layout,
+    specs: Specs,
     read: Read,
-    tokenizer: Any,
+    tokenizer: "PreTrainedTokenizerFast",
     stop_ids: list[int],
     card: str,
     *,
@@ -35,62 +41,70 @@ def write_folder(
 ) -> None:
     """Writes the folder, holding one weight at a time; `dtype` None keeps each weight's own.
 
-    `log` is told where transformers stores the model's weights in another form than it computes with, and so all of
-    them have to be held at once.
+    All weights are held at once, and `log` gets a line, if transformers stores this kind of model in a form that it
+    doesn't compute with.
     """
-    from transformers import AutoModelForCausalLM
-
-    layout = {name: (dtype if dtype and own.is_floating_point else own, shape) for name, (own, shape) in layout.items()}
+    specs = {name: (dtype if dtype and own.is_floating_point else own, shape) for name, (own, shape) in specs.items()}
 
     def convert(name: str) -> Tensor:
-        return read(name).to(layout[name][0])
+        return read(name).to(specs[name][0])
 
-    config = source.load_config()
-    config.dtype = next(own for own, _ in layout.values() if own.is_floating_point)
-    # Only the shape of the model is needed: transformers knows how its names are written to disk.
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, trust_remote_code=source.trust_remote_code)
+    # Only shapes are needed: transformers knows how a model's names are written to disk.
+    model = empty_model(source, next(own for own, _ in specs.values() if own.is_floating_point))
     model.generation_config = generation_config(source, tokenizer, stop_ids)
-    names = names_on_disk(model, layout)
+    names = names_on_disk(model, specs)
     if names is None:
         log(f"export {folder}: transformers stores this kind of model in another form, so all of it is held in memory")
-        state = {name: convert(name) for name in layout}
+        state = {name: convert(name) for name in specs}
         model.save_pretrained(folder, state_dict=state, max_shard_size=max_shard_size)
     else:
         model.save_pretrained(folder, state_dict={})  # all but the weights
-        write_shards(folder, layout, convert, names, max_shard_size)
+        write_shards(folder, specs, convert, names, max_shard_size)
     tokenizer.save_pretrained(folder)
     (folder / "README.md").write_text(card)
 
 
-def names_on_disk(model: Any, layout: Layout) -> dict[str, str] | None:
-    """The weight's name in the model by its name on disk; None where transformers stores other tensors than those.
+def empty_model(source: ModelSource, dtype: torch.dtype | None = None, adapter: bool = False) -> "PreTrainedModel":
+    """The model without its weights: names, shapes and layers."""
+    from transformers import AutoModelForCausalLM
 
-    Which it does is asked of its own conversion, with tensors that have a shape and no content: a name that changes
-    still names the same tensor afterwards, a tensor that is split, joined or transposed is a new one.
+    options = {"dtype": dtype} if dtype else {}
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(
+            source.load_config(), trust_remote_code=source.trust_remote_code, **options
+        )
+        if adapter:
+            assert source.adapter is not None
+            source.adapter.add(model)
+    return model
+
+
+def names_on_disk(model: "PreTrainedModel", specs: Specs) -> dict[str, str] | None:
+    """Each weight's name in the model by its name on disk; None if transformers stores tensors of another form.
+
+    The answer comes from transformers' own conversion, applied to tensors that have a shape and no content: a renamed
+    tensor is still the same object, one that is split, joined or transposed is a new one.
     """
     from transformers.core_model_loading import revert_weight_conversion
 
     ignored = set(model._keys_to_ignore_on_save or ())
-    empty = {
-        name: torch.empty(shape, dtype=dtype, device="meta")
-        for name, (dtype, shape) in layout.items()
-        if name not in ignored
-    }
+    empty = {name: torch.empty(s, dtype=d, device="meta") for name, (d, s) in specs.items() if name not in ignored}
     name_of = {id(tensor): name for name, tensor in empty.items()}
-    stored = {name: name_of.get(id(tensor)) for name, tensor in revert_weight_conversion(model, dict(empty)).items()}
-    names = {name: own for name, own in stored.items() if own is not None}
-    return names if sorted(names.values()) == sorted(empty) and len(names) == len(stored) else None
+    converted = revert_weight_conversion(model, dict(empty))
+    names = {stored: name_of[id(tensor)] for stored, tensor in converted.items() if id(tensor) in name_of}
+    return names if len(names) == len(converted) and sorted(names.values()) == sorted(empty) else None
 
 
-def write_shards(folder: Path, layout: Layout, read: Read, names: Mapping[str, str], max_shard_size: int | str) -> None:
-    """Writes model.safetensors, or shards of at most `max_shard_size` (bytes, or "5GB") and their index."""
-    empty = {name: torch.empty(layout[own][1], dtype=layout[own][0], device="meta") for name, own in names.items()}
+def write_shards(folder: Path, specs: Specs, read: Read, names: Mapping[str, str], max_shard_size: int | str) -> None:
+    """Writes model.safetensors, or shards of at most `max_shard_size` (bytes, or "5GB") and their index.
+
+    `names`: the weights' names in the model by their names on disk.
+    """
+    empty = {stored: torch.empty(specs[name][1], dtype=specs[name][0], device="meta") for stored, name in names.items()}
     split = split_shards(empty, max_shard_size)
-    for file, stored in split.filename_to_tensors.items():
-        safetensors_file.write(
-            folder / file, {name: layout[names[name]] for name in stored}, lambda name: read(names[name])
-        )
+    for file, stored_names in split.filename_to_tensors.items():
+        shard = {stored: specs[names[stored]] for stored in stored_names}
+        safetensors_file.write(folder / file, shard, lambda stored: read(names[stored]))
     if split.is_sharded:
         num_parameters = sum(tensor.numel() for tensor in empty.values())
         metadata = {"total_parameters": num_parameters, **split.metadata}
@@ -98,7 +112,7 @@ def write_shards(folder: Path, layout: Layout, read: Read, names: Mapping[str, s
         (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
 
 
-def split_shards(tensors: dict[str, Tensor], max_shard_size: int | str) -> Any:
+def split_shards(tensors: dict[str, Tensor], max_shard_size: int | str) -> "StateDictSplit":
     """Which tensor goes into which file, as transformers would have it."""
     from huggingface_hub import split_torch_state_dict_into_shards
 
@@ -110,36 +124,31 @@ def split_shards(tensors: dict[str, Tensor], max_shard_size: int | str) -> Any:
         raise UserError(f'max_shard_size={max_shard_size} is no size: set bytes, or a size like "5GB"') from error
 
 
-def generation_config(source: ModelSource, tokenizer: Any, stop_ids: list[int]) -> Any:
-    """The base model's, ending at `stop_ids`. A sampling temperature in it is its author's advice."""
+def generation_config(
+    source: ModelSource, tokenizer: "PreTrainedTokenizerFast", stop_ids: list[int]
+) -> "GenerationConfig":
+    """The base model's, ending at `stop_ids`. It keeps a sampling temperature, which is its author's advice."""
     from transformers import GenerationConfig
 
     generation = GenerationConfig()
     if source.init == "pretrained":
-        path: Any = source.path
-        options: dict[str, Any] = {"revision": source.revision}
+        assert source.path is not None
         with suppress(OSError):
-            generation = GenerationConfig.from_pretrained(path, **options)
-    known = generation.eos_token_id
-    known = known if isinstance(known, list) else [] if known is None else [known]
+            generation = GenerationConfig.from_pretrained(source.path, revision=source.revision or "main")
+    base_ids = generation.eos_token_id if isinstance(generation.eos_token_id, list) else [generation.eos_token_id]
     # A configuration's default may name a token that means something else to this tokenizer.
-    known = [token for token in known if token in tokenizer.all_special_ids and token not in stop_ids]
-    generation.eos_token_id = [*stop_ids, *known]
+    base_ids = [token for token in base_ids if token in tokenizer.all_special_ids and token not in stop_ids]
+    generation.eos_token_id = [*stop_ids, *base_ids]
     if generation.pad_token_id is None:
         generation.pad_token_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else stop_ids[0]
     return generation
 
 
-def verify(
-    folder: Path,
-    probes: list[dict[str, Any]],
-    precision: str,
-    quantized: bool = False,
-) -> dict[str, Any]:
+def verify(folder: Path, probes: list[Probe], precision: str, quantized: bool = False) -> Verdict:
     """Reloads the folder in a fresh process and compares log-probabilities with the training model's.
 
-    `quantized`: the base model that the folder's adapter lies beside is held in 4 bits, as in training.
-    Writes `verified.json` into the folder and returns it; `UserError` where they differ.
+    `quantized`: training held the base model of the folder's adapter in 4 bits, and so does the comparison. Writes
+    `verified.json` into the folder and returns it; `UserError` if they differ.
     """
     request = {"probes": probes, "precision": precision, "quantized": quantized}
     process = subprocess.run(
@@ -151,7 +160,7 @@ def verify(
     if process.returncode:
         last = (process.stderr.strip().splitlines() or ["no message"])[-1]
         raise UserError(f"the export in {folder} can't be loaded again: {last}")
-    verdict: dict[str, Any] = json.loads((folder / "verified.json").read_text())
+    verdict: Verdict = json.loads((folder / "verified.json").read_text())
     if not verdict["equal"]:
         raise UserError(
             f"the export in {folder} is not the model that was trained: log-probabilities differ by "
@@ -160,8 +169,30 @@ def verify(
     return verdict
 
 
-def publish(staging: Path, final: Path) -> None:
-    """Puts a complete folder in the place of what was there before."""
-    if final.exists():
-        shutil.rmtree(final)
-    staging.rename(final)
+def move_into_place(staging: Path, folder: Path) -> None:
+    """Puts a complete folder in the place of an older one."""
+    if folder.exists():
+        shutil.rmtree(folder)
+    staging.rename(folder)
+
+
+def load_exported(folder: Path, attention: str | None = None) -> "PreTrainedModel":
+    """The model of a verified folder, in evaluation mode on the GPU if there is one.
+
+    It is a whole model, or an adapter over the base model that it names. `attention` None leaves the implementation
+    to transformers.
+    """
+    from transformers import AutoModelForCausalLM, GenerationConfig
+
+    options: dict[str, object] = {"attn_implementation": attention, "dtype": "auto"}
+    is_adapter = (folder / "adapter_config.json").exists()
+    if is_adapter:
+        verified: Verdict = json.loads((folder / "verified.json").read_text())
+        options["dtype"] = "bfloat16" if verified["precision"] == "bf16-true" else "float32"
+        if verified["quantized"]:
+            options |= quantization()
+    model = AutoModelForCausalLM.from_pretrained(folder, **options)
+    if is_adapter:
+        model.generation_config = GenerationConfig.from_pretrained(folder)
+    model.to("cuda" if torch.cuda.is_available() else "cpu")  # type: ignore[arg-type]  # transformers wraps the method
+    return model.eval()

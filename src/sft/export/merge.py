@@ -1,144 +1,131 @@
 """A trained adapter as a folder for peft, or merged into the base model's weights, one weight at a time."""
 
-import json
 import tempfile
 import warnings
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
-from safetensors import safe_open
-from torch import Tensor
+from torch import Tensor, nn
 
 from sft.checkpoint import safetensors_file
-from sft.export.folder import Layout, Read, generation_config, names_on_disk
+from sft.checkpoint.layout import persistent_buffers
+from sft.export.folder import Read, Specs, empty_model, generation_config, names_on_disk
 from sft.model.adapter import NAME
 from sft.model.loading import ModelSource
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 
 def write_adapter(
     folder: Path,
     source: ModelSource,
-    layout: Layout,
+    specs: Specs,
     read: Read,
-    tokenizer: Any,
+    tokenizer: "PreTrainedTokenizerFast",
     stop_ids: list[int],
     card: str,
     *,
     dtype: torch.dtype | None = None,
 ) -> None:
     """Writes a folder that peft's `PeftModel` and transformers' `AutoModelForCausalLM` load over the base model."""
-    write_weights(folder, source, layout, read, dtype)
+    write_weights(folder, source, specs, read, dtype)
     generation_config(source, tokenizer, stop_ids).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     (folder / "README.md").write_text(card)
 
 
-def write_weights(folder: Path, source: ModelSource, layout: Layout, read: Read, dtype: torch.dtype | None) -> None:
-    """adapter_config.json and adapter_model.safetensors."""
+def write_weights(folder: Path, source: ModelSource, specs: Specs, read: Read, dtype: torch.dtype | None) -> None:
+    """Writes adapter_config.json and adapter_model.safetensors."""
+    from peft import PeftConfig
+
     config = empty_model(source, adapter=True).peft_config[NAME]
+    assert isinstance(config, PeftConfig) and source.path is not None
     config.inference_mode = True
-    assert source.path is not None
     local = Path(source.path).expanduser()
-    # Of a folder the whole path, so that it means the same wherever the adapter is loaded from.
+    # A folder's whole path means the same wherever the adapter is loaded.
     config.base_model_name_or_path = str(local.resolve()) if local.is_dir() else source.path
     config.revision = source.revision
     config.save_pretrained(str(folder))
-    names = {f"base_model.model.{name.replace(f'.{NAME}.', '.')}": name for name in layout}
-    stored = {name: (dtype or layout[own][0], layout[own][1]) for name, own in names.items()}
+    names = {f"base_model.model.{name.replace(f'.{NAME}.', '.')}": name for name in specs}
+    stored_specs = {stored: (dtype or specs[name][0], specs[name][1]) for stored, name in names.items()}
     safetensors_file.write(
-        folder / "adapter_model.safetensors", stored, lambda name: read(names[name]).to(stored[name][0])
+        folder / "adapter_model.safetensors",
+        stored_specs,
+        lambda stored: read(names[stored]).to(stored_specs[stored][0]),
     )
 
 
-def merged(source: ModelSource, layout: Layout, read: Read) -> tuple[Layout, Read]:
-    """The whole model's layout and weights, of an adapter's: W + alpha / r · B A where there is an adapter.
+def merged(source: ModelSource, specs: Specs, read: Read) -> tuple[Specs, Read]:
+    """The whole model's weights, from an adapter's: W + alpha / r · B A for each adapted layer.
 
-    A weight is computed in fp32 when it is asked for, and is in the dtype that the run held it in. No more than that
-    one is in memory, but for files that transformers doesn't load as they are: those peft merges, all at once.
+    A weight is computed in fp32 when it is read, and has the dtype that the run held it in. Only one weight is in
+    memory, unless transformers changes the base model's tensors when it loads them: peft merges those all at once.
     """
     from peft.tuners.lora import LoraLayer
 
-    dtype = next(own for own, _ in layout.values())
+    dtype = next(own for own, _ in specs.values())
     base = empty_model(source, dtype=dtype)
-    whole = {name: (tensor.dtype, list(tensor.shape)) for name, tensor in weights(base).items()}
-    stored = stored_weights(source, base, whole)
-    if stored is None:
-        tensors = merged_by_peft(source, layout, read, dtype)
-        return {name: (tensor.dtype, list(tensor.shape)) for name, tensor in tensors.items()}, tensors.__getitem__
+    merged_specs = _specs(weights(base))
+    read_base = stored_weights(source, base, merged_specs)
+    if read_base is None:
+        tensors = merged_by_peft(source, specs, read, dtype)
+        return _specs(tensors), tensors.__getitem__
     modules = empty_model(source, adapter=True).named_modules()
-    layers: dict[str, Any] = {f"{name}.weight": module for name, module in modules if isinstance(module, LoraLayer)}
+    layers = {f"{name}.weight": module for name, module in modules if isinstance(module, LoraLayer)}
 
-    def weight(name: str) -> Tensor:
-        file, stored_name = stored[name]
-        with safe_open(file, "pt") as opened:
-            tensor = opened.get_tensor(stored_name).to(whole[name][0])  # as the run held it
+    def merged_weight(name: str) -> Tensor:
+        weight = read_base(name)  # as the run held it
         if name not in layers:
-            return tensor
-        a, b = (read(f"{name.removesuffix('weight')}lora_{each}.{NAME}.weight").float() for each in "AB")
+            return weight
+        layer = name.removesuffix("weight")
+        a, b = (read(f"{layer}{matrix}.{NAME}.weight").float() for matrix in ("lora_A", "lora_B"))
         added = (b @ a).mul_(layers[name].scaling[NAME])  # in fp32, and in place: as large as the weight
-        return (added.T if layers[name].fan_in_fan_out else added).add_(tensor).to(tensor.dtype)
+        transposed = layers[name].fan_in_fan_out  # type: ignore[attr-defined]  # of linear layers, and there are no others
+        return (added.T if transposed else added).add_(weight).to(weight.dtype)
 
-    return whole, weight
+    return merged_specs, merged_weight
 
 
-def merged_by_peft(source: ModelSource, layout: Layout, read: Read, dtype: torch.dtype) -> dict[str, Tensor]:
+def merged_by_peft(source: ModelSource, specs: Specs, read: Read, dtype: torch.dtype) -> dict[str, Tensor]:
     """The merged model's weights by name."""
     from peft import PeftModel
 
-    base: Any = replace(source, adapter=None).load(dtype)
+    base = replace(source, adapter=None).load(dtype)
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of peft's, as when the adapter was put in
-        write_weights(Path(folder), source, layout, read, None)
-        model: Any = PeftModel.from_pretrained(base, folder, autocast_adapter_dtype=False)
+        warnings.simplefilter("ignore")  # peft's remarks, as when the adapter was added
+        write_weights(Path(folder), source, specs, read, None)
+        model = PeftModel.from_pretrained(base, folder, autocast_adapter_dtype=False)
         return weights(model.merge_and_unload())
 
 
-def empty_model(source: ModelSource, dtype: torch.dtype | None = None, adapter: bool = False) -> Any:
-    """The model without its weights: names, shapes and layers."""
-    from transformers import AutoModelForCausalLM
-
-    options = {"dtype": dtype} if dtype else {}
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(
-            source.load_config(), trust_remote_code=source.trust_remote_code, **options
-        )
-        if adapter:
-            assert source.adapter is not None
-            source.adapter.add(model)
-    return model
-
-
-def weights(model: Any) -> dict[str, Tensor]:
+def weights(model: nn.Module) -> dict[str, Tensor]:
     """Parameters and persistent buffers by name, tied ones once."""
-    own_state = model.state_dict().keys()
-    buffers = {name: buffer for name, buffer in model.named_buffers() if name in own_state}
-    return {name: tensor.detach() for name, tensor in (dict(model.named_parameters()) | buffers).items()}
+    return {name: tensor.detach() for name, tensor in [*model.named_parameters(), *persistent_buffers(model)]}
 
 
-def stored_weights(source: ModelSource, model: Any, layout: Layout) -> dict[str, tuple[str, str]] | None:
-    """File of the pre-trained model, and name there, of each weight; None where they aren't all there as they are."""
-    from transformers.utils.hub import cached_file
+def stored_weights(source: ModelSource, model: "PreTrainedModel", specs: Specs) -> Read | None:
+    """Reads one weight of the pre-trained model's files; None if they hold tensors of another form than the model."""
+    from sft.model.sharded_loading import weight_reader
 
-    path: Any = source.path
-
-    def found(name: str) -> str | None:
-        options: dict[str, Any] = {"revision": source.revision, "_raise_exceptions_for_missing_entries": False}
-        return cached_file(str(Path(path).expanduser()) if Path(path).expanduser().is_dir() else path, name, **options)
-
-    if file := found("model.safetensors"):
-        files = [file]
-    elif index := found("model.safetensors.index.json"):
-        shards = [found(name) for name in sorted(set(json.loads(Path(index).read_text())["weight_map"].values()))]
-        files = [shard for shard in shards if shard]
-    else:
+    names = names_on_disk(model, specs)
+    if names is None or len(names) < len(specs):
         return None
-    there: dict[str, tuple[str, list[int]]] = {}
-    for file in files:
-        with safe_open(file, "pt") as opened:
-            there |= {name: (file, opened.get_slice(name).get_shape()) for name in opened.keys()}  # noqa: SIM118
-    names = names_on_disk(model, layout) or {}
-    stored = {own: (there[name][0], name) for name, own in names.items() if name in there}
-    as_they_are = all(there[name][1] == list(layout[own][1]) for own, (_, name) in stored.items())
-    return stored if as_they_are and stored.keys() == layout.keys() else None
+    assert source.path is not None
+    shapes = {stored: list(specs[name][1]) for stored, name in names.items()}
+    read_range = weight_reader(source.path, source.revision, shapes, model.base_model_prefix)
+    if read_range is None:
+        return None
+    stored_names = {name: stored for stored, name in names.items()}
+
+    def read(name: str) -> Tensor:
+        dtype, shape = specs[name]
+        return read_range(stored_names[name], 0, torch.Size(shape).numel()).view(shape).to(dtype)
+
+    return read
+
+
+def _specs(tensors: dict[str, Tensor]) -> Specs:
+    return {name: (tensor.dtype, list(tensor.shape)) for name, tensor in tensors.items()}
