@@ -56,7 +56,9 @@ def evaluate() -> list[dict[str, str]]:
         data = TUNED.config["data"]
         for name, run in (("base", BASE), ("tuned", TUNED)):
             print(f"answering {len(prompts)} prompts with {run.exported()}", flush=True)
-            made = answers(run.exported(), data, prompts, max_new_tokens=32, batch_size=140)
+            made = answers(
+                run.exported(), data, prompts, max_new_tokens=32, temperature=0.0, top_p=1.0, seed=0, batch_size=140
+            )
             for row, answer in zip(rows, made, strict=True):
                 row[name] = answer
         write_json(path, rows)
