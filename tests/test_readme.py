@@ -1,128 +1,292 @@
-"""Every command in the README and docs/ works, on a small model and a few rows in the place of those it names."""
+"""The README and docs/ keep their word: every command works, on a small model and a few rows in place of those that it
+names, and every link, file, setting and package that they name exists."""
 
+import csv
 import json
 import re
 import shlex
 import shutil
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
 
 from running import Sft
+from sft.mistakes import CONF
 from sft.proof import cells
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = {path: path.read_text() for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))}
+DOCS = sorted((ROOT / "docs").glob("*.md"))
+PAGES = {path: path.read_text() for path in (ROOT / "README.md", *DOCS)}
+LINKED = PAGES | {ROOT / name: (ROOT / name).read_text() for name in ("CONTRIBUTING.md", "CHANGELOG.md")}
 BLOCKS = [block for page in PAGES.values() for block in re.findall(r"```bash\n(.*?)```", page, re.S)]
-COMMANDS = [line.strip() for block in BLOCKS for line in block.splitlines() if line.strip()]
-SMALL = ["max_steps=2", "data.max_length=256", "global_batch_size=2", "trainer=cpu", "logger=csv", "data.num_workers=1"]
+COMMANDS = list(dict.fromkeys(line.strip() for block in BLOCKS for line in block.splitlines() if line.strip()))
+
+TRAIN = r"sft train (?!--cfg)"
+FINISHED = r"sft (generate|score|export|compare)\b"
+SLURM = r"sft submit|sft rehearse|sbatch |slurm/local-cluster "
+# How a command is tested: run, if nothing else is said.
+KINDS = (
+    r"make ",  # exists; run by CI
+    TRAIN,
+    r"sft train --cfg job|sft preview ",
+    FINISHED,
+    r"sft certify",
+    SLURM,  # parsed; run by tests/slurm/test_jobs.py, tests/commands/test_submit.py and test_rehearse.py
+    r"scripts/bench ",
+    r"scripts/gpu",  # parsed; run by CI with --cpu, and on a GPU by hand
+    r"source slurm/site.sh$|cmp ",  # those that every machine has
+)
+SMALL = (
+    *("max_steps=2", "data.max_length=256", "global_batch_size=2", "data.num_workers=1"),
+    *("trainer=cpu", "logger=csv", "export=false"),
+)
+BENCHMARKS = {
+    "train": ("--no-trl", "--only", "packed", "--threads", "1", "--samples", "8"),
+    "data": ("--samples", "1000", "--rows", "200", "--workers", "1"),
+    "strategies": ("--only", "ddp"),
+    "checkpoint": (),
+}
+
+
+def commands(kind: str) -> list[str]:
+    return [line for line in COMMANDS if re.match(kind, line)]
+
+
+def words(line: str) -> list[str]:
+    return shlex.split(line, comments=True)
+
+
+def arguments(line: str, model: Path) -> list[str]:
+    """Those of an `sft` command, with a local model and local data in place of the Hub's."""
+    local = [word.replace("Qwen/Qwen3-0.6B", str(model)) for word in words(line)[2:]]
+    return [*local, "data.path=gsm8k"] if "experiment=gsm8k" in local else local
 
 
 @pytest.fixture
-def ready(sft: Sft, model_folder: Path, data_file: Path, monkeypatch: pytest.MonkeyPatch) -> Sft:
-    """A folder beside `shared/data/gsm8k`, as the README supposes it, after `make demo`."""
-    work, gsm8k = sft.folder / "work", sft.folder / "shared" / "data" / "gsm8k"
-    work.mkdir()
-    gsm8k.mkdir(parents=True)
+def project(sft: Sft, model_folder: Path, data_file: Path) -> Sft:
+    """A folder after `make demo`, with the data that the pages name."""
+    (sft.folder / "gsm8k").mkdir()
     rows = [{"question": f"What is {n} + {n}?", "answer": f"{n} + {n} = {2 * n}\n#### {2 * n}"} for n in range(20)]
     for split in ("train", "test"):
-        (gsm8k / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    shutil.copy(data_file, work / "my.jsonl")
-    (work / "prompts.txt").write_text("Reverse abc.\n")
-    shutil.copytree(model_folder, work / "runs" / "demo-base" / "export")
-    monkeypatch.chdir(work)
+        (sft.folder / "gsm8k" / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    shutil.copy(data_file, sft.folder / "my.jsonl")
+    shutil.copytree(model_folder, sft.folder / "runs" / "demo-base" / "export")
     return sft
 
 
-def test_there_are_commands() -> None:
-    assert len(COMMANDS) > 8
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory, model_folder: Path, data_file: Path) -> Path:
+    """A folder with a finished run called NAME."""
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        sft = Sft(tmp_path_factory.mktemp("finished"), model_folder, data_file, monkeypatch)
+        shutil.copy(data_file, "my.jsonl")
+        Path("prompts.txt").write_text("Reverse abc.\n")
+        assert sft.train("run=NAME", "adapter=lora", "max_steps=2") == 0
+    return sft.folder
 
 
-@pytest.mark.parametrize("line", [line for line in COMMANDS if line.startswith("make ")])
+def test_every_command_is_of_a_kind_that_is_tested() -> None:
+    assert len(COMMANDS) > 30
+    assert [line for line in COMMANDS if not any(re.match(kind, line) for kind in KINDS)] == []
+
+
+@pytest.mark.parametrize("line", commands("make "))
 def test_make_target_exists(line: str) -> None:
-    # Run for real by CI; here make only says what it would do.
-    target = line.split()[1]
-    subprocess.run(["make", "--dry-run", target], cwd=ROOT, check=True, capture_output=True)
+    subprocess.run(["make", "--dry-run", words(line)[1]], cwd=ROOT, check=True, capture_output=True)
 
 
-@pytest.mark.parametrize("line", [line for line in COMMANDS if line.startswith(("sft train", "sft preview"))])
-def test_training_command(line: str, ready: Sft, model_folder: Path) -> None:
-    _, command, *arguments = shlex.split(line, comments=True)
-    arguments = [argument.replace("Qwen/Qwen3-0.6B", str(model_folder)) for argument in arguments]
-    if "experiment=gsm8k" in arguments and not any(argument.startswith("data.path") for argument in arguments):
-        arguments.append("data.path=../shared/data/gsm8k")
-    if "trainer.devices=8" in arguments:
-        arguments.remove("trainer.devices=8")
-        ended = ready.ranks(2, command, *arguments, *SMALL, folder=Path.cwd())
+@pytest.mark.parametrize("line", commands(TRAIN))
+def test_training(line: str, project: Sft, model_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    settings = [*arguments(line, model_folder), *SMALL]
+    if "trainer.devices=8" in settings:
+        settings.remove("trainer.devices=8")
+        ended = project.ranks(2, "train", *settings)
         assert ended.code == 0, ended.output
     else:
-        assert ready(command, *arguments, *SMALL) == 0
+        assert project("train", *settings) == 0
+    printed = capsys.readouterr().out
+    runs = [path.parent for path in project.folder.glob("runs/*/status.json")]
+    assert len(runs) == (2 if "-m" in settings else 1)
+    for run in runs:
+        assert json.loads((run / "status.json").read_text())["state"] == "finished"
+        with (run / "metrics.csv").open() as file:
+            assert [row["step"] for row in csv.DictReader(file)] == ["0", "1", "2"]
+        assert (run / "checkpoints" / "step-00000002").is_dir()
+    if "-m" in settings:
+        assert all(re.search(rf"^{run.name} +finished", printed, re.M) for run in runs)
+    else:  # the same command, also on another number of devices, is the same run
+        assert project("train", *settings) == 0
+        assert f"{runs[0].relative_to(project.folder)} is finished" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("line", [line for line in COMMANDS if line.startswith("sft certify")])
-def test_certificate(line: str, ready: Sft, model_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("line", commands("sft preview"))
+def test_preview(line: str, project: Sft, model_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert project("preview", *arguments(line, model_folder), *SMALL) == 0
+    assert re.search(r"\[\[[a-h]+<\|im_end\|>\]\]", capsys.readouterr().out)  # a response and its stop token
+
+
+def test_settings_are_printed(project: Sft, capsys: pytest.CaptureFixture[str]) -> None:
+    (line,) = commands("sft train --cfg")
+    assert project(*words(line)[1:]) == 0
+    assert "global_batch_size: 16\n" in capsys.readouterr().out
+    assert [path.name for path in project.folder.glob("runs/*")] == ["demo-base"]
+
+
+@pytest.mark.xdist_group("finished run")
+@pytest.mark.parametrize("line", commands(FINISHED))
+def test_finished_run(
+    line: str, sft: Sft, finished: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(finished)
+    _, command, *rest = words(line)
+    assert sft(command, *rest, *(["max_new_tokens=4"] if command == "generate" else [])) == 0
+    printed = capsys.readouterr().out
+    if command == "compare":
+        assert re.search(r"^NAME +finished +2/2 +\d\.\d{4}", printed, re.M)
+    elif "file=prompts.txt" in rest:
+        assert json.loads(printed)["prompt"] == "Reverse abc."
+    elif command == "generate":
+        assert printed.endswith("\n")
+    elif command == "score":
+        scores = [json.loads(score) for score in Path("scores.jsonl").read_text().splitlines()]
+        assert len(scores) == len(Path("my.jsonl").read_text().splitlines())
+        assert all(score["log_p_response"] < 0 for score in scores)
+    elif command == "export":
+        output = Path(rest[-1].removeprefix("output="))
+        weights = "adapter_model.safetensors" if "merge=false" in rest else "model.safetensors"
+        assert (output / weights).exists() and (output / "tokenizer.json").exists()
+        assert json.loads((output / "verified.json").read_text())["equal"]
+
+
+@pytest.mark.xdist_group("finished run")
+def test_folder_of_a_finished_run(finished: Path) -> None:
+    tree = re.search(r"```\nruns/NAME/\n(.*?)```", PAGES[ROOT / "docs" / "runs.md"], re.S)
+    assert tree
+    named = set(re.findall(r"^  (\S+?)/? ", tree[1], re.M))
+    assert named - {"logs"} == {path.name for path in (finished / "runs" / "NAME").iterdir()}
+
+
+@pytest.mark.parametrize("line", commands("sft certify"))
+def test_certificate(line: str, project: Sft, model_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def one(quick: bool, precision: str, device: str, most_ranks: int) -> list[cells.Cell]:
-        fixed = {"accumulation": 2, "packed": True, "resumed": False, "optimizer": "adamw"}
-        return [cells.Cell("ddp", 2, **fixed, precision=precision, device=device)]
+        return [cells.Cell("single", 1, 2, True, False, "adamw", precision, device)]
 
     monkeypatch.setattr(cells, "all_cells", one)
-    arguments = [each.replace("Qwen/Qwen3-0.6B", str(model_folder)) for each in shlex.split(line)[2:]]
-    assert ready("certify", *arguments, "data.max_length=256", "data.num_workers=1") == 0
+    assert project("certify", *arguments(line, model_folder), "data.max_length=256", "data.num_workers=1") == 0
+    (page,) = project.folder.glob("certificates/*/certificate.md")
+    assert page.read_text().startswith("# Certificate passed: 1 of 1 cells pass\n")
 
 
-@pytest.mark.parametrize(
-    "line",  # sft rehearse: tests/commands/test_rehearse.py; sft submit: tests/commands/test_submit.py
-    [
-        line
-        for line in COMMANDS
-        if line.startswith("sft ") and line.split()[1] not in ("train", "preview", "rehearse", "certify", "submit")
-    ],
-)
-def test_command_on_a_finished_run(line: str, ready: Sft) -> None:
-    settings = [*ready.settings, "data.path=my.jsonl", "run=NAME"]
-    assert ready("train", *settings, *SMALL) == 0
-    _, command, *arguments = shlex.split(line, comments=True)
-    assert ready(command, *arguments, *(["max_new_tokens=4"] if command == "generate" else [])) == 0
+@pytest.mark.parametrize("line", commands(SLURM))
+def test_slurm(line: str) -> None:
+    if line.startswith("slurm/local-cluster"):
+        verb, *rest = words(line)[1:]
+        subprocess.run([ROOT / "slurm" / "local-cluster", verb, "--help"], check=True, capture_output=True)
+        if rest[:1] != ["sft"]:
+            return
+        line = shlex.join(rest)
+    command, *rest = words(line)
+    if command == "sbatch":
+        (script,) = (word for word in rest if word.startswith("slurm/"))
+        assert (ROOT / script).exists()
+        settings, name = rest[rest.index(script) + 1 :], "export" if "export" in script else "train"
+    else:
+        settings, name = rest[rest.index("--") + 1 if "--" in rest else 1 :], "train"
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        compose(name, [re.sub(",.*", "", setting) for setting in settings])  # of a sweep the first
 
 
-@pytest.mark.parametrize("command", sorted({line.split()[1] for line in COMMANDS if line.startswith("scripts/bench ")}))
-def test_benchmark(command: str) -> None:
-    options = ["--no-trl"] if command == "train" else []
-    bench = [sys.executable, str(ROOT / "scripts" / "bench"), command, "--quick", *options]
-    shown = subprocess.run(bench, check=True, capture_output=True, text=True).stdout
-    assert re.search(r"tokens/s|rows/s|save, s", shown)
+@pytest.mark.parametrize("command", sorted({words(line)[1] for line in commands("scripts/bench ")}))
+def test_benchmark(command: str, tmp_path: Path) -> None:
+    bench = [sys.executable, ROOT / "scripts" / "bench", command, "--quick", *BENCHMARKS[command]]
+    ended = subprocess.run([*bench, "--json", tmp_path / "results.json"], capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stderr
+    results = json.loads((tmp_path / "results.json").read_text())["results"]
+    if command == "train":
+        (run,) = results["packed"]["runs"]["project"]
+        assert run["losses"][-1] < run["losses"][0]
+    elif command == "data":
+        assert results["plan"]["num_packs"] == results["plan"]["fewest_packs"]
+    elif command == "strategies":
+        num_bytes = 4 * results["model"]["weights"]
+        assert results["strategies"]["ddp"]["bytes_sent"] / num_bytes == pytest.approx(1.0, abs=0.02)
+    else:
+        assert all({"load", "save", "restore"} <= ways["project"].keys() for ways in results["runs"].values())
 
 
-@pytest.mark.parametrize("line", [line for line in COMMANDS if line.startswith("scripts/bench ") and "--gpu" in line])
+@pytest.mark.parametrize("line", [line for line in commands("scripts/bench ") if "--gpu" in line])
 def test_benchmark_on_a_gpu(line: str, tmp_path: Path) -> None:
-    # Its arguments are known, and without a GPU it says so.
-    bench = [sys.executable, str(ROOT / "scripts" / "bench"), *shlex.split(line)[1:]]
+    # Its arguments are accepted, and without a GPU it says so.
+    bench = [sys.executable, ROOT / "scripts" / "bench", *words(line)[1:]]
     ended = subprocess.run(bench, env={"PATH": str(tmp_path)}, capture_output=True, text=True)
     assert ended.stderr == "scripts/bench: nvidia-smi finds no GPU here: leave out --gpu\n"
 
 
-@pytest.mark.parametrize("line", [line for line in COMMANDS if line.startswith("scripts/gpu")])
+@pytest.mark.parametrize("line", commands("scripts/gpu"))
 def test_gpu(line: str) -> None:
-    # Shown and not run, but for --cpu, which CI runs: .ci/run.
-    arguments = shlex.split(line, comments=True)[1:]
-    shown = subprocess.run([sys.executable, str(ROOT / "scripts" / "gpu"), *arguments, "--list"], capture_output=True)
-    assert shown.returncode == 0 and shown.stdout
+    gpu = [sys.executable, ROOT / "scripts" / "gpu", *words(line)[1:], "--list"]
+    listed = [row.split()[0] for row in subprocess.run(gpu, capture_output=True, text=True).stdout.splitlines()]
+    named = [word for word in words(line)[1:] if not word.startswith("-") and word not in ("900", "results")]
+    assert listed and (not named or listed == named)
     assert "scripts/gpu --cpu" in (ROOT / ".ci" / "run").read_text()
 
 
-def test_every_command_is_covered() -> None:
-    rest = [line for line in COMMANDS if not line.startswith(("make ", "sft ", "scripts/bench ", "scripts/gpu"))]
-    # Those of a cluster: tests/slurm. The others are what anybody has.
-    assert all(
-        re.match(r"slurm/local-cluster (start|exec|crash|boot|stop)|sbatch .*slurm/|cmp ", line) for line in rest
-    )
+def test_readme_is_one_screen_and_names_no_folder_of_ours() -> None:
+    assert len(PAGES[ROOT / "README.md"].splitlines()) <= 110
+    assert [line for line in COMMANDS if "../" in line] == []
 
 
-@pytest.mark.parametrize(
-    ("page", "path"),
-    sorted({(page, path) for page, text in PAGES.items() for path in re.findall(r"\]\(([^)#:]+)[)#]", text)}),
-)
-def test_every_link_leads_somewhere(page: Path, path: str) -> None:
-    assert (page.parent / path).exists()
+@pytest.mark.parametrize("page", DOCS, ids=lambda page: page.name)
+def test_a_page_is_a_question_and_starts_with_a_command(page: Path) -> None:
+    assert re.match(r"# [A-Z].*\?\n\n```bash\n", PAGES[page])
+    assert f"docs/{page.name}" in PAGES[ROOT / "README.md"]
+
+
+def test_every_link_leads_somewhere() -> None:
+    broken = []
+    for page, text in LINKED.items():
+        for path, anchor in re.findall(r"\]\(([^)#:]*)(?:#([^)]+))?\)", text):
+            target = page.parent / path if path else page
+            if not target.exists() or (anchor and anchor not in anchors(target)):
+                broken.append(f"{page.name}: {path}#{anchor}")
+    assert broken == []
+
+
+def anchors(page: Path) -> set[str]:
+    """As GitHub makes them of headings."""
+    headings = re.findall(r"^#+ (.+)$", page.read_text(), re.M)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def test_every_file_that_is_named_exists() -> None:
+    folders = "src|tests|conf|docs|slurm|scripts"
+    named = {path for text in LINKED.values() for path in re.findall(rf"`((?:{folders})/[^`*\s]*)[`\s]", text)}
+    assert len(named) > 20
+    assert {path for path in named if not (ROOT / path).exists()} == set()
+
+
+def test_settings_have_the_values_that_the_tables_give() -> None:
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        plain, lora = (compose("train", settings, return_hydra_config=True) for settings in ([], ["adapter=lora"]))
+    for page, config, least in (("runs.md", plain, 10), ("adapters.md", lora, 4)):
+        table = re.findall(r"^\| `([\w.]+)=([^`]+)` \|", PAGES[ROOT / "docs" / page], re.M)
+        assert len(table) >= least
+        choices = config.hydra.runtime.choices
+        values = {name: choices.get(name, OmegaConf.select(config, name)) for name, _ in table}
+        assert {name: str(value).lower() for name, value in values.items()} == dict(table)
+
+
+def test_packages_are_listed_in_the_order_of_the_import_contract() -> None:
+    contracts = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]["contracts"]
+    (layers,) = (contract["layers"] for contract in contracts if contract["type"] == "layers")
+    _, table = PAGES[ROOT / "docs" / "how-it-works.md"].split("| in `src/sft/` |")
+    rows = [re.findall(r"`(\w+)(?:/|\.py)`", row.split("|")[1]) for row in re.findall(r"^\| `.*$", table, re.M)]
+    assert rows == [re.findall(r"sft\.(\w+)", layer) for layer in layers]
+    assert {name for row in rows for name in row} == {
+        path.stem for path in (ROOT / "src" / "sft").iterdir() if not path.name.startswith("__")
+    }
