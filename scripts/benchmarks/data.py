@@ -7,21 +7,22 @@ import tempfile
 import time
 from argparse import Namespace
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from hydra import compose, initialize_config_dir
+from hydra.utils import instantiate
 
 from benchmarks import generated
 from benchmarks.conditions import rss, table
-from sft.data.conversation import prompt_response
-from sft.data.dataset import build_or_open
-from sft.data.mask import Tokenization
-from sft.data.packing import fill, pack
+from sft.data.packing import pack
 from sft.data.rows import Source
 from sft.data.step_plan import epoch_plan, share
 from sft.data.store import Store
+from sft.mistakes import CONF
 
 VOCAB = 8000  # of the tokenizer that is trained here
 GLOBAL_BATCH = 16  # packs an optimizer step
@@ -51,10 +52,11 @@ def plan(options: Namespace, rng: np.random.Generator) -> dict[str, float]:
     num_steps = min(1000, epoch.num_steps)
     ranks = {"world_size": 8, "micro_batch_size": 1, "accumulation": 2, "rank": 0}
     step_seconds, _ = timed(lambda: [share(epoch.step(k), lengths, **ranks) for k in range(num_steps)])
+    num_packs, num_tokens = len(starts) - 1, int(lengths.sum(dtype=np.int64))
     result = {
-        "num_packs": len(starts) - 1,
-        "fewest_packs": -(-int(lengths.sum(dtype=np.int64)) // options.max_length),
-        "fill": fill(lengths, len(starts) - 1, options.max_length),
+        "num_packs": num_packs,
+        "fewest_packs": -(-num_tokens // options.max_length),
+        "fill": num_tokens / (num_packs * options.max_length),
         "pack_seconds": pack_seconds,
         "plan_seconds": plan_seconds,
         "step_seconds": step_seconds / num_steps,
@@ -77,21 +79,13 @@ def build(options: Namespace, rng: np.random.Generator, folder: Path) -> list[di
     """Rows and tokens a second from a .jsonl file to a published store: reading, template, tokenizer and mask."""
     path = folder / "rows.jsonl"
     generated.write_rows(path, rng, options.rows)
-    tokenization = Tokenization(train_tokenizer(path), max_length=options.max_length)
+    tokenizer = train_tokenizer(path)
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        config = instantiate(compose("train", [f"data.max_length={options.max_length}"]).data, _convert_="all")
     results = []
     for num_workers in options.workers:
-        seconds, store = timed(
-            partial(
-                build_or_open,
-                [Source(str(path))],
-                partial(prompt_response, chat=True),
-                tokenization,
-                folder / f"cache-{num_workers}",
-                num_workers=num_workers,
-                max_lost=0.05,
-                log=lambda _: None,
-            )
-        )
+        settings = replace(config, num_workers=num_workers, cache_dir=str(folder / f"cache-{num_workers}"))
+        seconds, store = timed(partial(settings.store, [Source(str(path))], tokenizer, log=lambda _: None))
         num_tokens = int(store.lengths.sum(dtype=np.int64))
         rates = {"rows_per_second": options.rows / seconds, "tokens_per_second": num_tokens / seconds}
         results.append({"workers": num_workers, "seconds": seconds, "num_tokens": num_tokens, **rates})

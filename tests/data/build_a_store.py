@@ -3,14 +3,11 @@ the store of FILE and says its key."""
 
 import sys
 import time
-from pathlib import Path
 from typing import Any
 
-from conftest import word_tokenizer
+from conftest import data_config, word_tokenizer
 from sft.data import build
 from sft.data.conversation import Conversation, Empty, prompt_response
-from sft.data.dataset import build_or_open
-from sft.data.mask import Tokenization
 from sft.data.rows import Source
 
 
@@ -23,13 +20,8 @@ if __name__ == "__main__":
     build.NUM_ROWS_WORTH_WORKERS = 1000  # whatever it is worth, the workers are to be seen
     print("ready", flush=True)
     sys.stdin.readline()
-    store = build_or_open(
-        [Source(sys.argv[1])],
-        slow,
-        Tokenization(word_tokenizer(), max_length=100),
-        Path(sys.argv[2]),
-        num_workers=int(sys.argv[3]),
-        max_lost=1.0,
-        log=lambda line: None,
+    config = data_config(
+        conversation=slow, max_length=100, cache_dir=sys.argv[2], num_workers=int(sys.argv[3]), max_lost=1.0
     )
+    store = config.store([Source(sys.argv[1])], word_tokenizer(), log=lambda line: None)
     print(store.fingerprint)

@@ -1,7 +1,13 @@
-"""Tokenizers whose ids can be read off a list, and templates that do what those in the wild do."""
+"""Tokenizers whose ids can be read off a list, templates that do what those in the wild do, and data settings."""
 
+from typing import Any
+
+from omegaconf import OmegaConf
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
+
+from sft.data.dataset import DataConfig
+from sft.mistakes import CONF
 
 # fmt: off
 SPECIAL = [
@@ -67,3 +73,10 @@ def metaspace_tokenizer(
     return PreTrainedTokenizerFast(
         tokenizer_object=backend, unk_token="<unk>", bos_token="<s>", eos_token="</s>", chat_template=template
     )
+
+
+def data_config(**changes: Any) -> DataConfig:
+    """The settings of conf/data/base.yaml with these changes."""
+    settings: Any = OmegaConf.to_container(OmegaConf.load(CONF / "data" / "base.yaml"), resolve=True)
+    del settings["_target_"]
+    return DataConfig(**settings | changes)

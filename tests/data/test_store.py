@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,13 +20,12 @@ import pytest
 from sft.data import build as build_module
 from sft.data import dataset as dataset_module
 from sft.data.conversation import messages, prompt_response
-from sft.data.dataset import build_or_open
-from sft.data.mask import IGNORE, Tokenization
+from sft.data.mask import IGNORE
 from sft.data.rows import Source
 from sft.data.store import DTYPES, Store
 from sft.errors import UserError
 
-from .conftest import word_tokenizer
+from .conftest import data_config, word_tokenizer
 
 PLAIN = partial(prompt_response, chat=False)
 _ = IGNORE
@@ -51,11 +51,12 @@ def many_rows(num_rows: int) -> list[dict[str, str]]:
     ]
 
 
-def open_store(*paths: Path, cache: Path, **changes: Any) -> Store:
-    settings: dict[str, Any] = {"num_workers": 1, "max_lost": 1.0, "log": lambda line: None, **changes}
-    function = settings.pop("row_function", PLAIN)
-    tokenization = settings.pop("tokenization", None) or Tokenization(word_tokenizer(), max_length=100)
-    return build_or_open([Source(str(path)) for path in paths], function, tokenization, cache, **settings)
+def open_store(
+    *paths: Path, cache: Path, wait: bool = False, log: Callable[[str], None] = lambda line: None, **changes: Any
+) -> Store:
+    defaults = {"conversation": PLAIN, "num_workers": 1, "max_lost": 1.0, "max_length": 100, "cache_dir": str(cache)}
+    config = data_config(**defaults | changes)
+    return config.store([Source(str(path)) for path in paths], word_tokenizer(), wait=wait, log=log)
 
 
 def folders(cache: Path) -> list[str]:
@@ -103,8 +104,8 @@ def test_the_ledger_counts_every_row_by_reason(tmp_path: Path) -> None:
         *[said(("user", "hi"))] * 6,
     ]
     file = rows_file(tmp_path / "a.jsonl", rows)
-    tokenization = Tokenization(word_tokenizer(), max_length=12, overlong="truncate_prompt")
-    store = open_store(file, cache=tmp_path / "cache", row_function=messages, tokenization=tokenization)
+    cut = {"max_length": 12, "overlong": "truncate_prompt"}
+    store = open_store(file, cache=tmp_path / "cache", conversation=messages, **cut)
     assert store.counts == [
         {
             "source": "a.jsonl",
@@ -141,8 +142,8 @@ def test_too_many_lost_rows_are_refused_at_build_and_at_open(tmp_path: Path) -> 
 
 def test_cut_prompts_are_not_lost(tmp_path: Path) -> None:
     file = rows_file(tmp_path / "a.jsonl", [{"prompt": "hi " * 50, "response": "yes"}])
-    tokenization = Tokenization(word_tokenizer(), max_length=10, overlong="truncate_prompt")
-    assert len(open_store(file, cache=tmp_path / "cache", tokenization=tokenization, max_lost=0.0)) == 1
+    cut = {"max_length": 10, "overlong": "truncate_prompt"}
+    assert len(open_store(file, cache=tmp_path / "cache", max_lost=0.0, **cut)) == 1
 
 
 def test_nothing_to_train_on(tmp_path: Path) -> None:
@@ -169,7 +170,7 @@ def broken_function(row: Any) -> Any:
 def test_a_bug_in_a_row_function_keeps_its_traceback_and_names_the_row(tmp_path: Path) -> None:
     file = rows_file(tmp_path / "a.jsonl", many_rows(3))
     with pytest.raises(KeyError) as caught:
-        open_store(file, cache=tmp_path / "cache", row_function=broken_function)
+        open_store(file, cache=tmp_path / "cache", conversation=broken_function)
     assert caught.value.__notes__ == ["row 0 of a.jsonl"]
 
 
@@ -316,7 +317,7 @@ def killed(row: Any) -> Any:
 def test_a_worker_that_is_killed(tmp_path: Path) -> None:
     file = rows_file(tmp_path / "a.jsonl", many_rows(2000))
     with pytest.raises(UserError, match=r"was killed, most likely for lack of memory: lower data\.num_workers$"):
-        open_store(file, cache=tmp_path / "cache", num_workers=2, row_function=killed)
+        open_store(file, cache=tmp_path / "cache", num_workers=2, conversation=killed)
     assert folders(tmp_path / "cache") == []
 
 
@@ -327,7 +328,7 @@ def signalled(row: Any) -> Any:
 
 def test_a_worker_does_not_die_of_the_signal_to_a_job(tmp_path: Path) -> None:
     file = rows_file(tmp_path / "a.jsonl", many_rows(2000))
-    assert len(open_store(file, cache=tmp_path / "cache", num_workers=2, row_function=signalled)) == 1960
+    assert len(open_store(file, cache=tmp_path / "cache", num_workers=2, conversation=signalled)) == 1960
 
 
 def test_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

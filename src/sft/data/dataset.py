@@ -4,7 +4,7 @@ import errno
 import hashlib
 import json
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -140,64 +140,41 @@ class DataConfig:
         wait: bool = False,
         log: Callable[[str], None],
     ) -> Store:
-        """The token store of some sources under these settings."""
+        """The token store of some sources under these settings, built in `num_workers` processes if it doesn't exist.
+
+        With `wait` (all ranks but one) another process builds it. UserError for rows that cannot be read, if more than
+        the share `max_lost` of them lost a sample, and if nothing is left to train on.
+        """
         tokenization = Tokenization(
             tokenizer, supervise=self.supervise, max_length=self.max_length, overlong=self.overlong
         )
-        return build_or_open(
-            sources,
-            self.conversation,
-            tokenization,
-            Path(self.cache_dir),
-            num_workers=self.num_workers,
-            max_lost=self.max_lost,
-            wait=wait,
-            log=log,
-        )
+        cache_dir = Path(self.cache_dir)
+        data = [data_fingerprint(source, cache_dir) for source in sources]
+        mask = mask_fingerprint(tokenization, self.conversation)
+        key = hashlib.sha256(json.dumps([FORMAT, data, mask]).encode()).hexdigest()
+        folder = cache_dir / "stores" / key
+        if not folder.exists() and wait:
+            _wait_for(folder, log)
+        elif not folder.exists():
+            meta = {"data_fingerprint": hashlib.sha256("".join(data).encode()).hexdigest()}
+            try:
+                build_store(folder, meta, sources, self.conversation, tokenization, self.num_workers, log)
+            except OSError as error:
+                if error.errno not in UNWRITABLE:
+                    raise
+                raise UserError(
+                    f"{cache_dir}: the token store cannot be written ({error.strerror or error}): make room or set "
+                    "data.cache_dir to another folder"
+                ) from error
+        store = Store(folder, sources)
+        ledger.check(store.counts, self.max_lost)  # on opening too: max_lost is no part of the key
+        return store
 
 
 def _sources(paths: str | list[str] | None, name: str | None, split: str) -> list[Source]:
     if not paths:
         raise UserError("no data is named: set data.path to a file, a folder or a Hub data set")
     return [Source(path, split, name) for path in ([paths] if isinstance(paths, str) else paths)]
-
-
-def build_or_open(
-    sources: Sequence[Source],
-    row_function: RowFunction,
-    tokenization: Tokenization,
-    cache_dir: Path,
-    *,
-    num_workers: int,
-    max_lost: float,
-    wait: bool = False,
-    log: Callable[[str], None] = print,
-) -> Store:
-    """The store of these sources, built in `num_workers` processes if it doesn't exist.
-
-    With `wait` (all ranks but one) another process builds it. UserError for rows that cannot be read, if more than the
-    share `max_lost` of them lost a sample, and if nothing is left to train on.
-    """
-    data = [data_fingerprint(source, cache_dir) for source in sources]
-    mask = mask_fingerprint(tokenization, row_function)
-    key = hashlib.sha256(json.dumps([FORMAT, data, mask]).encode()).hexdigest()
-    folder = cache_dir / "stores" / key
-    if not folder.exists() and wait:
-        _wait_for(folder, log)
-    elif not folder.exists():
-        meta = {"data_fingerprint": hashlib.sha256("".join(data).encode()).hexdigest()}
-        try:
-            build_store(folder, meta, sources, row_function, tokenization, num_workers, log)
-        except OSError as error:
-            if error.errno not in UNWRITABLE:
-                raise
-            raise UserError(
-                f"{cache_dir}: the token store cannot be written ({error.strerror or error}): make room or set "
-                "data.cache_dir to another folder"
-            ) from error
-    store = Store(folder, sources)
-    ledger.check(store.counts, max_lost)  # on opening too: max_lost is no part of the key
-    return store
 
 
 def _wait_for(folder: Path, log: Callable[[str], None]) -> None:

@@ -81,8 +81,3 @@ def _pattern(num_left: list[int], present: int, mirrored: int, max_length: int) 
                 present ^= 1 << length
                 mirrored ^= 1 << max_length - length
     return pattern
-
-
-def fill(lengths: NDArray[np.int32], num_packs: int, max_length: int) -> float:
-    """Share of the packs' capacity that holds tokens, in 0..1."""
-    return float(np.sum(lengths, dtype=np.int64)) / (num_packs * max_length)

@@ -2,8 +2,6 @@
 
 import json
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,6 +13,7 @@ if TYPE_CHECKING:
 
 LOADERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
 TEXT = (".jsonl", ".json", ".csv")
+SAVED = "state.json"  # in each folder that `save_to_disk` writes
 
 
 @dataclass(frozen=True)
@@ -44,8 +43,7 @@ def load_rows(source: Source, cache_dir: Path) -> "Dataset":
         if file.suffix in TEXT:  # `datasets` accepts bad bytes, and fails later, when the row is read
             _check_encoding(file)
     try:
-        with _quiet():
-            rows = _load_hub(source) if files is None else _load_local(source, files, cache_dir)
+        rows = _load(source, files, cache_dir)
     except Exception as error:
         causes = chain(error)
         for cause in causes:
@@ -77,25 +75,21 @@ def local_files(source: Source) -> list[Path] | None:
     return None
 
 
-def _load_local(source: Source, files: list[Path], cache_dir: Path) -> "Dataset":
-    from datasets import load_dataset, load_from_disk
+def _load(source: Source, files: list[Path] | None, cache_dir: Path) -> "Dataset":
+    import datasets
 
-    path = Path(source.path).expanduser()
-    saved = _saved(path, source.split) if path.is_dir() else None
-    if saved is not None:
-        return load_from_disk(str(saved))
-    return load_dataset(
+    datasets.disable_progress_bars()
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # we report its errors ourselves
+    if files is None:
+        return datasets.load_dataset(source.path, source.name, split=source.split)
+    if Path(source.path).expanduser().is_dir() and any(file.name == SAVED for file in files):
+        return datasets.load_from_disk(str(files[0].parent))
+    return datasets.load_dataset(
         LOADERS[files[0].suffix],
         data_files={_base(source.split): [str(file) for file in files]},
         split=source.split,
         cache_dir=str(cache_dir),
     )
-
-
-def _load_hub(source: Source) -> "Dataset":
-    from datasets import load_dataset
-
-    return load_dataset(source.path, source.name, split=source.split)
 
 
 def _base(split: str) -> str:
@@ -108,7 +102,7 @@ def _saved(path: Path, split: str) -> Path | None:
     if (path / "dataset_dict.json").is_file():
         splits = json.loads((path / "dataset_dict.json").read_text())["splits"]
         folder = path / split
-    elif (path / "state.json").is_file():
+    elif (path / SAVED).is_file():
         splits, folder = ["train"], path
     else:
         return None
@@ -144,7 +138,7 @@ def _check_encoding(file: Path) -> None:
 def _fault(files: list[Path]) -> str | None:
     """The first fault in files of JSON, with its line, as far as we can tell."""
     for file in files:
-        if LOADERS.get(file.suffix) == "json" and file.name not in ("state.json", "dataset_info.json"):
+        if LOADERS.get(file.suffix) == "json" and file.name not in (SAVED, "dataset_info.json"):
             with file.open(encoding="utf-8") as lines:
                 is_list = lines.readline().lstrip().startswith("[")
             fault = _list_fault(file) if is_list else _lines_fault(file)
@@ -195,19 +189,3 @@ def _json_type(value: object) -> str:
 
 def _one_line(error: BaseException) -> str:
     return re.sub(r"\s+", " ", str(error)).strip()[:300] or type(error).__name__
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Without the progress bars of `datasets`, and its log of errors that we report ourselves."""
-    import datasets
-
-    level, bars = datasets.logging.get_verbosity(), datasets.is_progress_bar_enabled()
-    datasets.logging.set_verbosity(datasets.logging.CRITICAL)
-    datasets.disable_progress_bars()
-    try:
-        yield
-    finally:
-        datasets.logging.set_verbosity(level)
-        if bars:
-            datasets.enable_progress_bars()
