@@ -16,7 +16,7 @@ import pytest
 SCRIPT = Path(__file__).parents[1] / "slurm" / "local-cluster"
 
 
-def eventually(condition: Callable[[], bool], timeout: float = 60) -> None:
+def eventually(condition: Callable[[], bool], timeout: float = 180) -> None:
     """Waits until it holds."""
     end = time.monotonic() + timeout
     while not condition():
@@ -25,7 +25,7 @@ def eventually(condition: Callable[[], bool], timeout: float = 60) -> None:
 
 
 class Cluster:
-    """In `folder`, where `start` has put it. Its nodes are hosts of their own where `hosts` is true, else one."""
+    """A cluster in `folder`. If `hosts` is true, its nodes are hosts of their own."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -33,14 +33,13 @@ class Cluster:
         self.hosts = False
 
     def start(self, **options: int) -> "Cluster":
-        """Options as of slurm/local-cluster: nodes, cpus, memory, gpus. Skips the test where Slurm isn't installed,
-        and fails it where it must be, in CI."""
+        """Options as of slurm/local-cluster: nodes, cpus, memory, gpus. Without Slurm, skips the test; in CI, fails."""
         started = self("start", *(f"--{name}={value}" for name, value in options.items()))
         if "is not installed" in started.stderr and not os.environ.get("CI"):
             pytest.skip("no Slurm here: make slurm installs it")
         assert started.returncode == 0, started.stderr
-        known = json.loads((self.folder / "cluster.json").read_text())
-        self.nodes, self.hosts = known["nodes"], known["hosts"]
+        description = json.loads((self.folder / "cluster.json").read_text())
+        self.nodes, self.hosts = description["nodes"], description["hosts"]
         return self
 
     def stop(self) -> None:
@@ -50,7 +49,7 @@ class Cluster:
         self,
         verb: str,
         *arguments: str,
-        timeout: float = 60,
+        timeout: float = 180,
         cwd: Path | None = None,
         env: dict[str, str] | None = None,
     ) -> "subprocess.CompletedProcess[str]":
@@ -62,7 +61,7 @@ class Cluster:
         return [sys.executable, str(SCRIPT), verb, "--dir", str(self.folder), *arguments]
 
     def exec(
-        self, *command: str, timeout: float = 60, cwd: Path | None = None, env: dict[str, str] | None = None
+        self, *command: str, timeout: float = 180, cwd: Path | None = None, env: dict[str, str] | None = None
     ) -> "subprocess.CompletedProcess[str]":
         """`command` on the login node."""
         return self("exec", *command, timeout=timeout, cwd=cwd, env=env)
@@ -80,7 +79,7 @@ class Cluster:
             process.wait()
 
     def submit(self, *arguments: str, cwd: Path | None = None, env: dict[str, str] | None = None) -> str:
-        """The number of the job that sbatch made."""
+        """The number of the job that sbatch queues."""
         done = self.exec("sbatch", "--parsable", *arguments, cwd=cwd, env=env)
         assert done.returncode == 0, done.stderr
         return done.stdout.strip()
@@ -91,23 +90,23 @@ class Cluster:
         assert shown.returncode == 0, shown.stderr
         return dict(field.partition("=")[::2] for field in shown.stdout.split())
 
-    def wait(self, job: str, state: str, timeout: float = 60, **fields: str) -> dict[str, str]:
+    def wait(self, job: str, state: str, timeout: float = 180, **wanted: str) -> dict[str, str]:
         """Waits for the job's state, and for other fields where they are named (Restarts="1"); returns all fields."""
-        wanted = {"JobState": state, **fields}
+        wanted["JobState"] = state
         end = time.monotonic() + timeout
         while True:
-            known = self.job(job)
-            if wanted.items() <= known.items():
-                return known
-            last = known["JobState"] in ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY")
+            fields = self.job(job)
+            if wanted.items() <= fields.items():
+                return fields
+            last = fields["JobState"] in ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY")
             if time.monotonic() > end or last:
-                output = Path(known.get("StdOut", "?"))
+                output = Path(fields.get("StdOut", "?"))
                 raise AssertionError(
-                    f"job {job} is not {wanted} but {known}\n" + (output.read_text() if output.is_file() else "")
+                    f"job {job} is not {wanted} but {fields}\n" + (output.read_text() if output.is_file() else "")
                 )
             time.sleep(0.3)
 
-    def wait_idle(self, timeout: float = 60) -> None:
+    def wait_idle(self) -> None:
         """Waits until no job is left and all nodes are idle."""
         sinfo = ("sinfo", "--noheader", "--Node", "--partition=main", "--format=%T")
-        eventually(lambda: self.exec(*sinfo).stdout.split() == ["idle"] * len(self.nodes), timeout)
+        eventually(lambda: self.exec(*sinfo).stdout.split() == ["idle"] * len(self.nodes))

@@ -1,5 +1,5 @@
-"""What sft submit refuses before the queue, what it tells, and what it gives to sbatch. Slurm's commands
-are scripts of the tests' own, but for the last test, which has a cluster."""
+"""sft submit: what it refuses, reports and passes to sbatch. Slurm's commands are the tests' own scripts, except in the
+last test, which has a cluster."""
 
 import json
 import os
@@ -23,10 +23,10 @@ GPU = ["trainer=gpu", "strategy=ddp", "micro_batch_size=1", "run=run"]
 
 
 class FalseSlurm:
-    """sbatch, sinfo and squeue. What sbatch is called with goes to `asked`, an argument a line."""
+    """sbatch, sinfo and squeue. The arguments of sbatch go to the file `arguments`, one a line."""
 
     def __init__(self, folder: Path) -> None:
-        self.folder, self.asked = folder, folder / "asked"
+        self.folder, self.arguments = folder, folder / "arguments"
         folder.mkdir()
         self.answer("sinfo", "main*|4|16|gpu:a100:2(S:0-1)|infinite|n/a|up|idle\nshort|4|16|gpu:2|2:00|n/a|up|mixed")
         self.answer("squeue", "")
@@ -34,16 +34,16 @@ class FalseSlurm:
 
     def answer(self, command: str, text: str, code: int = 0) -> None:
         where = " >&2" if code else ""
-        asked = f'printf "%s\\n" "$@" >"{self.asked}"\n' if command == "sbatch" else ""
+        note = f'printf "%s\\n" "$@" >"{self.arguments}"\n' if command == "sbatch" else ""
         lines = f"{text}\n" if text else ""
-        (self.folder / command).write_text(f"#!/bin/sh\n{asked}cat <<'E'{where}\n{lines}E\nexit {code}\n")
+        (self.folder / command).write_text(f"#!/bin/sh\n{note}cat <<'E'{where}\n{lines}E\nexit {code}\n")
         (self.folder / command).chmod(0o755)
 
 
 @pytest.fixture
 def slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FalseSlurm:
     monkeypatch.setenv("PATH", f"{tmp_path}/slurm:/usr/bin:/bin")
-    for name in [each for each in os.environ if each.startswith("SBATCH_")]:
+    for name in [name for name in os.environ if name.startswith("SBATCH_")]:
         monkeypatch.delenv(name)
     site_environment.cache_clear()
     return FalseSlurm(tmp_path / "slurm")
@@ -51,7 +51,7 @@ def slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FalseSlurm:
 
 def settings(sft: Sft, *more: str) -> list[str]:
     here = [f"runs_dir={sft.folder}/runs", f"data.cache_dir={sft.folder}/cache"]
-    return [*(each for each in sft.settings if each != "trainer=cpu"), *here, *more]
+    return [*(setting for setting in sft.settings if setting != "trainer=cpu"), *here, *more]
 
 
 Prepare = Callable[[FalseSlurm], None]
@@ -161,8 +161,8 @@ def story(*events: tuple[str, str, int]) -> Prepare:
             nothing,
             ["-p", "short"],
             [],
-            "--time=24:00:00 is more than partition short allows: set --time=0:02:00 or less; at the time limit the job "
-            "is requeued and resumes",
+            "--time=24:00:00 is more than partition short allows: set --time=0:02:00 or less; at the time limit the "
+            "job is requeued and resumes",
         ),
         (
             nothing,
@@ -238,12 +238,12 @@ def test_refused_before_the_queue(
 ) -> None:
     prepare(slurm)
     for name, path in (("FOLDER", str(sft.folder)), ("CACHE", constants.HF_HUB_CACHE)):
-        message, more = message.replace(name, path), [each.replace(name, path) for each in more]
+        message, more = message.replace(name, path), [setting.replace(name, path) for setting in more]
     before = sorted(sft.folder.rglob("*"))
     assert sft("submit", *FITTING, *options, "--", *settings(sft, *GPU, *more)) == 2
     assert capsys.readouterr().err == f"sft: {message}\n"
-    assert [path for path in sorted(sft.folder.rglob("*")) if path != slurm.asked] == before
-    assert not slurm.asked.exists() or "--test-only" in slurm.asked.read_text().splitlines()
+    assert [path for path in sorted(sft.folder.rglob("*")) if path != slurm.arguments] == before
+    assert not slurm.arguments.exists() or "--test-only" in slurm.arguments.read_text().splitlines()
 
 
 def test_a_full_disk(
@@ -275,13 +275,13 @@ def test_what_sbatch_gets(sft: Sft, slurm: FalseSlurm, capsys: pytest.CaptureFix
     rest = [*ours, *FITTING, f"{PROJECT}/slurm/train.sbatch", *given]
 
     assert sft("submit", "--dry-run", *FITTING, "--", *given) == 0
-    told = capsys.readouterr().out
-    assert told.startswith(f"{run} (new): 2 nodes × 2 ranks, 1 micro-batches of 1 each a step; 24:00:00 at most")
-    assert told.endswith(" ".join(["sbatch", "--parsable", *rest]) + "\n") and not run.exists()
-    assert slurm.asked.read_text().splitlines() == ["--test-only", "--parsable", *rest]
+    printed = capsys.readouterr().out
+    assert printed.startswith(f"{run} (new): 2 nodes × 2 ranks, 1 micro-batches of 1 each a step; 24:00:00 at most")
+    assert printed.endswith(" ".join(["sbatch", "--parsable", *rest]) + "\n") and not run.exists()
+    assert slurm.arguments.read_text().splitlines() == ["--test-only", "--parsable", *rest]
 
     assert sft("submit", *FITTING, "--", *given) == 0
-    assert slurm.asked.read_text().splitlines() == ["--parsable", *rest]
+    assert slurm.arguments.read_text().splitlines() == ["--parsable", *rest]
     assert f"tail -F {run}/logs/7.out" in capsys.readouterr().out
     assert (run / "logs").is_dir()
     (event,) = [json.loads(line) for line in (run / "events.jsonl").read_text().splitlines()]
@@ -318,10 +318,10 @@ def test_a_rehearsal_that_fails_queues_nothing(
         patch.setattr(sys, "executable", f"{slurm.folder}/python")
         assert sft("submit", "--rehearse", *FITTING, "--", *settings(sft, *GPU)) == 2
         assert capsys.readouterr().err.strip() == "sft: not submitted, since the rehearsal failed"
-        assert "--test-only" in slurm.asked.read_text()
+        assert "--test-only" in slurm.arguments.read_text()
         slurm.answer("sft", "rehearsed")
         assert sft("submit", "--rehearse", *FITTING, "--", *settings(sft, *GPU)) == 0
-    assert "--test-only" not in slurm.asked.read_text()
+    assert "--test-only" not in slurm.arguments.read_text()
 
 
 @pytest.mark.xdist_group("slurm")

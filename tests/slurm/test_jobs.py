@@ -1,4 +1,4 @@
-"""Batch jobs on a real cluster: whatever happens to them, the run ends as if nothing had, bit for bit."""
+"""Batch jobs on a real cluster: however they are interrupted, the run ends the same, bit for bit."""
 
 import os
 import re
@@ -19,10 +19,10 @@ from sft.runs import events
 pytestmark = [pytest.mark.xdist_group("slurm"), pytest.mark.timeout(600)]
 
 PROJECT = Path(__file__).parents[2]
-README = (PROJECT / "README.md").read_text()
+PAGES = "\n".join(path.read_text() for path in [PROJECT / "README.md", *sorted((PROJECT / "docs").glob("*.md"))])
 SETTINGS = ("epochs=6", "val_every=4", "checkpoint.save_every=4", "micro_batch_size=1", "logger=wandb")
 NUM_STEPS = 18
-DEMO = ("experiment=demo", "max_steps=null", "data.val_path=null")  # what the README's command changes, put back
+DEMO = ("experiment=demo", "max_steps=null", "data.val_path=null")  # what the documented command changes, put back
 
 
 class Jobs:
@@ -35,9 +35,9 @@ class Jobs:
         runs = [f"runs_dir={self.sft.folder}/runs", f"data.cache_dir={self.sft.folder}/cache", f"run={run}"]
         return [*self.sft.settings, *SETTINGS, *runs, *overrides]
 
-    def as_in_the_readme(self, line: str, *overrides: str) -> str:
-        """Runs a line of the README on this cluster; what it printed."""
-        (typed,) = re.findall(rf"^slurm/local-cluster (exec .*{line}.*|{line})$", README, re.M)
+    def as_documented(self, line: str, *overrides: str) -> str:
+        """Runs a line of the README or of docs/ on this cluster; what it printed."""
+        (typed,) = re.findall(rf"^slurm/local-cluster (exec .*{line}.*|{line})$", PAGES, re.M)
         verb, *arguments = shlex.split(typed)
         path = {"PYTHONPATH": f"{PROJECT}/tests", "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
         done = self.cluster(verb, *arguments, *overrides, cwd=PROJECT, env=path)
@@ -56,19 +56,23 @@ class Jobs:
     def gate(self, name: str, step: int) -> str:
         return f"+callbacks.{name}={{_target_: mishaps.Gate, step: {step}, path: {self.sft.folder}/{name}}}"
 
+    def until_signal(self, name: str, step: int) -> str:
+        return f"+callbacks.{name}={{_target_: mishaps.UntilSignal, step: {step}, once: {self.sft.folder}/{name}}}"
+
     def mishap(self, name: str, what: str, step: int, rank: int, once: bool) -> str:
         flag = f", once: {self.sft.folder}/{name}" if once else ""
         return f"+callbacks.{name}={{_target_: mishaps.Mishap, step: {step}, rank: {rank}, what: {what}{flag}}}"
 
     def reached(self, gate: str) -> None:
+        """Waits until a job is at the gate."""
         path = self.sft.folder / f"{gate}.reached"
-        eventually(path.exists, 120)
+        eventually(path.exists)
         path.unlink()
 
     def open(self, gate: str) -> None:
         (self.sft.folder / gate).touch()
 
-    def finished(self, job: str, timeout: float = 120) -> str:
+    def finished(self, job: str, timeout: float = 180) -> str:
         """The job's log, when it has completed."""
         return Path(self.cluster.wait(job, "COMPLETED", timeout)["StdOut"]).read_text()
 
@@ -76,7 +80,7 @@ class Jobs:
         return (self.sft.folder / f"{job}.out").read_text()
 
     def whole(self, strategy: str, *overrides: str) -> Path:
-        """The folder of a run that nothing stops, on four ranks."""
+        """The folder of an uninterrupted run on four ranks."""
         folder = self.sft.run_folder(f"whole-{strategy}")
         if not folder.exists():
             settings = self.settings(folder.name, *overrides)
@@ -104,8 +108,7 @@ def jobs(cluster: Cluster, tmp_path_factory: Any, model_folder: Path, data_file:
 @pytest.fixture(scope="module")
 def limited(jobs: Jobs) -> str:
     """A job that waits for its time limit while other tests go on."""
-    waits = f"+callbacks.waits={{_target_: mishaps.UntilSignal, step: 6, once: {jobs.sft.folder}/waits}}"
-    return jobs.submit("limited", 2, 2, "strategy=ddp", waits, time="2", signal="USR1@60")
+    return jobs.submit("limited", 2, 2, "strategy=ddp", jobs.until_signal("waits", 6), time="3", signal="USR1@60")
 
 
 def equals_uninterrupted(jobs: Jobs, run: str, whole: Path) -> None:
@@ -121,29 +124,29 @@ def equals_uninterrupted(jobs: Jobs, run: str, whole: Path) -> None:
 
 def test_signal_then_lost_node_then_killed_rank(jobs: Jobs, limited: str) -> None:
     kill = jobs.mishap("kill", "kill", 15, rank=3, once=True)
-    gates = (jobs.gate("first", 6), jobs.gate("second", 10))
-    more = jobs.settings("chaos", *DEMO)
-    told = jobs.as_in_the_readme("sft submit.*run=plug.*", *more, *gates, kill)
-    (job,) = re.findall(r"^job +(\d+)", told, re.M)
-    jobs.reached("first")
-    assert "chaos" in jobs.as_in_the_readme("squeue")
-    jobs.cluster.exec("scancel", "--signal=USR1", job)
     jobs.open("first")
+    gates = (jobs.gate("first", 6), jobs.until_signal("signalled", 6), jobs.gate("second", 10))
+    more = jobs.settings("chaos", *DEMO)
+    printed = jobs.as_documented("sft submit.*run=plug.*", *more, *gates, kill)
+    (job,) = re.findall(r"^job +(\d+)", printed, re.M)
+    jobs.reached("first")
+    assert "chaos" in jobs.as_documented("squeue")
+    jobs.cluster.exec("scancel", "--signal=USR1", job)
     jobs.reached("second")
     nodes = jobs.cluster.exec("scontrol", "show", "hostnames", jobs.cluster.job(job)["NodeList"]).stdout.split()
     assert nodes == ["n1", "n2"]
-    jobs.as_in_the_readme("crash n2")
+    jobs.as_documented("crash n2")
     jobs.reached("second")
     assert jobs.cluster.exec("squeue", "--noheader", f"--job={job}", "--format=%N").stdout.strip() == "n[1,3]"
-    jobs.as_in_the_readme("boot n2")
+    jobs.as_documented("boot n2")
     jobs.open("second")
     log = jobs.finished(job)
     causes = [("requeue", "signal", 6), ("requeue", "lost", 9), ("requeue", "killed", 14), ("finish", "", NUM_STEPS)]
     assert jobs.verdicts("chaos") == causes
     assert "requeued: killed at step 14 (rank 3 on n" in log
     assert f"wandb sync {jobs.sft.run_folder('chaos')}/wandb/offline-run-" in log
-    starts = [each for each in jobs.story("chaos") if each["event"] == "start"]
-    assert [(each["restart"], each["step"], each["num_ranks"]) for each in starts] == [
+    starts = [event for event in jobs.story("chaos") if event["event"] == "start"]
+    assert [(event["restart"], event["step"], event["num_ranks"]) for event in starts] == [
         (0, 0, 4), (1, 6, 4), (2, 8, 4), (3, 12, 4),
     ]  # fmt: skip
     assert starts[0]["hosts"] == nodes
@@ -162,7 +165,7 @@ def test_hang_then_the_same_failure_twice_then_fewer_ranks(jobs: Jobs) -> None:
     assert 'raise ArithmeticError(f"the mishap of rank' in jobs.log(job).splitlines()[-3]
     stacks = sorted((jobs.sft.run_folder("fails") / "logs" / job).glob("*.stack"))
     assert ["mishaps.py" in path.read_text() for path in stacks] == [False, True]
-    # Submitted again without what made it fail, on one rank instead of two.
+    # Submitted again without the mishaps, on one rank instead of two.
     again = jobs.submit("fails", 1, 1)
     assert "resumed after step 4" in jobs.finished(again)
     losses = [float(row["train/loss"]) for row in rows(jobs.sft.run_folder("fails"))[1:]]
@@ -172,23 +175,23 @@ def test_hang_then_the_same_failure_twice_then_fewer_ranks(jobs: Jobs) -> None:
 
 def test_array_is_a_sweep(jobs: Jobs) -> None:
     runs = jobs.settings("null", "name=array", "optimizer.lr=1e-2,2e-2", "export=false")
-    settings = [each for each in runs if not each.startswith("run=") and each != "optimizer.lr=1e-2"]
+    settings = [item for item in runs if not item.startswith("run=") and item != "optimizer.lr=1e-2"]
     options = ["--array=0-1", "--ntasks-per-node=1", "--gpus-per-node=0", "--cpus-per-task=1"]
     log = f"--output={jobs.sft.folder}/%A_%a.out"
     job = jobs.cluster.submit(*options, log, "slurm/sweep.sbatch", *settings, cwd=PROJECT)
     for task in (0, 1):
-        jobs.cluster.wait(f"{job}_{task}", "COMPLETED", 120)
+        jobs.cluster.wait(f"{job}_{task}", "COMPLETED")
     runs = sorted(jobs.sft.folder.glob("runs/array-*"))
     rates = [yaml.safe_load((run / "config.yaml").read_text())["optimizer"]["lr"] for run in runs]
     assert sorted(rates) == [0.01, 0.02]
     assert [jobs.verdicts(run.name) for run in runs] == [[("finish", "", NUM_STEPS)]] * 2
 
 
-def test_cancelled_job_saves_and_stays_away(jobs: Jobs) -> None:
-    job = jobs.submit("cancelled", 1, 1, jobs.gate("third", 3))
+def test_a_cancelled_job_saves_and_is_not_requeued(jobs: Jobs) -> None:
+    jobs.open("third")
+    job = jobs.submit("cancelled", 1, 1, jobs.gate("third", 3), jobs.until_signal("cancel", 3))
     jobs.reached("third")
     jobs.cluster.exec("scancel", job)
-    jobs.open("third")
     jobs.cluster.wait(job, "CANCELLED")
     eventually(lambda: bool(jobs.verdicts("cancelled")))
     assert jobs.verdicts("cancelled") == [("stop", "signal", 3)]
@@ -197,21 +200,22 @@ def test_cancelled_job_saves_and_stays_away(jobs: Jobs) -> None:
 
 
 def test_time_limit(jobs: Jobs, limited: str) -> None:
-    jobs.finished(limited, 200)
-    *stopped, last = jobs.verdicts("limited")
+    jobs.finished(limited, 400)
+    *stops, last = jobs.verdicts("limited")
     assert last == ("finish", "", NUM_STEPS)
-    assert set(stopped) == {("requeue", "signal", 6)}  # on a busy machine the second attempt may be too slow as well
+    # On a busy machine an attempt may get its signal before step 6, or the next one after it.
+    assert ("requeue", "signal", 6) in stops and {stop[:2] for stop in stops} == {("requeue", "signal")}
     equals_uninterrupted(jobs, "limited", jobs.whole("ddp"))
 
 
 def test_export_is_a_job(jobs: Jobs) -> None:
-    run, made = jobs.whole("ddp"), jobs.sft.folder / "exported"
+    run, exported = jobs.whole("ddp"), jobs.sft.folder / "exported"
     options = ("--mem=1G", "--cpus-per-task=1", f"--output={jobs.sft.folder}/%j.out")
-    settings = (f"run={run}", f"output={made}")
+    settings = (f"run={run}", f"output={exported}")
     job = jobs.cluster.submit(*options, "slurm/export.sbatch", *settings, cwd=PROJECT)
     jobs.finished(job)
-    assert (made / "verified.json").exists()
-    assert (made / "model.safetensors").read_bytes() == (run / "export" / "model.safetensors").read_bytes()
+    assert (exported / "verified.json").exists()
+    assert (exported / "model.safetensors").read_bytes() == (run / "export" / "model.safetensors").read_bytes()
 
 
 def test_bad_configuration_ends_at_once(jobs: Jobs) -> None:

@@ -1,4 +1,4 @@
-"""slurm/local-cluster: nodes of their own, fake GPUs, a node's crash, and what is told of mistakes."""
+"""slurm/local-cluster: hosts as nodes, fake GPUs, a node's crash, and messages for mistakes."""
 
 import subprocess
 import sys
@@ -14,7 +14,7 @@ pytestmark = pytest.mark.xdist_group("slurm")
 
 @pytest.fixture(scope="module")
 def own(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    """Beside the session's cluster, of which it must see nothing."""
+    """A second cluster, which must not see the session's."""
     cluster = Cluster(tmp_path_factory.mktemp("own"))
     yield cluster.start(nodes=2, gpus=2)
     cluster.stop()
@@ -37,23 +37,22 @@ def test_exec_passes_all_through(own: Cluster, tmp_path: Path) -> None:
     assert (done.returncode, done.stdout) == (7, f"{tmp_path}\na b\n")
 
 
-def test_a_crashed_nodes_job_goes_on_elsewhere(own: Cluster, tmp_path: Path) -> None:
+def test_a_crashed_nodes_job_is_requeued_elsewhere(own: Cluster, tmp_path: Path) -> None:
     script = tmp_path / "job.sh"
     script.write_text('#!/bin/sh\necho $SLURMD_NODENAME >>nodes\n[ "$SLURM_RESTART_COUNT" ] || exec sleep 100\n')
     job = own.submit("--requeue", "--output=/dev/null", str(script), cwd=tmp_path)
     crashed = own.wait(job, "RUNNING")["NodeList"]
     eventually((tmp_path / "nodes").exists)
     own("crash", crashed)
-    assert own.wait(job, "COMPLETED", timeout=90)["Restarts"] == "1"
+    assert own.wait(job, "COMPLETED")["Restarts"] == "1"
     assert (tmp_path / "nodes").read_text().split() == [crashed, *(node for node in own.nodes if node != crashed)]
     assert own("boot", crashed).returncode == 0
     own.wait_idle()
 
 
-def test_preemptible_jobs_are_warned(own: Cluster, tmp_path: Path) -> None:
+def test_preemptible_jobs_get_a_signal_first(own: Cluster, tmp_path: Path) -> None:
     script = tmp_path / "job.sh"
-    # The signal goes to the step, which needs longer than KillWait (5 s) to put its things in order.
-    step = 'trap "sleep 7; echo saved; exit 0" TERM; echo up; while :; do sleep 0.1; done'
+    step = 'trap "echo saved; exit 0" TERM; echo up; while :; do sleep 0.1; done'
     script.write_text(f"#!/bin/sh\nexec srun sh -c '{step}'\n")
     options = ["--exclusive", "--nodes=2", "--open-mode=append", f"--output={tmp_path}/%j.out"]
     job = own.submit("--partition=preemptible", "--requeue", *options, str(script))
@@ -61,14 +60,17 @@ def test_preemptible_jobs_are_warned(own: Cluster, tmp_path: Path) -> None:
     output = tmp_path / f"{job}.out"
     eventually(lambda: output.exists() and output.read_text().count("up") == 2)
     displacing = own.submit(*options, "--wrap=true")
-    own.wait(displacing, "COMPLETED", timeout=90)
+    own.wait(displacing, "COMPLETED")
     assert output.read_text().count("saved") == 2
+    assert "GraceTime=30 " in own.exec("scontrol", "show", "partition", "preemptible").stdout
     own.exec("scancel", job)
     own.wait_idle()
 
 
-def test_mistakes_are_told_in_one_line(own: Cluster, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
-    def told(*arguments: str, cluster: Cluster = own, env: dict[str, str] | None = None) -> str:
+def test_mistakes_are_reported_in_one_line(
+    own: Cluster, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    def message(*arguments: str, cluster: Cluster = own, env: dict[str, str] | None = None) -> str:
         done = cluster(*arguments, env=env)
         assert done.returncode == 2 and done.stdout == "", done
         assert done.stderr.startswith("local-cluster: ") and done.stderr.count("\n") == 1, done.stderr
@@ -76,24 +78,24 @@ def test_mistakes_are_told_in_one_line(own: Cluster, tmp_path: Path, tmp_path_fa
 
     empty = tmp_path_factory.mktemp("e")  # short
     none = Cluster(tmp_path / "none")
-    assert "is not installed" in (line := told("start", cluster=none, env={"PATH": str(empty)}))
+    assert "is not installed" in (line := message("start", cluster=none, env={"PATH": str(empty)}))
     assert line.endswith("sudo apt-get install --no-install-recommends slurmctld slurmd slurm-client munge\n")
     for verb in ("stop", "exec"):
-        assert "no cluster is running" in told(verb, cluster=none)
-    assert "sockets in it allow" in told("start", cluster=Cluster(tmp_path / ("x" * 60)))
+        assert "no cluster is running" in message(verb, cluster=none)
+    assert "sockets in it allow" in message("start", cluster=Cluster(tmp_path / ("x" * 60)))
     (empty / "file").touch()
-    assert "neither empty nor a cluster's" in told("start", cluster=Cluster(empty))
-    assert "running" in told("start")
-    assert f"there are {', '.join(own.nodes)}" in told("crash", "n9")
-    assert "is up" in told("boot", own.nodes[0])
-    assert "--nodes" in told("start", "--nodes=0", cluster=none)
+    assert "neither empty nor a cluster's" in message("start", cluster=Cluster(empty))
+    assert "running" in message("start")
+    assert f"there are {', '.join(own.nodes)}" in message("crash", "n9")
+    assert "is up" in message("boot", own.nodes[0])
+    assert "--nodes" in message("start", "--nodes=0", cluster=none)
 
 
-def test_what_a_dead_cluster_left_is_no_obstacle(tmp_path_factory: pytest.TempPathFactory) -> None:
+def test_files_of_a_dead_cluster_are_no_obstacle(tmp_path_factory: pytest.TempPathFactory) -> None:
     left = Cluster(tmp_path_factory.mktemp("left"))
     (left.folder / "run").mkdir()
     (left.folder / "cluster.json").write_text("{}")
-    with subprocess.Popen(["sleep", "60"]) as other:  # which has got their numbers since
+    with subprocess.Popen(["sleep", "60"]) as other:  # a process that has their numbers now
         for name in ("login.host", "n1.host", "slurmctld.pid"):
             (left.folder / "run" / name).write_text(str(other.pid))
         try:

@@ -1,4 +1,4 @@
-"""The check of an allocation's nodes: each fault names its node, and so does one that is planted in a cluster."""
+"""The check of an allocation's nodes: every fault names its node, also when it is planted in a real cluster."""
 
 import json
 import shutil
@@ -39,9 +39,9 @@ def rank(node: str, local_rank: int = 0, **changes: Any) -> dict[str, Any]:
 
 def judgement(*changed: dict[str, Any], without: tuple[int, ...] = ()) -> Judgement:
     """Of three good nodes of two ranks, but for the ranks that changed or are absent."""
-    reports = {each["rank"]: each for node in NODES for each in (rank(node), rank(node, 1))}
-    reports |= {each["rank"]: each for each in changed}
-    return judge([each for number, each in reports.items() if number not in without], NODES, 2, Limits())
+    reports = {report["rank"]: report for node in NODES for report in (rank(node), rank(node, 1))}
+    reports |= {report["rank"]: report for report in changed}
+    return judge([report for number, report in reports.items() if number not in without], NODES, 2, Limits())
 
 
 def test_good_nodes() -> None:
@@ -50,7 +50,7 @@ def test_good_nodes() -> None:
 
 
 @pytest.mark.parametrize(
-    ("changes", "told"),
+    ("changes", "fault"),
     [
         ({"gpus": {"allocated": 2, "visible": 1, "health": []}}, "1 of 2 GPUs are visible"),
         ({"versions": {"sft": "c0ffee", "torch": "2.8.0", "driver": "570.86.15"}}, "torch is 2.8.0, not 2.9.1"),
@@ -74,13 +74,14 @@ def test_good_nodes() -> None:
         ({"stage": "clock"}, "clock: did not end in time"),
     ],
 )
-def test_a_fault_names_its_node(changes: dict[str, Any], told: str) -> None:
-    found = judgement(rank("n2", **changes))
-    assert found.line() == "bad nodes: --exclude=n2"
-    assert [each[: len(told)] for each in found.faults["n2"]] == [told]
+def test_a_fault_names_its_node(changes: dict[str, Any], fault: str) -> None:
+    judged = judgement(rank("n2", **changes))
+    assert judged.line() == "bad nodes: --exclude=n2"
+    (reported,) = judged.faults["n2"]
+    assert reported.startswith(fault)
 
 
-def test_who_did_not_come_is_blamed_and_not_who_waited() -> None:
+def test_absent_ranks_are_blamed_and_not_those_that_waited() -> None:
     waiting = [rank(node, at, stage="meeting", error="waited in vain") for node in NODES for at in (0, 1)]
     gone = judgement(*waiting, without=(4, 5))
     assert gone.bad == ["n3"] and gone.faults["n3"][0].startswith("no answer") and gone.notes
@@ -96,7 +97,7 @@ def test_who_did_not_come_is_blamed_and_not_who_waited() -> None:
     assert judgement(*failing).bad == ["n3"]
 
 
-def test_a_node_that_is_lost_on_the_way_is_blamed() -> None:
+def test_a_node_lost_during_the_check_is_blamed() -> None:
     hanging = [rank(node, at, stage="all-reduce") for node in NODES for at in (0, 1)]
     lost = judge(hanging, NODES, 2, Limits(), lost=["n2"])
     assert lost.bad == ["n2"] and not lost.troubles
@@ -104,7 +105,7 @@ def test_a_node_that_is_lost_on_the_way_is_blamed() -> None:
     assert judge(writing, NODES, 1, Limits(), lost=["n2"]).bad == ["n2"]
 
 
-def test_what_is_wrong_everywhere_is_of_no_single_node() -> None:
+def test_a_fault_of_all_nodes_is_blamed_on_none() -> None:
     hanging = judgement(*(rank(node, at, stage="all-reduce") for node in NODES for at in (0, 1)))
     assert hanging.troubles == ["on every node: all-reduce: did not end in time"]
     assert hanging.line() == "no single node is to blame"
@@ -114,16 +115,16 @@ def test_what_is_wrong_everywhere_is_of_no_single_node() -> None:
     assert judgement(*unreached, rank("n1", stage="meeting"), rank("n1", 1, stage="meeting")).bad == ["n1"]
 
 
-def test_a_tie_goes_to_the_first_node_and_is_told() -> None:
+def test_in_a_tie_the_first_nodes_version_is_right_with_a_note() -> None:
     reports = [rank("n1", versions={"torch": "2.8.0"}), rank("n2", versions={"torch": "2.9.1"})]
     tie = judge(reports, NODES[:2], 1, Limits())
     assert tie.faults["n2"] == ["torch is 2.9.1, not 2.8.0"] and not tie.faults["n1"]
     assert tie.notes == ["torch: 2.8.0 and 2.9.1 are on as many nodes; the first node's is kept"]
 
 
-def test_locks_that_exclude_nobody_are_told() -> None:
-    found = judgement(rank("n2", flock=False), rank("n3", flock=False))
-    assert not found.bad and found.notes == ["flock excludes nobody on n2, n3: trust no lock in the runs' folder"]
+def test_locks_that_exclude_nobody_make_a_note() -> None:
+    judged = judgement(rank("n2", flock=False), rank("n3", flock=False))
+    assert not judged.bad and judged.notes == ["flock excludes nobody on n2, n3: trust no lock in the runs' folder"]
 
 
 def test_health_of_gpus() -> None:
@@ -163,22 +164,22 @@ def test_planted_faults_are_found_on_a_cluster(cluster: Cluster, tmp_path: Path)
     site = (slurm / "site.sh").read_text().replace("container=()", f"container=({container})")
     (tmp_path / "slurm" / "site.sh").write_text(f"{site}\nPATH={Path(sys.executable).parent}:$PATH\n")
 
-    def preflight(**environment: str) -> str:
+    def preflight(timeout: int, **environment: str) -> str:
         options = "--nodes=3 --ntasks-per-node=1 --gpus-per-node=0 --cpus-per-task=1 slurm/preflight.sbatch"
         checks = "--write-mb=8 --limit=runs_gb=0.1 --limit=tmp_gb=0.1 --limit=write_mb_s=0.1 --limit=shm_gb=0.01"
-        command = [*options.split(), *checks.split(), "--timeout=45"]
+        command = [*options.split(), *checks.split(), f"--timeout={timeout}"]
         job = cluster.submit(*command, cwd=tmp_path, env=environment)
-        cluster.wait(job, "FAILED", timeout=120, ExitCode="1:0")
+        cluster.wait(job, "FAILED", ExitCode="1:0")
         return (tmp_path / "slurm" / "logs" / f"preflight-{job}.out").read_text()
 
-    told = preflight()
-    assert "excludes nobody" not in told
+    report = preflight(timeout=150)
+    assert "excludes nobody" not in report
     (seen,) = (tmp_path / "runs").glob(".preflight/*/rank-1.json")
     assert abs(json.loads(seen.read_text())["clock_s"]) < 1  # they share a clock
-    assert "transformers is 0.0.1, not" in told
-    assert "all-reduce of 16 MB over 3 ranks" in told
-    assert told.splitlines()[-1] == f"bad nodes: --exclude={second}"
+    assert "transformers is 0.0.1, not" in report
+    assert "all-reduce of 16 MB over 3 ranks" in report
+    assert report.splitlines()[-1] == f"bad nodes: --exclude={second}"
 
-    told = preflight(HANGS="yes")
-    assert "no answer" in told
-    assert told.splitlines()[-1] == f"bad nodes: --exclude={second},{third}"
+    report = preflight(timeout=45, HANGS="yes")  # of which the others wait a third for the missing node
+    assert "no answer" in report
+    assert report.splitlines()[-1] == f"bad nodes: --exclude={second},{third}"

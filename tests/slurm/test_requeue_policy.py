@@ -1,4 +1,4 @@
-"""What a job died of is told apart, from what its ranks and srun have left; and the policy that follows."""
+"""Why a job ended, by what its ranks, srun and Slurm left behind; and the policy that follows."""
 
 import json
 from pathlib import Path
@@ -35,9 +35,9 @@ def test_cause_of_an_exception(error: Exception, cause: str) -> None:
 
 
 def report(folder: Path, rank: int, error: str, at: float, cause: str = "failed", following: bool = False) -> None:
-    known: dict[str, Any] = {"rank": rank, "host": f"n{rank}", "time": at, "step": 7, "cause": cause}
-    known |= {"following": following, "error": error, "traceback": f"Traceback of {error}"}
-    (folder / f"attempt-1-rank-{rank}.json").write_text(json.dumps(known))
+    fields: dict[str, Any] = {"rank": rank, "host": f"n{rank}", "time": at, "step": 7, "cause": cause}
+    fields |= {"following": following, "error": error, "traceback": f"Traceback of {error}"}
+    (folder / f"attempt-1-rank-{rank}.json").write_text(json.dumps(fields))
 
 
 def test_first_error_of_the_first_rank_counts_not_what_followed_from_it(tmp_path: Path) -> None:
@@ -55,7 +55,7 @@ def test_exception_that_follows_is_recognised(tmp_path: Path, monkeypatch: pytes
     for rank, error in enumerate([RuntimeError("[gloo] Connection closed by peer [10.0.0.2]:1"), ValueError("mine")]):
         monkeypatch.setenv("SLURM_PROCID", str(rank))
         failure.write(tmp_path, error)
-    assert [each["rank"] for each in failure.read(tmp_path, 0)] == [1, 0]
+    assert [report["rank"] for report in failure.read(tmp_path, 0)] == [1, 0]
 
 
 @pytest.mark.parametrize(
@@ -71,7 +71,7 @@ def test_exception_that_follows_is_recognised(tmp_path: Path, monkeypatch: pytes
         ("srun: error: n2: task 1: Exited with exit code 7\n", 7, "failed", 1),
     ],
 )
-def test_rank_that_left_no_word(tmp_path: Path, log: str, code: int, cause: str, rank: int | None) -> None:
+def test_rank_that_left_no_report(tmp_path: Path, log: str, code: int, cause: str, rank: int | None) -> None:
     (tmp_path / "rank-1.err").write_text("restart 0 on n2\nold\nrestart 1 on n2\n[W1120 noise\nits last words\n")
     death = examine(tmp_path, 1, code, 6, log)
     assert (death.cause, death.step, death.rank) == (cause, 6, rank)
@@ -87,7 +87,7 @@ def test_ranks_that_hung_left_their_stacks(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("word", "reason"),
+    ("line", "reason"),
     [
         ("slurmstepd-n1: error: *** JOB 1 ON n1 CANCELLED AT 2026-11-20T18:58:19 ***", ""),
         ("slurmstepd: error: *** JOB 1 ON n1 CANCELLED AT 2026-11-20T18:58:19 DUE to SIGNAL Terminated ***", ""),
@@ -99,8 +99,8 @@ def test_ranks_that_hung_left_their_stacks(tmp_path: Path) -> None:
         ("step 1/18", None),
     ],
 )
-def test_slurms_own_word(word: str, reason: str | None) -> None:
-    assert ended_by_slurm(f"job 1 restart 0 on n1\n{word}\nsrun: got SIGCONT\n") == reason
+def test_slurms_own_message(line: str, reason: str | None) -> None:
+    assert ended_by_slurm(f"job 1 restart 0 on n1\n{line}\nsrun: got SIGCONT\n") == reason
 
 
 def test_torn_line_of_the_story_is_left_out(tmp_path: Path) -> None:
@@ -108,7 +108,7 @@ def test_torn_line_of_the_story_is_left_out(tmp_path: Path) -> None:
     with (tmp_path / "events.jsonl").open("a") as file:
         file.write('{"time": "2026", "eve')
     events.record(tmp_path, "save", step=4)
-    assert [each["event"] for each in events.read(tmp_path)] == ["start", "save"]
+    assert [event["event"] for event in events.read(tmp_path)] == ["start", "save"]
 
 
 def requeued(cause: str, step: int) -> dict[str, Any]:

@@ -48,7 +48,7 @@ def job(options: str, project: Path) -> Job:
         ("--gpus-per-node=0 --ntasks-per-n=2", {"gpus": 0, "tasks": 2}),
         ("-t 1-12 --signal=R:SIGTERM", {"limit": 36 * 3600, "signal_seconds_before_end": 60}),
         ("-pa,b -A me", {"partitions": ["a", "b"]}),
-        ("-J name -o %x.log", {"name": "name", "output": "%x.log"}),
+        ("-J name -o %x.log", {"output": "%x.log"}),
     ],
 )
 def test_the_script_and_options_make_a_job(options: str, changed: dict[str, Any], project: Path) -> None:
@@ -60,22 +60,21 @@ def test_the_script_and_options_make_a_job(options: str, changed: dict[str, Any]
         "limit": 24 * 3600,
         "signal_seconds_before_end": 300,
         "partitions": [],
-        "name": None,
         "output": None,
     } | changed
-    made = job(options, project)
-    assert {name: getattr(made, name) for name in expected} == expected
-    assert made.options == options.split()
+    parsed = job(options, project)
+    assert {name: getattr(parsed, name) for name in expected} == expected
+    assert parsed.options == options.split()
     ranks = [f"trainer.num_nodes={expected['nodes']}", f"trainer.devices={expected['tasks']}"]
-    assert made.overrides == ["a=1", *ranks]
+    assert parsed.overrides == ["a=1", *ranks]
 
 
 def test_site_goes_before_the_script_and_options_before_both(project: Path) -> None:
     site = "export SBATCH_PARTITION=site SBATCH_TIMELIMIT=60 SBATCH_GPUS_PER_NODE=4\nSBATCH_ACCOUNT=not-exported\n"
     (project / "slurm" / "site.sh").write_text(site)
-    made = job("--partition=typed", project)
-    assert (made.partitions, made.limit, made.gpus) == (["typed"], 3600, 4)
-    assert made.environment["SBATCH_PARTITION"] == "site" and "SBATCH_ACCOUNT" not in made.environment
+    parsed = job("--partition=typed", project)
+    assert (parsed.partitions, parsed.limit, parsed.gpus) == (["typed"], 3600, 4)
+    assert parsed.environment["SBATCH_PARTITION"] == "site" and "SBATCH_ACCOUNT" not in parsed.environment
     (project / "slurm" / "site.sh").write_text("module load cuda/12\n")
     site_environment.cache_clear()
     with pytest.raises(UserError, match=r"^slurm/site.sh fails, as it would in the job: .*module: command not found$"):

@@ -80,7 +80,7 @@ def test_one_job_of_an_array_requeues_itself_alone(tmp_path: Path) -> None:
     assert all("21_1" in call for call in calls if "show job" in call)
 
 
-def test_a_job_a_setting_goes_on_after_a_signal_and_the_table_ends_it(cluster: Cluster, sft: Sft) -> None:
+def test_a_job_resumes_after_a_signal_and_the_sweep_ends_with_the_table(cluster: Cluster, sft: Sft) -> None:
     job = ("hydra/launcher=slurm", "hydra.launcher.tasks_per_node=2", "hydra.launcher.cpus_per_task=1")
     # In one of them the second rank gets a signal in step 3.
     signal = "{_target_: sft.proof.rehearsal.SignalInStep, step: ${seed}, rank: 1, name: SIGUSR1}"
@@ -157,8 +157,8 @@ def test_a_job_has_ended_when_the_controller_says_so(monkeypatch: pytest.MonkeyP
     assert watcher.read_info(shown)["4"]["State"] == "RUNNING"  # once is a hitch
     later = time.monotonic() + 16
     monkeypatch.setattr(time, "monotonic", lambda: later)
-    told = watcher.read_info(shown)
-    assert {job: info["State"] for job, info in told.items()} == {
+    infos = watcher.read_info(shown)
+    assert {job: info["State"] for job, info in infos.items()} == {
         "1": "RUNNING",
         "2": "CANCELLED",
         "3": "RUNNING",

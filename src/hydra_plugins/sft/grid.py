@@ -94,7 +94,7 @@ class Grid(BasicSweeper):
         HydraConfig.instance().set_config(config)  # `check` looks up there which options were chosen
         with open_dict(config):
             del config["hydra"]
-        num_ranks, _ = check(config)
+        num_ranks, _ = check(config, here=not self.queued)
         if num_ranks > 1 and not self.queued:
             raise UserError(
                 f"-m trains one setting after the other in one process, and the trainer has {num_ranks} ranks: "

@@ -19,42 +19,26 @@ PROJECT = Path(__file__).resolve().parents[3]
 SCRIPT = "slurm/train.sbatch"
 SITE = "slurm/site.sh"
 
-# The options that decide what the job gets; sbatch gets all others unread.
+# The options that decide what the job gets: name, short form, SBATCH_* variable. sbatch gets all others unread.
 OPTIONS = (
-    ("-N", "--nodes"),
-    ("-n", "--ntasks"),
-    ("--ntasks-per-node",),
-    ("-c", "--cpus-per-task"),
-    ("--gpus-per-node",),
-    ("--gres",),
-    ("-t", "--time"),
-    ("--signal",),
-    ("-p", "--partition"),
-    ("-q", "--qos"),
-    ("-J", "--job-name"),
-    ("-o", "--output"),
-    ("-D", "--chdir"),
-    ("-G", "--gpus"),
-    ("--gpus-per-task",),
-    ("--gpus-per-socket",),
-    ("-a", "--array"),
-    ("--wrap",),
+    ("nodes", "-N", None),
+    ("ntasks", "-n", None),
+    ("ntasks_per_node", None, None),
+    ("cpus_per_task", "-c", None),
+    ("gpus_per_node", None, "SBATCH_GPUS_PER_NODE"),
+    ("gres", None, "SBATCH_GRES"),
+    ("time", "-t", "SBATCH_TIMELIMIT"),
+    ("signal", None, "SBATCH_SIGNAL"),
+    ("partition", "-p", "SBATCH_PARTITION"),
+    ("qos", "-q", "SBATCH_QOS"),
+    ("output", "-o", "SBATCH_OUTPUT"),
+    ("chdir", "-D", None),
+    ("gpus", "-G", "SBATCH_GPUS"),
+    ("gpus_per_task", None, "SBATCH_GPUS_PER_TASK"),
+    ("gpus_per_socket", None, "SBATCH_GPUS_PER_SOCKET"),
+    ("array", "-a", "SBATCH_ARRAY_INX"),
+    ("wrap", None, None),
 )
-# SBATCH_* variables and their options.
-VARIABLES = {
-    "GPUS_PER_NODE": "gpus_per_node",
-    "GRES": "gres",
-    "TIMELIMIT": "time",
-    "SIGNAL": "signal",
-    "PARTITION": "partition",
-    "QOS": "qos",
-    "JOB_NAME": "job_name",
-    "OUTPUT": "output",
-    "GPUS": "gpus",
-    "GPUS_PER_TASK": "gpus_per_task",
-    "GPUS_PER_SOCKET": "gpus_per_socket",
-    "ARRAY_INX": "array",
-}
 _PER_NODE = "each rank drives one of the GPUs of its node and must see the others: set --gpus-per-node"
 REFUSED = {
     "gpus": _PER_NODE,
@@ -81,7 +65,6 @@ class Job:
     signal_seconds_before_end: int
     partitions: list[str]  # empty: the default
     qos: str | None
-    name: str | None  # None: not given
     output: str | None  # None: not given
 
     @property
@@ -97,7 +80,8 @@ class Job:
         if not (project / SCRIPT).is_file():
             raise UserError(f"there is no {SCRIPT} in {project}: sft submit needs the project's own folder")
         environment = site_environment(project)
-        given = _from_environment(environment) | parse(options)
+        exported = {name: environment[variable] for name, _, variable in OPTIONS if variable in environment}
+        given = exported | parse(options)
         values = parse(directives((project / SCRIPT).read_text())) | given
         for name, why in REFUSED.items():
             if name in values:
@@ -118,7 +102,6 @@ class Job:
             signal_seconds_before_end=_signal_seconds_before_end(values.get("signal", "")),
             partitions=values["partition"].split(",") if "partition" in values else [],
             qos=values.get("qos"),
-            name=given.get("job_name"),
             output=given.get("output"),
         )
 
@@ -151,8 +134,8 @@ class _Parser(argparse.ArgumentParser):
 def parse(options: Sequence[str]) -> dict[str, str]:
     """The values of those `OPTIONS` that are given, by name."""
     parser = _Parser(add_help=False, argument_default=argparse.SUPPRESS)
-    for names in OPTIONS:
-        parser.add_argument(*names)
+    for name, short, _ in OPTIONS:
+        parser.add_argument(*([short] if short else []), _option(name))
     return vars(parser.parse_known_args(options)[0])
 
 
@@ -182,11 +165,6 @@ def site_environment(project: Path) -> dict[str, str]:
         raise UserError(f"{SITE} fails, as it would in the job: {lines[-1]}")
     pairs = (variable.partition("=") for variable in shell.stdout.split("\0"))
     return {name: value for name, _, value in pairs if name.startswith("SBATCH_")}
-
-
-def _from_environment(environment: Mapping[str, str]) -> dict[str, str]:
-    names = ((f"SBATCH_{variable}", name) for variable, name in VARIABLES.items())
-    return {name: environment[variable] for variable, name in names if variable in environment}
 
 
 def _option(name: str) -> str:

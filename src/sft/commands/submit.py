@@ -23,7 +23,6 @@ from contextlib import chdir, suppress
 from pathlib import Path
 from typing import Any
 
-from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
@@ -52,7 +51,7 @@ def request(arguments: list[str]) -> tuple[list[str], Job]:
 
 def _submit(config: DictConfig, job: Job, dry_run: bool, rehearse: bool) -> None:
     settings: Any = OmegaConf.to_container(config, resolve=True)
-    num_ranks, accumulation = check_settings(config)
+    num_ranks, accumulation = check(config, here=False)
     notes = check_devices(job, config.trainer.accelerator)
     run = Run.of(settings)
     state = run.status.get("state", "new")
@@ -69,7 +68,7 @@ def _submit(config: DictConfig, job: Job, dry_run: bool, rehearse: bool) -> None
     notes += time_limit.check_interval(limit, signal_time, num_ranks, events.read(run.folder), save_every)
     slurm.refuse_queued(run.folder)
     log = job.output or str(PROJECT / run.folder / "logs").replace("%", "%%") + "/%j.out"
-    ours = [f"--chdir={PROJECT}", f"--job-name={job.name or run.folder.name}", f"--output={log}"]
+    ours = [f"--chdir={PROJECT}", f"--job-name={run.folder.name}", f"--output={log}"]
     command = ["sbatch", "--parsable", *ours, *job.options, str(PROJECT / SCRIPT), *job.settings]
     start = slurm.expected_start(command, job, waits=bool(waits))
 
@@ -88,17 +87,7 @@ def _submit(config: DictConfig, job: Job, dry_run: bool, rehearse: bool) -> None
         print(shlex.join([*environment, *command]))
         return
     number = _queue(command, job, run)
-    _print_commands(number, log.replace("%j", str(number)).replace("%%", "%"), config, run)
-
-
-def check_settings(config: DictConfig) -> tuple[int, int]:
-    """`check` for other machines than this one, which may have no GPU."""
-    if not (config.adapter and config.adapter.quantize):
-        return check(config)
-    from sft.model.adapter import check_quantization
-
-    check_quantization(HydraConfig.get().runtime.choices["strategy"], config.trainer.accelerator, here=False)
-    return check(OmegaConf.merge(config, {"adapter": {"quantize": False}}))
+    _print_commands(number, log.replace("%j", str(number)).replace("%%", "%"))
 
 
 def check_devices(job: Job, accelerator: str) -> list[str]:
@@ -169,7 +158,7 @@ def _queue(command: list[str], job: Job, run: Run) -> int:
     return number
 
 
-def _print_commands(number: int, log: str, config: DictConfig, run: Run) -> None:
+def _print_commands(number: int, log: str) -> None:
     """The commands for a queued job."""
     with suppress(ValueError):
         log = str(Path(log).relative_to(PROJECT))
@@ -181,6 +170,3 @@ def _print_commands(number: int, log: str, config: DictConfig, run: Run) -> None
         (f"scancel {number}", "end it; the same sft submit resumes the run later"),
     ):
         print(f"  {command:<{max(30, len(log) + 9)}} {effect}")
-    logger = (config.logger or {}).get("_target_", "")
-    if logger.endswith("wandb_logger"):
-        print(f"W&B: run {run.folder.name}; if the nodes are offline, wandb sync {run.folder}/wandb/offline-run-*")
