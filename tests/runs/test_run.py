@@ -7,7 +7,8 @@ from omegaconf import OmegaConf
 
 from sft.errors import UserError
 from sft.mistakes import CONF
-from sft.runs.run import Run, identity
+from sft.runs.identity import identity
+from sft.runs.run import Run
 
 
 def settings(**changes: Any) -> dict[str, Any]:

@@ -24,8 +24,9 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from sft.cluster import slurm
 from sft.errors import UserError
 from sft.runs import process, signals
+from sft.runs.identity import deciding
 from sft.runs.results import Result, best_first
-from sft.runs.run import Run, deciding
+from sft.runs.run import Run
 
 
 @dataclass(frozen=True)

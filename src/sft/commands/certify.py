@@ -49,7 +49,7 @@ def main(config: DictConfig) -> None:
 
     from sft.proof.cells import all_cells
     from sft.proof.rank_pool import seeing
-    from sft.runs.run import identity
+    from sft.runs.identity import identity
     from sft.training.prepare import quiet
 
     quiet()
@@ -96,7 +96,7 @@ def certify(
     results: list[CellResult] = []
     for (num_ranks, strategy), group in groupby(cells, lambda cell: cell.group):
         begun = time.monotonic()
-        of_group = run_group(config, folder, num_ranks, list(group), references, before)
+        of_group = run_group(config, folder, excerpt, list(group), references, before)
         results += of_group
         num_passed = sum(result.passed for result in of_group)
         print(
@@ -109,7 +109,7 @@ def certify(
 
 
 def prepare(config: DictConfig, folder: Path) -> "tuple[DictConfig, Excerpt]":
-    """Writes the small model and the samples into `folder`; returns the configuration of all cells."""
+    """Writes the small model into `folder`; returns the configuration and the samples of all cells."""
     from sft.proof.cells import GLOBAL_BATCH_SIZE, RESUME_AT
     from sft.proof.excerpt import excerpt, made_up
     from sft.proof.shrink import first_rows, shrink
@@ -130,7 +130,6 @@ def prepare(config: DictConfig, folder: Path) -> "tuple[DictConfig, Excerpt]":
         config.model.init, config.model.tokenizer = "random", "none"  # made-up samples need none
         config.model.config = {**MADE_UP, **config.model.config}
     shrink(config, folder, config.device, config.precision, samples.vocab_size)
-    samples.save(folder / "samples.npz")
     config.callbacks, config.logger = None, None
     config.val_every, config.checkpoint = None, {"save_every": RESUME_AT, "keep_last": 2}
     return config, samples
@@ -177,7 +176,7 @@ def make_references(
 def run_group(
     config: DictConfig,
     folder: Path,
-    num_ranks: int,
+    excerpt: "Excerpt",
     cells: "list[Cell]",
     references: "dict[Key, Reference]",
     before: Callable[[], None] | None,
@@ -191,7 +190,7 @@ def run_group(
         for cell in pair:
             begun = time.monotonic()
             try:
-                outcome = pool(run_cell, config, folder, cell, timeout=config.cell_timeout)
+                outcome = pool(run_cell, config, folder, excerpt, cell, timeout=config.cell_timeout)
                 result = compare(cell, outcome, references[cell.optimizer, cell.packed])
             except (RankError, OSError) as error:
                 result = CellResult(cell, error=str(error))
@@ -203,6 +202,7 @@ def run_group(
     # A resumed fit starts from a checkpoint of the uninterrupted one before it.
     pairs = [list(pair) for _, pair in groupby(cells, lambda cell: replace(cell, resumed=False))]
     # At least two pools: while the ranks of one wait for each other, those of the other work.
+    num_ranks = cells[0].num_ranks
     num_pools = min(len(pairs), max(2, num_cores() // num_ranks))
     pools = [Pool(num_ranks, folder / f"ranks-{number}", cells[0].device, before) for number in range(num_pools)]
     try:

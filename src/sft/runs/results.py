@@ -4,8 +4,9 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from sft.runs.identity import deciding
 from sft.runs.metrics_file import Metrics
-from sft.runs.run import Run, deciding
+from sft.runs.run import Run
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,77 @@
+"""Which settings make a run what it is: two runs are the same if all that decides their numbers is."""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from typing import Any
+
+Config = Mapping[str, Any]  # type: ignore[explicit-any]  # a resolved configuration: nested, of whatever YAML can say
+
+# The settings that decide the numbers of a run. Not among them: where it runs, how it is shared out (rule 2) and what
+# is logged.
+DECIDING = (
+    "seed",
+    "epochs",
+    "max_steps",
+    "global_batch_size",
+    "model",
+    "adapter",
+    "data",
+    "optimizer",
+    "schedule",
+    "trainer.precision",
+    "trainer.gradient_clip_val",
+)
+NOT_DECIDING = (
+    "model.attention",
+    "model.gradient_checkpointing",
+    "model.activation_offload",
+    "model.compile",
+    "adapter.merge",
+    "data.num_workers",
+    "data.cache_dir",
+    "data.max_lost",
+)
+# The module of the project's own classes and functions decides nothing: each counts by the name that it had when the
+# first hash was made of it.
+TARGETS = {
+    "sft.model.loading": ("ModelSource",),
+    "sft.model.adapter": ("Adapter",),
+    "sft.data.dataset": ("DataConfig",),
+    "sft.data.conversation": ("prompt_response", "messages", "text"),
+    "sft.model.optimizer": ("constant", "linear", "cosine", "warmup_stable_decay"),
+}
+
+
+def deciding(config: Config) -> dict[str, object]:
+    """The settings of a resolved configuration that decide the numbers, by dotted name."""
+    return {
+        name: _first_name(str(value)) if name.endswith("._target_") else value
+        for name, value in sorted(_flatten(config).items())
+        if _within(name, DECIDING) and not _within(name, NOT_DECIDING)
+    }
+
+
+def _first_name(target: str) -> str:
+    """The name by which a `_target_` counts: a user's own, outside of this package, by its own."""
+    package, _, name = target.rpartition(".")
+    modules = [module for module, names in TARGETS.items() if name in names and package.startswith("sft.")]
+    return f"{modules[0]}.{name}" if modules else target
+
+
+def identity(config: Config) -> str:
+    """A hash of all that decides the numbers, in eight hexadecimal digits."""
+    return hashlib.sha256(json.dumps(deciding(config), sort_keys=True).encode()).hexdigest()[:8]
+
+
+def _flatten(value: object, prefix: str = "") -> dict[str, object]:
+    if not isinstance(value, Mapping) or not value:
+        return {prefix: value}
+    flat: dict[str, object] = {}
+    for key, inner in value.items():
+        flat |= _flatten(inner, f"{prefix}.{key}" if prefix else str(key))
+    return flat
+
+
+def _within(name: str, groups: tuple[str, ...]) -> bool:
+    return any(name == group or name.startswith(group + ".") for group in groups)
