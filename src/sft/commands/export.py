@@ -20,7 +20,8 @@ from omegaconf import DictConfig, OmegaConf
 
 from sft.checkpoint.checkpoint import Checkpoint, best, complete
 from sft.errors import UserError
-from sft.runs.run import Config, Run
+from sft.runs.identity import Config
+from sft.runs.run import Run
 
 
 def main(config: DictConfig) -> None:
@@ -49,7 +50,7 @@ def export_run(
     """
     import torch
 
-    from sft.export.folder import Read, Specs, move_into_place, verify, write_folder
+    from sft.export.folder import Read, Specs, generation_config, move_into_place, verify, write_model
     from sft.export.merge import merged, write_adapter
     from sft.training.log import log
     from sft.training.prepare import model_source
@@ -57,7 +58,7 @@ def export_run(
     dtypes = {None: None, "float32": torch.float32, "bfloat16": torch.bfloat16}
     if dtype not in dtypes:
         raise UserError(f"dtype={dtype} is unknown: set float32 or bfloat16")
-    settings, state = run.config, checkpoint.state
+    settings = run.config
     source = model_source(OmegaConf.create(dict(settings)))
     if source.adapter:
         merge = source.adapter.merge if merge is None else merge
@@ -72,13 +73,19 @@ def export_run(
     staging.mkdir(parents=True)
     specs: Specs = {name: (checkpoint.dtype(name), shape) for name, shape in checkpoint.shapes.items()}
     read: Read = checkpoint.tensor
-    rest = source.load_tokenizer(), state["stop_token_ids"], model_card(run, checkpoint, merge)
+    tokenizer = source.load_tokenizer()
+    generation = generation_config(source, tokenizer, checkpoint.state["stop_token_ids"])
     if merge is False:
-        write_adapter(staging, source, specs, read, *rest, dtype=dtypes[dtype])
+        write_adapter(staging, source, specs, read, dtypes[dtype])
     else:
         if merge:
             specs, read = merged(source, specs, read)
-        write_folder(staging, source, specs, read, *rest, dtype=dtypes[dtype], max_shard_size=max_shard_size, log=log)
+        write_model(
+            staging, source, specs, read, generation, dtype=dtypes[dtype], max_shard_size=max_shard_size, log=log
+        )
+    generation.save_pretrained(staging)
+    tokenizer.save_pretrained(staging)
+    (staging / "README.md").write_text(model_card(run, checkpoint, merge))
     probes = json.loads((checkpoint.path / "probes.json").read_text())
     precision = "bf16-true" if dtype == "bfloat16" else settings["trainer"]["precision"]
     verdict = verify(staging, probes, str(precision), quantized=bool(source.adapter and source.adapter.quantize))
