@@ -58,17 +58,16 @@ def main() -> None:
         _run(command, arguments[1:])
     except Exception as error:
         _end_with(error, command)
-    _leave(0)
+    _leave_ranks(0)
 
 
-def _leave(code: int) -> NoReturn:
-    """Ends the process, without the interpreter's own end if it was one of several ranks."""
+def _leave_ranks(code: int) -> None:
+    """Ends the process if it was one of several ranks, without the interpreter's own end."""
     ranks = sys.modules.get("sft.ranks")
     if ranks is not None:
         ranks.disband()
         if ranks.disbanded:
             leave(code)
-    sys.exit(code)
 
 
 def _run(command: str, arguments: list[str]) -> None:
@@ -124,7 +123,8 @@ def _report(error: Exception, command: str) -> tuple[str, int]:
 def _end_with(error: Exception, command: str) -> NoReturn:
     """Ends the process with a report of the error; a run that a signal stopped has already reported it."""
     if isinstance(error, signals.Interrupted):
-        _leave(error.exit_code)
+        _leave_ranks(error.exit_code)
+        sys.exit(error.exit_code)
     if folder := os.environ.get("SFT_JOB_FOLDER"):
         with suppress(OSError):  # a full disk must not hide the error that filled it
             failure.write(Path(folder), error)
