@@ -16,8 +16,8 @@ from rich.table import Table
 from demo_assets import write_assets
 from sft.commands.generate import answers
 from sft.runs.files import write_json
+from sft.runs.metrics_file import Metrics
 from sft.runs.run import Run
-from sft.training.metrics import MetricsFile
 from sft.training.prepare import quiet
 
 ASSETS = Path(os.environ.get("SFT_CACHE", "cache")) / "demo"
@@ -75,8 +75,7 @@ def report(rows: list[dict[str, str]]) -> tuple[float, float]:
         if shown[row["task"]] <= SHOWN_PER_TASK:
             table.add_row(row["task"], row["prompt"], short(row["base"]), short(row["tuned"]), row["response"])
     console.print(table)
-    metrics = MetricsFile(TUNED.folder / "metrics.csv")
-    metrics.read()
+    metrics = Metrics.read(TUNED.folder / "metrics.csv")
     figures = Table(show_header=False, box=None)
     base, tuned = (sum(row[name] == row["response"] for row in rows) / len(rows) for name in ("base", "tuned"))
     first, last = metrics.first("val/loss"), metrics.last("val/loss")
@@ -85,7 +84,7 @@ def report(rows: list[dict[str, str]]) -> tuple[float, float]:
     figures.add_row("speed", f"{metrics.median('train/tokens_per_second'):,.0f} tokens/s (median step)")
     figures.add_row("base model", str(BASE.export))
     figures.add_row("tuned model", str(TUNED.export))
-    figures.add_row("metrics", f"{metrics.path}, W&B offline in {TUNED.folder / 'wandb'}")
+    figures.add_row("metrics", f"{TUNED.folder / 'metrics.csv'}, W&B offline in {TUNED.folder / 'wandb'}")
     figures.add_row("what was trained", f"{TUNED.folder / 'preview.html'}, {TUNED.folder / 'data.json'}")
     figures.add_row("all answers", str(TUNED.folder / "answers.json"))
     figures.add_row("try it", 'sft generate run=demo --prompt "Write lightning backwards."')

@@ -3,7 +3,6 @@
 import zlib
 from collections.abc import Callable
 from functools import partial
-from itertools import chain
 
 import torch
 import torch.distributed as dist

@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
+import settings
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -65,9 +66,7 @@ def test_flops_are_those_that_torch_counts(lora_rank: int) -> None:
     config = AutoConfig.for_model(**shape)
     model = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
     if lora_rank:
-        from sft.model.adapter import Adapter
-
-        Adapter(r=lora_rank).add(model)
+        settings.adapter(r=lora_rank).add(model)
         model.get_input_embeddings().register_forward_hook(lambda module, inputs, output: output.requires_grad_())
     with FlopCounterMode(display=False) as counter:
         model(torch.arange(length)[None], use_cache=False).logits.sum().backward()

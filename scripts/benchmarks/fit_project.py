@@ -67,7 +67,7 @@ def main(folder: Path, variant: str, out: Path) -> None:
         "started": started,
         "ends": clock.ends,
         "graphs": clock.graphs,
-        "losses": [float(row["train/loss"]) for row in metrics.rows],
+        "losses": [float(row["train/loss"]) for row in metrics.metrics.rows],
         "rss_before": before,
         "rss_peak": peak_rss(),
         "num_parameters": sum(each.numel() for each in module.model.parameters()),

@@ -11,12 +11,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import settings
 from checks.assets import write_model
 from checks.process import Failed, Place, only_trace
 from sft.data.batch import Batch, make_batch, to_device
 from sft.data.mask import IGNORE
 from sft.model import attention as packed
-from sft.model.adapter import Adapter, initial
+from sft.model.adapter import initial
 from sft.model.loading import ModelSource, decoder_layers
 from sft.model.loss import head_is_plain_matrix, linear_nll, nll
 
@@ -237,7 +238,11 @@ def objective(place: Place) -> tuple[str, dict[str, Any]]:
     from transformers import AutoModelForCausalLM
 
     folder = write_model(place.folder / "objective")
-    return compared(place, ModelSource(str(folder)), AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32))
+    return compared(
+        place,
+        settings.model_source(path=str(folder)),
+        AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32),
+    )
 
 
 def lora(place: Place) -> tuple[str, dict[str, Any]]:
@@ -245,7 +250,7 @@ def lora(place: Place) -> tuple[str, dict[str, Any]]:
     from transformers import AutoModelForCausalLM
 
     folder = write_model(place.folder / "lora")
-    adapter = Adapter(r=5, alpha=10)
+    adapter = settings.adapter(r=5, alpha=10)
     reference = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     inject_adapter_in_model(adapter.lora_config(), reference)
 
@@ -256,7 +261,7 @@ def lora(place: Place) -> tuple[str, dict[str, Any]]:
                 parameter.data.copy_(initial(name.replace("lora_B", "lora_A"), parameter.shape))
 
     draw(reference)
-    return compared(place, ModelSource(str(folder), adapter=adapter), reference, draw)
+    return compared(place, settings.model_source(path=str(folder), adapter=adapter), reference, draw)
 
 
 def checkpointing(place: Place) -> tuple[str, dict[str, Any]]:
@@ -268,7 +273,7 @@ def checkpointing(place: Place) -> tuple[str, dict[str, Any]]:
     batch = batch_of(made_up(267, packs(place)), place)
     made, figures = {}, {}
     for name, on, offload in (("plain", False, False), ("checkpointing", True, False), ("offload", False, True)):
-        model = load(ModelSource(str(folder), gradient_checkpointing=on), "bf16-mixed", place)
+        model = load(settings.model_source(path=str(folder), gradient_checkpointing=on), "bf16-mixed", place)
         with peak_memory(place) as memory, save_on_cpu(pin_memory=place.gpu) if offload else nullcontext():
             made[name] = computed(model, batch, "bf16-mixed", place)
         figures[name] = {"peak_mb": memory["mb"]}
@@ -302,7 +307,9 @@ def compiled(place: Place) -> tuple[str, dict[str, Any]]:
     if not place.gpu:
         only_trace()
     folder = write_model(place.folder / "compiled")
-    model, other = (load(ModelSource(str(folder), compile=on), "bf16-mixed", place) for on in (False, True))
+    model, other = (
+        load(settings.model_source(path=str(folder), compile=on), "bf16-mixed", place) for on in (False, True)
+    )
     counters = torch._dynamo.utils.counters
     worst, graphs, seconds = 0.0, [], []
     for seed in range(6):

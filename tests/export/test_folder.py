@@ -9,10 +9,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedTokenizerFast
 
+import settings
 from sft.errors import UserError
-from sft.export.folder import write_folder
+from sft.export.folder import generation_config, write_model
 from sft.model.loading import ModelSource
 
 SIZE: dict[str, Any] = {
@@ -50,23 +51,21 @@ class Weights:
 
 
 def model_of(kind: str) -> tuple[ModelSource, Any]:
-    source = ModelSource(init="random", tokenizer="unused", config=SIZE | KINDS[kind], attention="eager")
+    source = settings.model_source(init="random", tokenizer="unused", config=SIZE | KINDS[kind], attention="eager")
     torch.manual_seed(0)
     return source, source.load(torch.float32)
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_shards_are_those_of_transformers(kind: str, tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+def test_shards_are_those_of_transformers(kind: str, tmp_path: Path) -> None:
     source, model = model_of(kind)
     weights, lines = Weights(model), []
-    write_folder(
+    write_model(
         tmp_path / "ours",
         source,
         weights.layout,
         weights.read,
-        tokenizer,
-        [258],
-        "card",
+        GenerationConfig(),
         max_shard_size=40_000,
         log=lines.append,
     )
@@ -95,7 +94,8 @@ def test_shards_are_those_of_transformers(kind: str, tmp_path: Path, tokenizer: 
 def test_reloads_in_another_dtype(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
     source, model = model_of("tied")
     weights = Weights(model)
-    write_folder(tmp_path, source, weights.layout, weights.read, tokenizer, [258], "card", dtype=torch.bfloat16)
+    generation = generation_config(source, tokenizer, [258])
+    write_model(tmp_path, source, weights.layout, weights.read, generation, dtype=torch.bfloat16)
     assert [path.name for path in tmp_path.glob("model*")] == ["model.safetensors"]
     reloaded = AutoModelForCausalLM.from_pretrained(tmp_path, dtype="auto")
     assert AutoConfig.from_pretrained(tmp_path).dtype == torch.bfloat16
@@ -105,8 +105,8 @@ def test_reloads_in_another_dtype(tmp_path: Path, tokenizer: PreTrainedTokenizer
         assert torch.equal(parameter, weights.tensors[name].bfloat16())
 
 
-def test_a_size_that_is_none(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+def test_a_size_that_is_none(tmp_path: Path) -> None:
     source, model = model_of("tied")
     weights = Weights(model)
     with pytest.raises(UserError, match="max_shard_size=big is no size"):
-        write_folder(tmp_path, source, weights.layout, weights.read, tokenizer, [258], "card", max_shard_size="big")
+        write_model(tmp_path, source, weights.layout, weights.read, GenerationConfig(), max_shard_size="big")

@@ -10,11 +10,11 @@ import torch
 from peft import PeftModel
 from transformers import AutoConfig, AutoModelForCausalLM
 
+import settings
 from export.test_folder import SIZE, Weights
 from sft.errors import UserError
-from sft.export.merge import merged, stored_weights, write_weights
+from sft.export.merge import merged, stored_weights, write_adapter
 from sft.model import adapter as adapters
-from sft.model.adapter import Adapter
 from sft.model.loading import ModelSource
 
 # Any kind of model whose linear layers differ from the others' in something that merging has to know.
@@ -53,8 +53,8 @@ def adapter_of(model: Any) -> Weights:
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_the_adapter_alone_gets_a_gradient_and_adds_nothing_at_first(model_folder: Path, checkpointing: bool) -> None:
-    bare = ModelSource(path=str(model_folder), attention="eager", gradient_checkpointing=checkpointing)
-    model: Any = replace(bare, adapter=Adapter(r=4)).load(torch.float32)
+    bare = settings.model_source(path=str(model_folder), attention="eager", gradient_checkpointing=checkpointing)
+    model: Any = replace(bare, adapter=settings.adapter(r=4)).load(torch.float32)
     ids = torch.arange(20)[None]
     assert torch.equal(model(ids).logits, bare.load(torch.float32)(ids).logits)
     model(ids, labels=ids).loss.backward()
@@ -69,7 +69,9 @@ def test_gradient_checkpointing_changes_no_gradient(model_folder: Path) -> None:
     ids = torch.arange(20)[None]
     gradients = []
     for checkpointing in (False, True):
-        source = ModelSource(path=str(model_folder), attention="eager", adapter=Adapter(r=4, dropout=0.1))
+        source = settings.model_source(
+            path=str(model_folder), attention="eager", adapter=settings.adapter(r=4, dropout=0.1)
+        )
         model = trained(replace(source, gradient_checkpointing=checkpointing))
         torch.manual_seed(5)
         model(ids, labels=ids).loss.backward()
@@ -79,11 +81,11 @@ def test_gradient_checkpointing_changes_no_gradient(model_folder: Path) -> None:
 
 def test_it_is_drawn_from_the_seed_alone(model_folder: Path) -> None:
     def drawn(seed: int, before: int) -> torch.Tensor:
-        source = ModelSource(path=str(model_folder))
+        source = settings.model_source(path=str(model_folder))
         torch.manual_seed(seed)
         model = source.load(torch.float32)
         torch.rand(before)  # as another way of loading the model might
-        Adapter(r=4).add(model)
+        settings.adapter(r=4).add(model)
         return model.model.layers[1].mlp.up_proj.lora_A.default.weight.detach()
 
     first = drawn(3, before=0)
@@ -96,11 +98,11 @@ def test_it_is_drawn_from_the_seed_alone(model_folder: Path) -> None:
 
 
 def test_no_two_layers_are_drawn_alike_and_no_other_draw_moves(model_folder: Path) -> None:
-    model = ModelSource(path=str(model_folder)).load(torch.float32)
+    model = settings.model_source(path=str(model_folder)).load(torch.float32)
     torch.manual_seed(3)
     expected = torch.rand(1)
     torch.manual_seed(3)
-    Adapter(r=4).add(model)
+    settings.adapter(r=4).add(model)
     assert torch.equal(torch.rand(1), expected)
     layers: Any = model.model.layers
     drawn = [layer.self_attn.q_proj.lora_A.default.weight for layer in layers]
@@ -111,13 +113,13 @@ def test_no_two_layers_are_drawn_alike_and_no_other_draw_moves(model_folder: Pat
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("rslora", [False, True])
 def test_merged_weights_are_those_of_peft(kind: str, rslora: bool, tmp_path: Path) -> None:
-    adapter = Adapter(r=4, alpha=6, use_rslora=rslora)
-    source = ModelSource(path=str(base_folder(tmp_path / "base", kind)), attention="eager", adapter=adapter)
+    adapter = settings.adapter(r=4, alpha=6, use_rslora=rslora)
+    source = settings.model_source(path=str(base_folder(tmp_path / "base", kind)), attention="eager", adapter=adapter)
     weights = adapter_of(trained(source))
     layout, read = merged(source, weights.layout, weights.read)
 
     (tmp_path / "adapter").mkdir()
-    write_weights(tmp_path / "adapter", source, weights.layout, weights.read, None)
+    write_adapter(tmp_path / "adapter", source, weights.layout, weights.read, None)
     base = AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float32)
     before = {name: parameter.detach().clone() for name, parameter in base.named_parameters()}
     expected = PeftModel.from_pretrained(base, tmp_path / "adapter").merge_and_unload()
@@ -131,7 +133,9 @@ def test_merged_weights_are_those_of_peft(kind: str, rslora: bool, tmp_path: Pat
 
 
 def test_merging_is_in_fp32_and_holds_one_weight(tmp_path: Path) -> None:
-    source = ModelSource(path=str(base_folder(tmp_path, "tied")), attention="eager", adapter=Adapter(r=4, alpha=6))
+    source = settings.model_source(
+        path=str(base_folder(tmp_path, "tied")), attention="eager", adapter=settings.adapter(r=4, alpha=6)
+    )
     model = trained(source, torch.bfloat16)
     weights = adapter_of(model)
     layout, read = merged(source, weights.layout, weights.read)
@@ -149,7 +153,7 @@ def test_files_that_are_not_the_model_as_it_is_are_left_to_peft(tmp_path: Path) 
     from sft.export.merge import empty_model, weights
 
     for kind, streams in (("tied", True), ("other names on disk", True), ("experts joined in memory", False)):
-        source = ModelSource(path=str(base_folder(tmp_path / kind, kind)))
+        source = settings.model_source(path=str(base_folder(tmp_path / kind, kind)))
         model = empty_model(source)
         layout = {name: (tensor.dtype, list(tensor.shape)) for name, tensor in weights(model).items()}
         assert (stored_weights(source, model, layout) is not None) == streams
@@ -157,7 +161,9 @@ def test_files_that_are_not_the_model_as_it_is_are_left_to_peft(tmp_path: Path) 
 
 def test_rslora_and_rank_scale(model_folder: Path) -> None:
     for rslora, scale in ((False, 32 / 4), (True, 32 / math.sqrt(4))):
-        model: Any = ModelSource(path=str(model_folder), adapter=Adapter(r=4, use_rslora=rslora)).load(torch.float32)
+        model: Any = settings.model_source(
+            path=str(model_folder), adapter=settings.adapter(r=4, use_rslora=rslora)
+        ).load(torch.float32)
         assert model.model.layers[0].self_attn.q_proj.scaling == {"default": scale}
 
 
@@ -172,7 +178,9 @@ def test_rslora_and_rank_scale(model_folder: Path) -> None:
     ids=str,
 )
 def test_targets(model_folder: Path, targets: Any, layers: int) -> None:
-    model = ModelSource(path=str(model_folder), adapter=Adapter(target_modules=targets)).load(torch.float32)
+    model = settings.model_source(path=str(model_folder), adapter=settings.adapter(target_modules=targets)).load(
+        torch.float32
+    )
     assert sum("lora_A" in name for name, _ in model.named_parameters()) == layers
 
 
@@ -193,7 +201,9 @@ KNOWN = "its linear layers are q_proj, k_proj, v_proj, o_proj, gate_proj, up_pro
 )
 def test_wrong_targets_are_refused(model_folder: Path, targets: Any, message: str) -> None:
     with pytest.raises(UserError) as caught:
-        ModelSource(path=str(model_folder), adapter=Adapter(target_modules=targets)).load(torch.float32)
+        settings.model_source(path=str(model_folder), adapter=settings.adapter(target_modules=targets)).load(
+            torch.float32
+        )
     assert message in str(caught.value)
 
 
@@ -210,12 +220,12 @@ def test_wrong_targets_are_refused(model_folder: Path, targets: Any, message: st
 )
 def test_wrong_settings_are_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
-        Adapter(**options)
+        settings.adapter(**options)
 
 
 def test_random_weights_are_not_adapted() -> None:
     with pytest.raises(UserError, match="set adapter=none"):
-        ModelSource(init="random", tokenizer="x", adapter=Adapter())
+        settings.model_source(init="random", tokenizer="x", adapter=settings.adapter())
 
 
 @pytest.fixture
@@ -225,7 +235,7 @@ def cuda(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
 def test_four_bits_need_cuda(model_folder: Path) -> None:
-    source = ModelSource(path=str(model_folder), adapter=Adapter(quantize=True, merge=False))
+    source = settings.model_source(path=str(model_folder), adapter=settings.adapter(quantize=True, merge=False))
     with pytest.raises(UserError, match="needs a CUDA device: set adapter=lora"):
         source.load(torch.float32)
 

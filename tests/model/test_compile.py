@@ -9,9 +9,9 @@ from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import kernel
+import settings
 from model.test_loss import pack
 from sft.model import attention
-from sft.model.loading import ModelSource
 from sft.model.loss import nll
 
 PACKS = [[5, 9, 9, 3, 17], [30], [4, 4, 12], [7] * 9]
@@ -40,9 +40,9 @@ def test_one_graph_for_all_layers_and_packs(
     graphs = CompileCounterWithBackend("eager")
     original = nn.Module.compile
     monkeypatch.setattr(nn.Module, "compile", lambda self, **options: original(self, backend=graphs, **options))
-    source = ModelSource(str(model_folder), gradient_checkpointing=checkpointing)
+    source = settings.model_source(path=str(model_folder), gradient_checkpointing=checkpointing)
     expected = losses(source.load(torch.float32))
-    compiled = ModelSource(str(model_folder), gradient_checkpointing=checkpointing, compile=True)
+    compiled = settings.model_source(path=str(model_folder), gradient_checkpointing=checkpointing, compile=True)
     made = losses(compiled.load(torch.float32))
     for (one, gradient), (other, expected_gradient) in zip(made, expected, strict=True):
         assert one == pytest.approx(other, rel=1e-6)

@@ -3,12 +3,12 @@ from pathlib import Path
 import pytest
 import torch
 
+import settings
 from sft.errors import UserError
-from sft.model.loading import ModelSource
 
 
 def test_loads_lazily_in_training_mode_with_overrides(model_folder: Path) -> None:
-    source = ModelSource(path=str(model_folder), config={"attention_dropout": 0.25})
+    source = settings.model_source(path=str(model_folder), config={"attention_dropout": 0.25})
     model = source.load(torch.float32)
     assert model.training  # from_pretrained alone leaves it in evaluation mode
     assert model.config._attn_implementation == "packed"
@@ -16,7 +16,7 @@ def test_loads_lazily_in_training_mode_with_overrides(model_folder: Path) -> Non
 
 
 def test_without_weights_it_is_the_same_model_otherwise(model_folder: Path) -> None:
-    source = ModelSource(path=str(model_folder))
+    source = settings.model_source(path=str(model_folder))
     full, empty = source.load(torch.float32), source.load(torch.float32, weights=False)
     assert {name: t.shape for name, t in full.named_parameters()} == {
         name: t.shape for name, t in empty.named_parameters()
@@ -28,7 +28,7 @@ def test_without_weights_it_is_the_same_model_otherwise(model_folder: Path) -> N
 
 
 def test_bf16_keeps_the_rotary_frequencies_in_fp32(model_folder: Path) -> None:
-    model = ModelSource(path=str(model_folder)).load(torch.bfloat16)
+    model = settings.model_source(path=str(model_folder)).load(torch.bfloat16)
     assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
     assert model.model.rotary_emb.inv_freq.dtype == torch.float32
 
@@ -43,10 +43,10 @@ def test_bf16_keeps_the_rotary_frequencies_in_fp32(model_folder: Path) -> None:
 )
 def test_what_is_missing_is_named(options: dict[str, str], message: str) -> None:
     with pytest.raises(UserError, match=message):
-        ModelSource(**options)  # type: ignore[arg-type]
+        settings.model_source(**options)  # type: ignore[arg-type]
 
 
 def test_chat_template_from_a_file(model_folder: Path, tmp_path: Path) -> None:
     (tmp_path / "template.jinja").write_text("{{ messages[0].content }}")
-    source = ModelSource(path=str(model_folder), chat_template=str(tmp_path / "template.jinja"))
+    source = settings.model_source(path=str(model_folder), chat_template=str(tmp_path / "template.jinja"))
     assert source.load_tokenizer().chat_template == "{{ messages[0].content }}"

@@ -8,10 +8,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+import settings
 from conftest import tiny_llama
 from sft.checkpoint.layout import Whole, allocate
 from sft.model import sharded_loading
-from sft.model.loading import ModelSource
 
 
 class OneRank:
@@ -25,7 +25,7 @@ class OneRank:
 
 
 def streamed(folder: Path) -> Any:
-    return ModelSource(path=str(folder), attention="sdpa").load(torch.float32, sharding=OneRank())
+    return settings.model_source(path=str(folder), attention="sdpa").load(torch.float32, sharding=OneRank())
 
 
 def assert_equal(model: Any, folder: Path) -> None:

@@ -20,17 +20,17 @@ if TYPE_CHECKING:
 NAME = "default"  # peft's own for an adapter that is the only one
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Adapter:
-    """What `conf/adapter/*.yaml` says: W x becomes W x + alpha / r · B A x, W frozen and B A of rank r trained."""
+    """The settings of `conf/adapter/*.yaml`, which explains each: W x becomes W x + alpha / r · B A x, W frozen and B A of rank r trained."""
 
-    r: int = 16
-    alpha: int = 32
-    dropout: float = 0.0
-    target_modules: str | list[str] = "all-linear"  # or names, or one regular expression for whole names
-    use_rslora: bool = False  # alpha / sqrt(r) instead
-    quantize: bool = False  # W in 4 bits (QLoRA, arXiv 2305.14314)
-    merge: bool = True  # into the base model when it is exported
+    r: int
+    alpha: int
+    dropout: float
+    target_modules: str | list[str]
+    use_rslora: bool
+    quantize: bool  # W in 4 bits (QLoRA, arXiv 2305.14314)
+    merge: bool
 
     def __post_init__(self) -> None:
         if not (isinstance(self.r, int) and self.r > 0):

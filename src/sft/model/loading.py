@@ -1,6 +1,6 @@
 """A model and its tokenizer, by folder or Hub name, checked against each other before any weight is read."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,21 +17,21 @@ if TYPE_CHECKING:
     from sft.model.sharded_loading import Sharding
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ModelSource:
-    """What `conf/model/*.yaml` says of a model; nothing is loaded until a method is called."""
+    """The settings of `conf/model/*.yaml`, which explains each; nothing is loaded until a method is called."""
 
-    path: str | None = None
-    revision: str | None = None
-    tokenizer: str | None = None  # folder or Hub name; None: `path`
-    chat_template: str | None = None  # a Jinja file; None: the tokenizer's own
-    init: str = "pretrained"  # pretrained | random (from `config` alone, the weights drawn from the seed)
-    config: dict[str, object] = field(default_factory=dict)  # overrides of the model's own configuration
-    attention: str = "packed"
-    gradient_checkpointing: bool = False
-    activation_offload: bool = False
-    compile: bool = False
-    trust_remote_code: bool = False
+    path: str | None
+    revision: str | None
+    tokenizer: str | None
+    chat_template: str | None
+    init: str  # pretrained | random (from `config` alone, the weights drawn from the seed)
+    config: dict[str, object]
+    attention: str
+    gradient_checkpointing: bool
+    activation_offload: bool
+    trust_remote_code: bool
+    compile: bool = False  # runs begun before the setting existed lack it
     adapter: Adapter | None = None  # of conf/adapter/*.yaml; None: every weight is trained
 
     def __post_init__(self) -> None:
