@@ -8,7 +8,6 @@ from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 from lightning.pytorch.callbacks import Callback
 
-from sft.data.dataset import Split
 from sft.data.rows import Source
 from sft.data.step_plan import check_division
 from sft.data.store import Store
@@ -33,7 +32,7 @@ def parts(
     fixed = ["logger=csv", "schedule=constant", "schedule.warmup=0", f"trainer.devices={num_ranks}"]
     with initialize_config_dir(str(CONF), version_base="1.3"):
         config = compose("train", [*fixed, *overrides])
-    data = SFTDataModule(Split(Store(folder / "store", [Source("generated")])), None, **data_settings)
+    data = SFTDataModule(Store(folder / "store", [Source("generated")]), None, **data_settings)
     module = module_class(
         model_source(config),
         instantiate(config.optimizer, _convert_="all"),

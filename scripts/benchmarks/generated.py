@@ -42,7 +42,7 @@ def write_store(folder: Path, tokens: np.ndarray, supervised: np.ndarray, vocab:
     }
     for name, dtype in DTYPES.items():
         arrays[name].astype(dtype).tofile(folder / f"{name}.bin")
-    counts = ledger.empty() | {"rows": len(tokens), "samples": len(tokens)}
+    counts = ledger.empty() | {"rows": len(tokens), "samples": len(tokens), "tokens": int(offsets[-1])}
     (folder / "meta.json").write_text(json.dumps({"data_fingerprint": "generated", "sources": [counts]}))
 
 

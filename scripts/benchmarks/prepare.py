@@ -17,7 +17,6 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFa
 
 from benchmarks import generated
 from benchmarks.shapes import fields
-from sft.data.dataset import Split
 from sft.data.rows import Source
 from sft.data.store import Store
 from sft.training.datamodule import SFTDataModule
@@ -34,12 +33,12 @@ def write_tokens(folder: Path, options: dict[str, Any]) -> None:
     rng = np.random.default_rng(options["seed"])
     tokens, supervised = generated.lengths(rng, options["samples"], options["longest"])
     generated.write_store(folder / "store", tokens, supervised, fields(options)["vocab_size"], rng)
-    split = Split(Store(folder / "store", [Source("generated")]))
+    store = Store(folder / "store", [Source("generated")])
     unpacked = {"global_batch_size": options["global_batch"], "micro_batch_size": options["micro_batch"]}
     packed = {"global_batch_size": options["packs"], "micro_batch_size": options["micro_packs"]}
     settings = {"unpacked": unpacked, "packed": packed}
     plan = {
-        variant: write_variant(folder, split, options, packing=variant == "packed", **settings[variant])
+        variant: write_variant(folder, store, options, packing=variant == "packed", **settings[variant])
         for variant in options["variants"]
     }
     (folder / "plan.json").write_text(json.dumps(plan))
@@ -60,7 +59,7 @@ def write_model(folder: Path, options: dict[str, Any]) -> None:
 
 def write_variant(
     folder: Path,
-    split: Split,
+    store: Store,
     options: dict[str, Any],
     packing: bool,
     global_batch_size: int,
@@ -76,12 +75,12 @@ def write_variant(
         "micro_batch_size": micro_batch_size,
     }
     # Full steps only: of a smaller last one, TRL would make another number of micro-batches.
-    num_steps = len(SFTDataModule(split, None, max_steps=None, **setting).epoch(0).packs) // global_batch_size
-    data = SFTDataModule(split, None, max_steps=num_steps, **setting)
+    num_steps = len(SFTDataModule(store, None, max_steps=None, **setting).epoch(0).packs) // global_batch_size
+    data = SFTDataModule(store, None, max_steps=num_steps, **setting)
     steps = [data.step(k) for k in range(num_steps)]
     rows = []
     for pack in (pack for step in steps for pack in step.packs):
-        samples = [split[int(i)] for i in pack]
+        samples = [store[int(i)] for i in pack]
         rows.append(
             {
                 "input_ids": np.concatenate([ids for ids, _ in samples]).tolist(),
@@ -96,7 +95,7 @@ def write_variant(
         "rows": str(rows_folder),
         "num_tokens": [step.num_tokens for step in steps],
         "num_supervised": [step.num_supervised for step in steps],
-        "sum_squares": [int((split.lengths[np.concatenate(step.packs)].astype(np.int64) ** 2).sum()) for step in steps],
+        "sum_squares": [int((store.lengths[np.concatenate(step.packs)].astype(np.int64) ** 2).sum()) for step in steps],
     }
 
 

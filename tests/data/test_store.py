@@ -82,6 +82,11 @@ def test_samples_come_back_as_they_were_made(tmp_path: Path) -> None:
     assert store.content[0] != store.content[1]
     with pytest.raises(IndexError):
         store[2]
+    second_alone = store.subset(np.array([1]))
+    assert len(second_alone) == 1
+    assert second_alone[0][0].tolist() == input_ids.tolist()
+    assert (second_alone.source(0), second_alone.row(0)) == ("b.jsonl", 1)
+    assert (second_alone.lengths.tolist(), second_alone.num_supervised.tolist()) == ([5], [2])
 
 
 def test_equal_rows_have_equal_content(tmp_path: Path) -> None:
@@ -204,7 +209,7 @@ def test_opening_reads_no_tokens(tmp_path: Path) -> None:
         num_values = num_samples * (length if name in ("input_ids", "supervised") else 1) + (name == "offsets")
         with (folder / f"{name}.bin").open("wb") as file:
             file.truncate(num_values * np.dtype(dtype).itemsize)
-    counts = {"samples": num_samples}
+    counts = {"samples": num_samples, "tokens": num_samples * length}
     (folder / "meta.json").write_text(json.dumps({"data_fingerprint": "", "sources": [counts]}))
     started = time.perf_counter()
     store = Store(folder, [Source("a.jsonl")])

@@ -24,7 +24,7 @@ from sft.runs.run import Run
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from sft.data.dataset import Split
+    from sft.data.store import Store
 
 
 def main(config: DictConfig) -> None:
@@ -58,7 +58,7 @@ def main(config: DictConfig) -> None:
         print(f"{len(samples)} samples scored: {config.output}")
 
 
-def scores(model: "PreTrainedModel", samples: "Split", max_length: int) -> Iterator[dict[str, object]]:
+def scores(model: "PreTrainedModel", samples: "Store", max_length: int) -> Iterator[dict[str, object]]:
     """The line of each sample."""
     from sft.data.batch import make_batch, to_device
     from sft.data.mask import IGNORE

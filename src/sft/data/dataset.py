@@ -9,9 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
-from numpy.typing import NDArray
-
 from sft.data import ledger
 from sft.data.build import build_store
 from sft.data.conversation import RowFunction
@@ -33,38 +30,12 @@ UNWRITABLE = {
 }
 
 
-class Split:
-    """Samples of a store, all of them or those at `indices`."""
-
-    def __init__(self, store: Store, indices: NDArray[np.int64] | None = None) -> None:
-        self.store = store
-        self.indices = indices
-        self.lengths = store.lengths if indices is None else store.lengths[indices]
-        self.num_supervised = store.num_supervised if indices is None else store.num_supervised[indices]
-
-    def __len__(self) -> int:
-        return len(self.lengths)
-
-    def __getitem__(self, index: int) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
-        return self.store[self._number(index)]
-
-    def source(self, index: int) -> str:
-        return self.store.source(self._number(index))
-
-    def row(self, index: int) -> int:
-        return self.store.row(self._number(index))
-
-    def _number(self, index: int) -> int:
-        """Of a sample in the store."""
-        return int(index if self.indices is None else self.indices[index])
-
-
 @dataclass(frozen=True)
 class Datasets:
     """`val` is None where validation is off. `ledger` and `fingerprint` are those of the stores, by split."""
 
-    train: Split
-    val: Split | None
+    train: Store
+    val: Store | None
     ledger: Ledger
     fingerprint: Mapping[str, str]
 
@@ -124,13 +95,13 @@ class DataConfig:
         if val_sources:
             val = self.store(val_sources, tokenizer, wait=wait, log=log)
             counts: Ledger = {"train": {"sources": train.counts}, "validation": {"sources": val.counts}}
-            return Datasets(Split(train), Split(val), counts, fingerprint | {"validation": val.data_fingerprint})
+            return Datasets(train, val, counts, fingerprint | {"validation": val.data_fingerprint})
         counts = {"train": {"sources": train.counts}}
         if not self.val_size:
-            return Datasets(Split(train), None, counts, fingerprint)
+            return Datasets(train, None, counts, fingerprint)
         kept, held_out = split_held_out(train.content, self.val_size, seed)
         counts = {**counts, "held_out": {"samples": len(held_out), "of": "train"}}
-        return Datasets(Split(train, kept), Split(train, held_out), counts, fingerprint)
+        return Datasets(train.subset(kept), train.subset(held_out), counts, fingerprint)
 
     def store(
         self,

@@ -16,6 +16,7 @@ several processes build the same one, the first wins. No file locks: some cluste
 
 import json
 from collections.abc import Sequence
+from copy import copy
 from pathlib import Path
 
 import numpy as np
@@ -48,15 +49,22 @@ class Store:
         self.counts: list[SourceCounts] = [
             {"source": str(source), **of_source} for source, of_source in zip(sources, counts, strict=True)
         ]
-        self._ends = np.cumsum([of_source["samples"] for of_source in counts])
+        self._source_ends = np.cumsum([of_source["tokens"] for of_source in counts])
         arrays = {
             name: np.asarray(np.memmap(folder / f"{name}.bin", dtype, mode="r")) for name, dtype in DTYPES.items()
         }
         self.lengths: NDArray[np.int32] = arrays["lengths"]  # [num_samples], tokens
         self.num_supervised: NDArray[np.int32] = arrays["num_supervised"]  # [num_samples], tokens
         self.content: NDArray[np.uint64] = arrays["content"]  # [num_samples], equal for equal rows
-        self._input_ids, self._supervised = arrays["input_ids"], arrays["supervised"]
-        self._offsets, self._rows = arrays["offsets"], arrays["rows"]
+        self._begins, self._rows = arrays["offsets"][:-1], arrays["rows"]  # both [num_samples]
+        self._input_ids, self._supervised = arrays["input_ids"], arrays["supervised"]  # both [num_tokens]
+
+    def subset(self, indices: NDArray[np.int64]) -> "Store":
+        """The samples at these indices alone, in this order."""
+        subset = copy(self)
+        for name in ("lengths", "num_supervised", "content", "_begins", "_rows"):
+            setattr(subset, name, getattr(self, name)[indices])
+        return subset
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -65,13 +73,13 @@ class Store:
         """`(input_ids, labels)`, both [length]; labels are IGNORE where there is no loss."""
         if not 0 <= i < len(self):
             raise IndexError(i)
-        begin, end = self._offsets[i], self._offsets[i + 1]
+        begin, end = self._begins[i], self._begins[i] + self.lengths[i]
         input_ids = self._input_ids[begin:end]
         return input_ids, np.where(self._supervised[begin:end], input_ids, np.int32(IGNORE))
 
     def source(self, i: int) -> str:
         """Name of the source that sample i came from."""
-        number = int(np.searchsorted(self._ends, i, side="right"))
+        number = int(np.searchsorted(self._source_ends, self._begins[i], side="right"))
         return self.counts[number]["source"]
 
     def row(self, i: int) -> int:
