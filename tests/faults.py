@@ -117,12 +117,13 @@ def weights_decay_all() -> None:
 
 def optimizer_forgotten_on_resume() -> None:
     from sft.checkpoint.checkpoint import Checkpoint
+    from sft.checkpoint.layout import Whole
 
     original = Checkpoint.restore
 
-    def restore(self: Checkpoint, model: torch.nn.Module, optimizer: Any) -> None:
-        original(self, model, optimizer)
-        for state in optimizer.state.values():
+    def restore(self: Checkpoint, layout: Whole) -> None:
+        original(self, layout)
+        for state in layout.optimizer.state.values():
             state["exp_avg_sq"].zero_()
 
     Checkpoint.restore = restore

@@ -75,7 +75,7 @@ def faults(place: Place, precision: str) -> tuple[str, dict[str, Any]]:
         references, config.trainer.gradient_clip_val = make_references(config, folder, excerpt, keys)
         for fault, (failing, passing) in table.items():
             begun = time.monotonic()
-            results = under(fault, config, folder, [*failing, *passing], references)
+            results = under(fault, config, folder, excerpt, [*failing, *passing], references)
             missed += [f"{fault.__name__} passes {cell}" for cell in failing if results[cell].passed]
             missed += [f"{fault.__name__} fails {cell}" for cell in passing if not results[cell].passed]
             figures[fault.__name__] = {str(cell): result.document() for cell, result in results.items()}
@@ -106,10 +106,12 @@ def possible(cell: Cell) -> bool:
     return cell.num_ranks == 1 and (not cell.strategy.startswith("deepspeed") or find_spec("deepspeed") is not None)
 
 
-def under(fault: Any, config: Any, folder: Path, cells: list[Cell], references: Any) -> dict[Cell, CellResult]:
+def under(
+    fault: Any, config: Any, folder: Path, excerpt: Any, cells: list[Cell], references: Any
+) -> dict[Cell, CellResult]:
     from sft.commands.certify import run_group
 
     # A resumed cell needs the one that it resumes.
     wanted = [pair for cell in cells for pair in ([replace(cell, resumed=False), cell] if cell.resumed else [cell])]
-    results = run_group(config, folder, 1, list(dict.fromkeys(wanted)), references, fault)
+    results = run_group(config, folder, excerpt, list(dict.fromkeys(wanted)), references, fault)
     return {result.cell: result for result in results if result.cell in cells}

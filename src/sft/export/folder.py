@@ -1,4 +1,4 @@
-"""A model's weights as a Hugging Face folder: shards, tokenizer, chat template, generation config, model card."""
+"""A Hugging Face folder: a model is written to it one weight at a time, proves itself by reloading, and is loaded."""
 
 import json
 import shutil
@@ -19,27 +19,24 @@ from sft.model.adapter import quantization
 from sft.model.loading import ModelSource
 
 if TYPE_CHECKING:
-    from huggingface_hub import StateDictSplit
     from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 Specs = Mapping[str, tuple[torch.dtype, Sequence[int]]]  # dtype and shape of each weight, by its name in the model
 Read = Callable[[str], Tensor]  # one weight by that name
 
 
-def write_folder(
+def write_model(
     folder: Path,
     source: ModelSource,
     specs: Specs,
     read: Read,
-    tokenizer: "PreTrainedTokenizerFast",
-    stop_ids: list[int],
-    card: str,
+    generation: "GenerationConfig",
     *,
     dtype: torch.dtype | None = None,
     max_shard_size: int | str = "5GB",
     log: Callable[[str], None] = print,
 ) -> None:
-    """Writes the folder, holding one weight at a time; `dtype` None keeps each weight's own.
+    """Writes weights and configuration, holding one weight at a time; `dtype` None keeps each weight's own.
 
     All weights are held at once, and `log` gets a line, if transformers stores this kind of model in a form that it
     doesn't compute with.
@@ -51,7 +48,7 @@ def write_folder(
 
     # Only shapes are needed: transformers knows how a model's names are written to disk.
     model = empty_model(source, next(own for own, _ in specs.values() if own.is_floating_point))
-    model.generation_config = generation_config(source, tokenizer, stop_ids)
+    model.generation_config = generation
     names = names_on_disk(model, specs)
     if names is None:
         log(f"export {folder}: transformers stores this kind of model in another form, so all of it is held in memory")
@@ -60,8 +57,6 @@ def write_folder(
     else:
         model.save_pretrained(folder, state_dict={})  # all but the weights
         write_shards(folder, specs, convert, names, max_shard_size)
-    tokenizer.save_pretrained(folder)
-    (folder / "README.md").write_text(card)
 
 
 def empty_model(source: ModelSource, dtype: torch.dtype | None = None, adapter: bool = False) -> "PreTrainedModel":
@@ -100,28 +95,23 @@ def write_shards(folder: Path, specs: Specs, read: Read, names: Mapping[str, str
 
     `names`: the weights' names in the model by their names on disk.
     """
-    empty = {stored: torch.empty(specs[name][1], dtype=specs[name][0], device="meta") for stored, name in names.items()}
-    split = split_shards(empty, max_shard_size)
-    for file, stored_names in split.filename_to_tensors.items():
-        shard = {stored: specs[names[stored]] for stored in stored_names}
-        safetensors_file.write(folder / file, shard, lambda stored: read(names[stored]))
+    from huggingface_hub import split_torch_state_dict_into_shards
+
+    stored = {name: specs[own] for name, own in names.items()}
+    empty = {name: torch.empty(shape, dtype=dtype, device="meta") for name, (dtype, shape) in stored.items()}
+    try:
+        split = split_torch_state_dict_into_shards(
+            empty, filename_pattern="model{suffix}.safetensors", max_shard_size=max_shard_size
+        )
+    except ValueError as error:
+        raise UserError(f'max_shard_size={max_shard_size} is no size: set bytes, or a size like "5GB"') from error
+    for file, shard in split.filename_to_tensors.items():
+        safetensors_file.write(folder / file, {name: stored[name] for name in shard}, lambda name: read(names[name]))
     if split.is_sharded:
         num_parameters = sum(tensor.numel() for tensor in empty.values())
         metadata = {"total_parameters": num_parameters, **split.metadata}
         index = {"metadata": metadata, "weight_map": split.tensor_to_filename}
         (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
-
-
-def split_shards(tensors: dict[str, Tensor], max_shard_size: int | str) -> "StateDictSplit":
-    """Which tensor goes into which file, as transformers would have it."""
-    from huggingface_hub import split_torch_state_dict_into_shards
-
-    try:
-        return split_torch_state_dict_into_shards(
-            tensors, filename_pattern="model{suffix}.safetensors", max_shard_size=max_shard_size
-        )
-    except ValueError as error:
-        raise UserError(f'max_shard_size={max_shard_size} is no size: set bytes, or a size like "5GB"') from error
 
 
 def generation_config(

@@ -11,34 +11,17 @@ from torch import Tensor, nn
 
 from sft.checkpoint import safetensors_file
 from sft.checkpoint.layout import persistent_buffers
-from sft.export.folder import Read, Specs, empty_model, generation_config, names_on_disk
+from sft.export.folder import Read, Specs, empty_model, names_on_disk
 from sft.model.adapter import NAME
 from sft.model.loading import ModelSource
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerFast
+    from transformers import PreTrainedModel
 
 
-def write_adapter(
-    folder: Path,
-    source: ModelSource,
-    specs: Specs,
-    read: Read,
-    tokenizer: "PreTrainedTokenizerFast",
-    stop_ids: list[int],
-    card: str,
-    *,
-    dtype: torch.dtype | None = None,
-) -> None:
-    """Writes a folder that peft's `PeftModel` and transformers' `AutoModelForCausalLM` load over the base model."""
-    write_weights(folder, source, specs, read, dtype)
-    generation_config(source, tokenizer, stop_ids).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    (folder / "README.md").write_text(card)
-
-
-def write_weights(folder: Path, source: ModelSource, specs: Specs, read: Read, dtype: torch.dtype | None) -> None:
-    """Writes adapter_config.json and adapter_model.safetensors."""
+def write_adapter(folder: Path, source: ModelSource, specs: Specs, read: Read, dtype: torch.dtype | None) -> None:
+    """Writes the weights and configuration that peft and transformers load over the base model; `dtype` None keeps
+    each weight's own."""
     from peft import PeftConfig
 
     config = empty_model(source, adapter=True).peft_config[NAME]
@@ -96,7 +79,7 @@ def merged_by_peft(source: ModelSource, specs: Specs, read: Read, dtype: torch.d
     base = replace(source, adapter=None).load(dtype)
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # peft's remarks, as when the adapter was added
-        write_weights(Path(folder), source, specs, read, None)
+        write_adapter(Path(folder), source, specs, read, None)
         model = PeftModel.from_pretrained(base, folder, autocast_adapter_dtype=False)
         return weights(model.merge_and_unload())
 

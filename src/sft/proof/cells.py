@@ -131,8 +131,8 @@ class Outcome:
     checkpoint: Path
 
 
-def run_cell(config: DictConfig, folder: Path, cell: Cell) -> Outcome:
-    """One rank's part of a cell. `folder` holds the model, the samples and a folder for each cell."""
+def run_cell(config: DictConfig, folder: Path, samples: Excerpt, cell: Cell) -> Outcome:
+    """One rank's part of a cell, in a folder of its own in `folder`."""
     from sft.training.datamodule import SFTDataModule
     from sft.training.fit import fit
     from sft.training.metrics import MetricsFile
@@ -143,7 +143,6 @@ def run_cell(config: DictConfig, folder: Path, cell: Cell) -> Outcome:
     config.trainer.devices = cell.num_ranks
     own_folder = folder / str(cell)
     uninterrupted = folder / str(replace(cell, resumed=False)) / "checkpoints"
-    samples = Excerpt.load(folder / "samples.npz")
     data = SFTDataModule(
         samples,
         None,

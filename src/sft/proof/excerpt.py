@@ -1,7 +1,5 @@
 """The few samples of a certificate: short ones of the user's data, or made-up ones."""
 
-from pathlib import Path
-
 import numpy as np
 
 from sft.data.batch import SampleSet
@@ -24,6 +22,9 @@ class Excerpt:
         self.pairs, self.max_length = pairs, max_length
         self.lengths = np.array([len(ids) for ids, _ in pairs], dtype=np.int32)
         self.num_supervised = np.array([(labels != IGNORE).sum() for _, labels in pairs], dtype=np.int32)
+
+    def __reduce__(self) -> tuple[type["Excerpt"], tuple[list[Pair], int]]:
+        return Excerpt, (self.pairs, self.max_length)  # counted again in the process that it is sent to
 
     def __len__(self) -> int:
         return len(self.pairs)
@@ -52,21 +53,6 @@ class Excerpt:
 
         positions = [position(step, plan(0).num_steps) for step in range(num_steps)]
         return [np.concatenate(plan(epoch).step(step).packs).tolist() for epoch, step in positions]
-
-    def save(self, path: Path) -> None:
-        np.savez(
-            path,
-            ids=np.concatenate([ids for ids, _ in self.pairs]),
-            labels=np.concatenate([labels for _, labels in self.pairs]),
-            ends=np.cumsum(self.lengths),
-            max_length=self.max_length,
-        )
-
-    @classmethod
-    def load(cls, path: Path) -> "Excerpt":
-        with np.load(path) as file:
-            parts = [np.split(file[name], file["ends"][:-1]) for name in ("ids", "labels")]
-            return cls(list(zip(*parts, strict=True)), int(file["max_length"]))
 
 
 def excerpt(samples: SampleSet, lengths: np.ndarray, global_batch_size: int) -> Excerpt:
