@@ -292,6 +292,16 @@ def test_four_bits_need_a_gpu_on_the_nodes_alone(sft: Sft, slurm: FalseSlurm) ->
     assert sft("submit", "--dry-run", *FITTING, "--", *settings(sft, *GPU, "adapter=qlora")) == 0
 
 
+def test_a_run_that_a_sweep_has_queued_from_a_machine_without_a_gpu(
+    sft: Sft, slurm: FalseSlurm, capsys: pytest.CaptureFixture[str]
+) -> None:
+    slurm.answer("squeue", f"5|PENDING|sft train {sft.folder}/runs/run")
+    given = settings(sft, *GPU, "adapter=qlora")
+    for command in (["submit", *FITTING, "--", *given], ["train", "-m", *given, "hydra/launcher=slurm"]):
+        assert sft(*command) == 2
+        assert f"job 5 (PENDING) trains {sft.folder}/runs/run already" in capsys.readouterr().err
+
+
 def test_notes(sft: Sft, slurm: FalseSlurm, capsys: pytest.CaptureFixture[str]) -> None:
     # Of five nodes one is there, for which Slurm would refuse what it queues.
     slurm.answer("sinfo", "main*|4|16|gpu:2|infinite|n/a|up|down*\nmain*|1|16|gpu:2|infinite|n/a|up|idle")

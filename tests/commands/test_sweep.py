@@ -39,7 +39,7 @@ def test_a_setting_that_fails_hides_no_other(sft: Sft, capsys: pytest.CaptureFix
         (("hydra/sweeper=optuna", "seed=1"), "nothing varies: give an interval"),
     ],
 )
-def test_what_is_wrong_is_told_before_the_first_starts(
+def test_a_mistake_is_reported_before_the_first_setting_starts(
     sft: Sft, settings: tuple[str, ...], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert sft("train", "-m", *sft.settings, *settings) == 2
@@ -58,27 +58,27 @@ def trials() -> list[Any]:
     return optuna.load_study(study_name="s", storage=journal("runs/.multirun/optuna.journal")).trials
 
 
-def test_optuna_prunes_and_goes_on(sft: Sft, capsys: pytest.CaptureFixture[str]) -> None:
+def test_optuna_prunes_and_resumes(sft: Sft, capsys: pytest.CaptureFixture[str]) -> None:
     assert optuna_sweep(sft, 3) == 0
     first, second, third = trials()  # the seed draws the lowest rate last
-    assert [each.state for each in trials()] == [TrialState.COMPLETE, TrialState.COMPLETE, TrialState.PRUNED]
+    assert [trial.state for trial in trials()] == [TrialState.COMPLETE, TrialState.COMPLETE, TrialState.PRUNED]
     assert third.params["optimizer.lr"] < first.params["optimizer.lr"] < second.params["optimizer.lr"]
     assert second.value < first.value
     assert list(first.intermediate_values) == list(third.intermediate_values) == [2]
     rows = [line.split() for line in capsys.readouterr().out.splitlines() if line.startswith("x-")]
     assert [row[1:3] for row in rows] == [["finished", "4/4"], ["finished", "4/4"], ["pruned", "2/4"]]
     assert float(rows[0][3]) == pytest.approx(second.value, abs=1e-4)
-    # One that was asked for when its sweep was killed is trained, and then one that wasn't drawn before.
+    # A trial that was drawn before its sweep was killed is trained, and then a new one.
     study = optuna.load_study(study_name="s", storage=journal("runs/.multirun/optuna.journal"))
     study.ask({"optimizer.lr": optuna.distributions.FloatDistribution(1e-4, 1e-1, log=True)})
     assert optuna_sweep(sft, 5) == 0
-    assert [each.state.is_finished() for each in trials()] == [True] * 5
+    assert [trial.state.is_finished() for trial in trials()] == [True] * 5
     assert "study s: 3 of 5 trials have ended" in capsys.readouterr().out
-    assert len({each.params["optimizer.lr"] for each in trials()}) == 5
+    assert len({trial.params["optimizer.lr"] for trial in trials()}) == 5
 
 
 def begun(storage: str, losses: list[float]) -> int:
-    """Number of a trial beside which others have had these losses at step 2."""
+    """The number of a new trial in a study whose other trials had these losses at step 2."""
     study = optuna.create_study(study_name="s", storage=journal(storage))
     for loss in losses:
         other = study.ask()
@@ -87,7 +87,7 @@ def begun(storage: str, losses: list[float]) -> int:
     return study.ask().number
 
 
-def test_a_step_that_is_made_again_is_reported_once(tmp_path: Path) -> None:
+def test_a_repeated_step_is_reported_once(tmp_path: Path) -> None:
     storage = str(tmp_path / "journal")
     trial = begun(storage, [1.0, 2.0])
     callback = Pruning(storage, "s", trial, optuna.pruners.MedianPruner(n_startup_trials=1))

@@ -16,7 +16,7 @@ from sft.cluster.submitit_watcher import Watcher
 from sft.commands.job import pick
 from sft.errors import UserError
 
-pytestmark = pytest.mark.xdist_group("slurm")
+pytestmark = [pytest.mark.xdist_group("slurm"), pytest.mark.timeout(600)]
 
 ROOT = Path(__file__).resolve().parents[2]
 SFT = str(Path(sys.executable).with_name("sft"))
@@ -99,7 +99,7 @@ def test_a_job_resumes_after_a_signal_and_the_sweep_ends_with_the_table(cluster:
         "name=x",
         f"+callbacks.signal={signal}",
     ]
-    swept = cluster.exec(*command, cwd=sft.folder, timeout=200)
+    swept = cluster.exec(*command, cwd=sft.folder)
     assert swept.returncode == 0, swept.stdout + swept.stderr
     rows = [line.split() for line in swept.stdout.splitlines() if line.startswith("x-")]
     assert [row[1:3] for row in rows] == [["finished", "6/6"]] * 2, swept.stdout
