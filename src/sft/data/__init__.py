@@ -1,4 +1,4 @@
-"""The way of one sample, a module a step:
+"""The way of one sample, one module a step:
 
 rows           file, folder, saved or Hub data set → rows
 conversation   row → messages, or prompt and response

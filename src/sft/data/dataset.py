@@ -24,10 +24,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 FORMAT = 1  # of a store's files; part of its key
-UNWRITABLE = {
-    *(*FULL_DISK, errno.EFBIG),
-    *(errno.EACCES, errno.EPERM, errno.EROFS, errno.EEXIST, errno.ENOTDIR),  # not ours, or in the way
-}
+# The disk is full, the folder is not ours, or something is in the way.
+UNWRITABLE = (*FULL_DISK, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS, errno.EEXIST, errno.ENOTDIR)
 
 
 @dataclass(frozen=True)
