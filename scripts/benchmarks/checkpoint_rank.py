@@ -18,7 +18,9 @@ from transformers.integrations import HfDeepSpeedConfig
 from benchmarks.fit_rank import parts
 from benchmarks.ranks import Peak
 from sft.checkpoint.checkpoint import latest
-from sft.checkpoint.save import flush_file, save
+from sft.checkpoint.save import save
+from sft.runs.files import fsync
+from sft.training.checkpointing import layout
 from sft.training.module import SFTModule
 
 
@@ -59,7 +61,7 @@ class Project(SFTModule):
     results: dict[str, list[dict[str, float]]]
 
     def configure_model(self) -> None:
-        if self.model is None:
+        if not hasattr(self, "model"):
             self.results["load"] = [measured(self.load)]
 
     def load(self) -> None:
@@ -97,14 +99,14 @@ class SaveAndRestore(Callback):
 
     def on_train_end(self, trainer: Any, module: Any) -> None:
         engine = getattr(trainer.strategy, "deepspeed_engine", None)
-        model, optimizer = module.model, trainer.optimizers[0]
+        where = layout(trainer, module)
         state = {"num_steps": 1, "stopped": False, "val_loss": None}
         for _ in range(self.repeats):
-            self.note("save", partial(save, self.folder, 1, model, optimizer, {}, state, []))
+            self.note("save", partial(save, self.folder, 1, where, {}, state, []))
             checkpoint = latest(self.folder)
             assert checkpoint is not None
             self.note("verify", checkpoint.verify)
-            self.note("restore", partial(checkpoint.restore, model, optimizer))
+            self.note("restore", partial(checkpoint.restore, where))
             self.clear()
             if engine is not None:
                 self.note("engine save", partial(engine.save_checkpoint, str(self.folder)))
@@ -122,7 +124,7 @@ class SaveAndRestore(Callback):
     def flush(self) -> None:
         """What the engine leaves to the system: that the files are on the disk. Each rank waits for some of them."""
         for path in self.files()[dist.get_rank() :: dist.get_world_size()]:
-            flush_file(path)
+            fsync(path)
 
     def clear(self) -> None:
         dist.barrier()

@@ -4,10 +4,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from safetensors import safe_open
 
 from benchmarks import generated
 from benchmarks.prepare import write_model
-from sft.checkpoint.safetensors_file import File
 
 
 def main(folder: Path, rank: int, num_ranks: int, options: dict[str, Any]) -> dict[str, int]:
@@ -18,7 +18,8 @@ def main(folder: Path, rank: int, num_ranks: int, options: dict[str, Any]) -> di
     tokens = np.full(num_samples, options["max_length"], dtype=np.int32)
     rng = np.random.default_rng(options["seed"])
     generated.write_store(folder / "store", tokens, tokens // 2, options["vocab"], rng)
-    sizes = {name: int(np.prod(shape)) for name, (_, shape) in File(folder / "model/model.safetensors").layout.items()}
+    with safe_open(folder / "model/model.safetensors", "np") as file:
+        sizes = {name: int(np.prod(file.get_slice(name).get_shape())) for name in file.offset_keys()}
     largest = max(sizes.values())
     layer = sum(size for name, size in sizes.items() if name.startswith("model.layers.0."))
     return {"weights": sum(sizes.values()), "largest_tensor": largest, "largest_layer": max(layer, largest)}
