@@ -78,6 +78,7 @@ def file_for_a_folder(folder: Path) -> None:
         (without_stop, ["model.chat_template=endless.jinja"], "would never learn to stop"),
         (None, ["strategy=ddp", *JOB, "global_batch_size=48"], "48 packs does not divide among 32 ranks"),
         (None, [*JOB], "the trainer has 32: set strategy=ddp"),
+        (None, ["adapter=qlora", "strategy=fsdp2", *JOB], "strategy=fsdp2 can't shard weights in 4 bits"),
         (file_for_a_folder, ["runs_dir=file/runs"], "can't be written"),
         (None, ["runs_dir=/proc/runs"], "can't be written"),
         (None, ["data.max_length=1000"], "more than the 512 positions"),

@@ -110,13 +110,6 @@ def model_card(run: Run, checkpoint: Checkpoint, merge: bool | None) -> str:
     sources = json.loads((run.folder / "data.json").read_text())["train"]["sources"]
     num_samples = sum(source["samples"] for source in sources)
     num_supervised = sum(source["supervised_tokens"] for source in sources)
-    header = [
-        "---",
-        f"library_name: {'peft' if merge is False else 'transformers'}",
-        "pipeline_tag: text-generation",
-    ]
-    if base and not Path(base).exists():
-        header.append(f"base_model: {base}")
     loss = "not measured" if state["val_loss"] is None else f"{state['val_loss']:.4f}"
     recipe = {
         "base model": base or "random weights",
@@ -132,11 +125,14 @@ def model_card(run: Run, checkpoint: Checkpoint, merge: bool | None) -> str:
         "validation loss": loss,
         "commit": provenance["commit"],
     }
-    rows = [f"| {name} | {value} |" for name, value in recipe.items()]
-    title = [*header, "---", f"# {run.folder.name}", "", "Supervised fine-tuning by `sft`.", ""]
-    table = ["| | |", "|---|---|", *rows, ""]
-    whole = ["The whole configuration:", "", "```yaml", (run.folder / "config.yaml").read_text().rstrip(), "```", ""]
-    return "\n".join([*title, *table, *whole])
+    lines = ["---", f"library_name: {'peft' if merge is False else 'transformers'}", "pipeline_tag: text-generation"]
+    if base and not Path(base).exists():
+        lines.append(f"base_model: {base}")
+    lines += ["---", f"# {run.folder.name}", "", "Supervised fine-tuning by `sft`.", "", "| | |", "|---|---|"]
+    lines += [f"| {name} | {value} |" for name, value in recipe.items()]
+    configuration = (run.folder / "config.yaml").read_text().rstrip()
+    lines += ["", "The whole configuration:", "", "```yaml", configuration, "```", ""]
+    return "\n".join(lines)
 
 
 def _adapter_line(settings: Config, merge: bool) -> str:

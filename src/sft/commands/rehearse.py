@@ -109,10 +109,8 @@ def _check(config: DictConfig, folder: Path, num_rows: int) -> str:
     from sft.training.prepare import setup
     from sft.training.settings import check
 
+    num_ranks, accumulation = check(config, here=False)
     small = copy.deepcopy(config)
-    if config.adapter:
-        small.adapter.quantize = False  # 4 bits need CUDA, which this machine may lack
-    num_ranks, accumulation = check(small)
     settings: Any = OmegaConf.to_container(config)
     run = Run.of(settings)
     check_writable(run.folder, "runs_dir")

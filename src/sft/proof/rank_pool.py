@@ -30,7 +30,7 @@ PROCESSES = multiprocessing.get_context("forkserver")
 STARTING = threading.Lock()  # forks from two threads at once aren't safe, and some libraries refuse them
 SHARED = {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
 # The environment of each kind of rank, and the modules that are imported before the fork. A process must not touch CUDA
-# before it forks: torch then asks the driver's library whether there is a GPU, and DeepSpeed isn't imported.
+# before it forks, so torch asks the driver's library whether there is a GPU, and DeepSpeed isn't imported.
 ENVIRONMENT = {
     "cpu": SHARED | {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"},
     "gpu": SHARED | {"PYTORCH_NVML_BASED_CUDA_CHECK": "1"},
