@@ -1,4 +1,4 @@
-"""Which layers get a low-rank adapter (LoRA, arXiv 2106.09685), and how it is put in. The layers are peft's."""
+"""Adds a low-rank adapter (LoRA, arXiv 2106.09685) to a model. Its layers are peft's."""
 
 import importlib.util
 import math
@@ -22,7 +22,10 @@ NAME = "default"  # peft's own for an adapter that is the only one
 
 @dataclass(frozen=True, kw_only=True)
 class Adapter:
-    """The settings of `conf/adapter/*.yaml`, which explains each: W x becomes W x + alpha / r · B A x, W frozen and B A of rank r trained."""
+    """The settings of `conf/adapter/*.yaml`, which explains each.
+
+    W x becomes W x + alpha / r · B A x; W is frozen, and B A of rank r is trained.
+    """
 
     r: int
     alpha: int
@@ -42,17 +45,17 @@ class Adapter:
         self.check_merge(self.merge, "adapter.merge")
 
     def check_merge(self, merge: bool, setting: str) -> None:
-        """Refuses a merged export where it would be another model."""
+        """Refuses to merge an adapter into other weights than it was trained with."""
         if not isinstance(merge, bool):
             raise UserError(f"{setting}={merge} is unknown: set true or false")
         if self.quantize and merge:
             raise UserError(
-                f"{setting}=true: the adapter was made for weights in 4 bits, and merged into others it would be "
-                f"another model: set {setting}=false"
+                f"{setting}=true: the adapter was trained on 4-bit weights, so merged into others it is another model: "
+                f"set {setting}=false"
             )
 
     def lora_config(self) -> "LoraConfig":
-        """The same in peft's words."""
+        """These settings as peft takes them."""
         from peft import LoraConfig, TaskType
 
         return LoraConfig(
@@ -65,16 +68,16 @@ class Adapter:
         )
 
     def add(self, model: "PreTrainedModel") -> None:
-        """Puts the adapter in and freezes all else. It is in the dtype of the layers that it lies beside.
+        """Adds the adapter, in the dtype of its layers, and freezes everything else.
 
-        At first it adds nothing, since B is zero; of a model without weights its own are left to be made as well.
+        At first it changes nothing, since B is zero. In a model without weights its own stay empty too.
         """
         import torch
         from peft import inject_adapter_in_model
 
         self.check_targets(model)
         with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
-            warnings.simplefilter("ignore")  # peft's remarks on what it does about kinds of layers
+            warnings.simplefilter("ignore")  # peft explains how it treats some layers
             inject_adapter_in_model(self.lora_config(), model, adapter_name=NAME)
         for name, parameter in model.named_parameters():
             if parameter.requires_grad and not parameter.is_meta:
@@ -86,7 +89,7 @@ class Adapter:
         if targets == "all-linear":
             return
         linear = linear_layers(model)
-        known = f"its linear layers are {', '.join(dict.fromkeys(name.rpartition('.')[2] for name in linear))}"
+        choices = f"its linear layers are {', '.join(dict.fromkeys(name.rpartition('.')[2] for name in linear))}"
         head = model.get_output_embeddings()
         tied = head is not None and head.weight is model.get_input_embeddings().weight
         for target in [targets] if isinstance(targets, str) else targets:
@@ -95,17 +98,17 @@ class Adapter:
                     pattern = re.compile(target)
                 except re.error as error:
                     raise UserError(
-                        f"adapter.target_modules={target} is no regular expression ({error}): {known}"
+                        f"adapter.target_modules={target} is no regular expression ({error}): {choices}"
                     ) from error
             else:
                 pattern = re.compile(rf"(.*\.)?{re.escape(target)}")
-            found = {name: module for name, module in model.named_modules() if pattern.fullmatch(name)}
-            if not found:
-                raise UserError(f"adapter.target_modules: {target} is no layer of {type(model).__name__}: {known}")
-            for name, module in found.items():
+            modules = {name: module for name, module in model.named_modules() if pattern.fullmatch(name)}
+            if not modules:
+                raise UserError(f"adapter.target_modules: {target} is no layer of {type(model).__name__}: {choices}")
+            for name, module in modules.items():
                 if name not in linear:
                     raise UserError(
-                        f"adapter.target_modules: {target} means {name or 'the model'}, no linear layer: {known}"
+                        f"adapter.target_modules: {target} means {name or 'the model'}, no linear layer: {choices}"
                     )
                 if tied and module is head:
                     raise UserError(
@@ -115,19 +118,19 @@ class Adapter:
 
 
 def initial(name: str, shape: "Sequence[int]") -> "Tensor":
-    """What an adapter's weight is at first: zero for B, and A drawn as peft does, from ±1 / sqrt(number of inputs).
+    """An adapter's weight at first: zero for B; A is drawn as peft does, from ±1 / sqrt(number of inputs).
 
-    A function of its name and the seed that torch was given last, so that A is the same on all ranks and however the
-    model is loaded and shared out.
+    It depends on its name and on torch's last seed alone, so A is the same on all ranks, however the model is loaded
+    and sharded.
     """
     import torch
 
     # In fp32 on the processor, whatever torch's defaults are while the model is made.
-    options: dict[str, Any] = {"dtype": torch.float32, "device": "cpu"}
+    weight = torch.zeros(*shape, dtype=torch.float32, device="cpu")
     if ".lora_A." not in name:
-        return torch.zeros(*shape, **options)
+        return weight
     generator = torch.Generator().manual_seed(torch.initial_seed() ^ zlib.crc32(name.encode()))
-    return (torch.rand(*shape, generator=generator, **options) * 2 - 1) / math.sqrt(shape[1])
+    return (weight.uniform_(generator=generator) * 2 - 1) / math.sqrt(shape[1])
 
 
 def linear_layers(model: "nn.Module") -> "dict[str, nn.Module]":
@@ -139,8 +142,10 @@ def linear_layers(model: "nn.Module") -> "dict[str, nn.Module]":
 
 
 def check_quantization(strategy: str = "", accelerator: str = "auto", here: bool = True) -> None:
-    """Refuses 4-bit weights where they can't be: without CUDA or bitsandbytes, or where a strategy shards weights.
-    `here`: on this machine, else on another that is as good as the settings say."""
+    """Refuses 4-bit weights without CUDA or bitsandbytes, and under a strategy that shards weights.
+
+    `here`: the run is on this machine, which is checked too; else only its settings are.
+    """
     if accelerator == "cpu" or (here and not _has_cuda()):
         raise UserError("adapter=qlora holds weights in 4 bits, which needs a CUDA device: set adapter=lora")
     if strategy.startswith(("deepspeed_zero3", "fsdp")):
@@ -158,7 +163,7 @@ def _has_cuda() -> bool:
 
 
 def quantization() -> dict[str, Any]:
-    """What `from_pretrained` is given so that a model is held in 4 bits, on this process's device."""
+    """Options of `from_pretrained` that load a model in 4 bits on this process's device."""
     import torch
     from transformers import BitsAndBytesConfig
 

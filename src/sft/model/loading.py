@@ -128,6 +128,10 @@ class ModelSource:
         options: dict[str, Any] = {"trust_remote_code": self.trust_remote_code}
         options |= {"dtype": dtype, "attn_implementation": self.attention}
         if self.adapter and self.adapter.quantize:
+            if sharding is not None:
+                raise UserError(
+                    "adapter=qlora: this strategy shards weights, which 4 bits don't allow: set strategy=ddp"
+                )
             options |= quantization()
         path = self.path if self.init == "pretrained" else None
 

@@ -1,4 +1,4 @@
-"""Which parameters decay, and how the learning rate moves. The optimizer itself is `conf/optimizer/*.yaml`."""
+"""Weight decay by parameter, and learning-rate schedules. `conf/optimizer/*.yaml` names the optimizer."""
 
 import math
 from collections.abc import Callable

@@ -11,11 +11,11 @@ from sft.data.step_plan import EpochPlan, Step, check_division, epoch_plan, eval
 
 
 class SFTDataModule(L.LightningDataModule):
-    """Serves the steps `start_step` to `num_steps` of a run as one pass, whatever epochs they lie in.
+    """Serves the steps `start_step` to `num_steps` of a run as one pass, across epochs.
 
     Args:
         train, val: the samples; no `val`, no validation.
-        seed: what the order of samples is drawn from.
+        seed: the order of samples is drawn from it.
         epochs: passes over the training samples; `max_steps` cuts them short.
         global_batch_size: packs an optimizer step, over all ranks.
         micro_batch_size: packs a forward pass.

@@ -1,4 +1,4 @@
-"""What is measured of each optimizer step, and the file that holds each step exactly once."""
+"""Metrics of each optimizer step, and the file that holds each step exactly once."""
 
 import csv
 import io

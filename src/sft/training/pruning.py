@@ -1,4 +1,4 @@
-"""The callback that reports a sweep's trial to Optuna at each validation, and ends it where it does badly."""
+"""The callback that reports a sweep's trial to Optuna at each validation, and ends a bad one early."""
 
 import math
 from typing import TYPE_CHECKING
@@ -46,5 +46,5 @@ class Pruning(Callback):
         bad = math.isnan(loss) or bool(self.pruner.prune(study, storage.get_trial(trial)))
         if bad:
             storage.set_trial_user_attr(trial, "pruned", step)
-            log(f"step {step}: ended early, since other trials do better")
+            log(f"step {step}: ended early, because other trials do better")
         return bad

@@ -21,13 +21,14 @@ if TYPE_CHECKING:
 def wandb_logger(
     *, run: str, folder: Path, group: str, history: Sequence[Mapping[str, str]], project: str, mode: str
 ) -> "WandbLogger":
-    """Weights & Biases; `mode=auto` is online for who is logged in and offline for who is not.
+    """Weights & Biases; `mode=auto` is online if a W&B key is found, else offline.
 
-    One W&B run however often this one is resumed, with each step exactly once: a resumed run makes the steps after
-    its checkpoint again, to the same bits, so online those that are there already are left out. Offline, where a W&B
-    run can't be gone on with, it is written anew. What is missing comes from `history`, the rows of metrics.csv.
+    One W&B run, however often this run is resumed, with each step exactly once. A resumed run repeats the steps after
+    its checkpoint, to the same bits: online, steps that W&B has already are left out. An offline W&B run can't be
+    resumed, so it is written anew. Steps that W&B lacks come from `history`, the rows of metrics.csv.
 
-    `WANDB_MODE` in the environment goes before `mode`. Where the service can't be reached the run goes on offline.
+    `WANDB_MODE` in the environment takes precedence over `mode`. If the service can't be reached, the run is logged
+    offline.
     """
     from lightning.fabric.utilities.rank_zero import rank_zero_only
     from lightning.pytorch.loggers import WandbLogger
@@ -53,8 +54,8 @@ def wandb_logger(
                 return
             try:
                 experiment.log({**metrics, "trainer/global_step": step}, step=step)
-            except Exception as error:  # whatever it is, a run doesn't end for its tracker
-                log(f"W&B is lost, so it gets no more until the run is resumed: {error}")
+            except Exception as error:  # no failure of a tracker ends a run
+                log(f"W&B failed; the run continues without it until it is resumed: {error}")
                 self.lost = True
 
     def start(mode: str) -> wandb.Run:
@@ -90,7 +91,7 @@ def wandb_logger(
 
 @contextmanager
 def tracking() -> Iterator[None]:
-    """Ends the W&B run, if there is one, with what is inside: the next of a multirun must not go on in it."""
+    """Finishes the W&B run, if there is one, at the end: the next run of a multirun must not continue it."""
     try:
         yield
     finally:
@@ -99,11 +100,11 @@ def tracking() -> Iterator[None]:
             try:
                 wandb.finish()
             except Exception as error:
-                log(f"W&B couldn't be ended: {error}")
+                log(f"W&B couldn't be finished: {error}")
 
 
 def _logged_in() -> bool:
-    """Whether wandb has a key, without asking anybody: in the environment, or in the netrc file for its host."""
+    """Whether wandb has a key, in the environment or in the netrc file for its host. No server is asked."""
     if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
         return True
     host = urlparse(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname
@@ -116,7 +117,7 @@ def _logged_in() -> bool:
 def tensorboard_logger(
     *, run: str, folder: Path, group: str, history: Sequence[Mapping[str, str]]
 ) -> "TensorBoardLogger":
-    """TensorBoard, in `FOLDER/tensorboard`; a resumed run hides the steps that it makes again."""
+    """TensorBoard, in `FOLDER/tensorboard`; a resumed run hides the steps that it repeats."""
     from lightning.pytorch.loggers import TensorBoardLogger
 
     again = int(history[-1]["step"]) + 1 if history else 0
