@@ -17,6 +17,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
+DeepSpeedParameter = Any
 DeepSpeedOptimizer = Any  # one of DeepSpeed's three wrappers, which are untyped
 
 
@@ -152,14 +153,14 @@ class ZeRO3(ZeRO12):
     """DeepSpeed's stage 3: each parameter is cut into ranges; a rank's ranges lie end to end, a buffer a sub-group."""
 
     @staticmethod
-    def part(name: str, parameter: Any) -> Part:
+    def part(name: str, parameter: DeepSpeedParameter) -> Part:
         ranges = parameter.ds_tensor
         start = ranges.ds_numel * torch.distributed.get_rank(parameter.ds_process_group)
         numel = min(ranges.ds_numel, parameter.ds_numel - start)  # the last ones are padded
         return Part(name, start, max(0, numel), ranges, 0)
 
     @staticmethod
-    def loaded(parameter: Any) -> None:
+    def loaded(parameter: DeepSpeedParameter) -> None:
         if hasattr(parameter, "ds_secondary_tensor"):  # ZeRO++'s second copy is older
             parameter.ds_secondary_tensor = None
 

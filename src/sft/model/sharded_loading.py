@@ -79,16 +79,7 @@ def weight_reader(source: str, revision: str | None, shapes: Mapping[str, list[i
 
     None where the files name or shape their tensors otherwise than the model does.
     """
-    folder = Path(source).expanduser()
-    if not folder.is_dir():
-        from huggingface_hub import snapshot_download
-
-        folder = Path(snapshot_download(source, revision=revision, allow_patterns=["*.safetensors", "*.json"]))
-    index = folder / "model.safetensors.index.json"
-    names = set(json.loads(index.read_text())["weight_map"].values()) if index.exists() else {"model.safetensors"}
-    if not all((folder / name).exists() for name in names):
-        return None
-    files = [safe_open(folder / name, "pt") for name in sorted(names)]
+    files = [safe_open(path, "pt") for path in weight_files(source, revision)]
     file_of = {key: file for file in files for key in file.keys()}  # noqa: SIM118  it is no mapping
     keys = {}
     for name, shape in shapes.items():
@@ -98,3 +89,21 @@ def weight_reader(source: str, revision: str | None, shapes: Mapping[str, list[i
             return None
         keys[name] = key
     return lambda name, start, stop: read_range(file_of[keys[name]], keys[name], start, stop)
+
+
+def weight_files(source: str, revision: str | None) -> list[str]:
+    """A model's safetensors files, from a folder or the Hub; none where a weight is in another format."""
+    from transformers.utils.hub import cached_file
+
+    folder = Path(source).expanduser()
+    path = str(folder) if folder.is_dir() else source
+
+    def file(name: str) -> str | None:
+        return cached_file(path, name, revision=revision, _raise_exceptions_for_missing_entries=False)
+
+    if whole := file("model.safetensors"):
+        return [whole]
+    if (index := file("model.safetensors.index.json")) is None:
+        return []
+    files = [file(name) for name in sorted(set(json.loads(Path(index).read_text())["weight_map"].values()))]
+    return [path for path in files if path] if all(files) else []

@@ -1,11 +1,12 @@
 """Probes: a few samples whose log-probabilities prove that an exported model is the trained one."""
 
-from typing import TYPE_CHECKING, TypedDict
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
 from sft.data.batch import make_batch, to_device
+from sft.export.verify import Probe
 from sft.model.loss import token_log_probs
 
 if TYPE_CHECKING:
@@ -14,11 +15,6 @@ if TYPE_CHECKING:
 
 NUM_PROBES = 4
 MAX_TOKENS = 512
-
-
-class Probe(TypedDict):
-    input_ids: list[int]
-    log_probs: list[float]
 
 
 def measure(module: "SFTModule", data: "SFTDataModule") -> list[Probe]:
