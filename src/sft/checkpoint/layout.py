@@ -17,8 +17,9 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
-DeepSpeedParameter = Any
-DeepSpeedOptimizer = Any  # one of DeepSpeed's three wrappers, which are untyped
+# DeepSpeed has no types: what it makes of a parameter, and one of its three wrappers of an optimizer.
+DeepSpeedParameter = Any  # type: ignore[explicit-any]
+DeepSpeedOptimizer = Any  # type: ignore[explicit-any]
 
 
 @dataclass(frozen=True)
