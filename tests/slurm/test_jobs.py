@@ -203,8 +203,10 @@ def test_time_limit(jobs: Jobs, limited: str) -> None:
     jobs.finished(limited)
     *stops, last = jobs.verdicts("limited")
     assert last == ("finish", "", NUM_STEPS)
-    # On a busy machine an attempt may get its signal before step 6, or the next one after it.
-    assert ("requeue", "signal", 6) in stops and {stop[:2] for stop in stops} == {("requeue", "signal")}
+    # On a busy machine an attempt may also get its signal before step 6 or after it, or lose the node that another test
+    # crashes.
+    assert ("requeue", "signal", 6) in stops
+    assert {(event, cause) for event, cause, _ in stops} <= {("requeue", "signal"), ("requeue", "lost")}
     equals_uninterrupted(jobs, "limited", jobs.whole("ddp"))
 
 

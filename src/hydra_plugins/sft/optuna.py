@@ -8,7 +8,7 @@ import hashlib
 import json
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -24,21 +24,19 @@ if TYPE_CHECKING:
     from optuna.distributions import BaseDistribution
 
 
+@dataclass(eq=False)
 class Optuna(Grid):
     """Args: as in conf/hydra/sweeper/optuna.yaml."""
 
-    def __init__(
-        self,
-        n_trials: int,
-        n_jobs: int,
-        study: str | None,
-        storage: str,
-        sampler: DictConfig,
-        pruner: Mapping[str, object],
-    ) -> None:
+    n_trials: int
+    n_jobs: int
+    study: str | None
+    storage: str
+    sampler: DictConfig
+    pruner: Mapping[str, object]
+
+    def __post_init__(self) -> None:
         super().__init__()
-        self.n_trials, self.n_jobs, self.study, self.storage = n_trials, n_jobs, study, storage
-        self.sampler, self.pruner = sampler, pruner
 
     def sweep(self, arguments: list[str]) -> None:
         from optuna.trial import TrialState
