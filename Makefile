@@ -4,7 +4,7 @@ BIN := .venv/bin
 export PYTHONUNBUFFERED := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint clean
+.PHONY: help install demo test slurm lint clean
 
 help: ## list the targets
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /\1\t/' | expand -t 10
@@ -23,6 +23,13 @@ demo: install ## pre-train a small base model, fine-tune it, show what it learne
 
 test: install ## the test suite
 	@$(BIN)/python -m pytest
+
+slurm: ## install the Debian packages that the tests on a Slurm cluster need
+	@which slurmctld slurmd sbatch munged ip >/dev/null || { \
+		sudo=$$([ $$(id -u) = 0 ] || echo sudo) && \
+		$$sudo apt-get update -qq && \
+		$$sudo apt-get install -qq -y --no-install-recommends slurmctld slurmd slurm-client munge iproute2 >/dev/null; \
+	}
 
 lint: install ## style, types and the direction of imports
 	$(BIN)/ruff check .

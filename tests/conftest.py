@@ -1,8 +1,10 @@
-"""A tokenizer, a model and data of the tests' own: nothing is downloaded."""
+"""A tokenizer, a model and data of the tests' own: nothing is downloaded. And how the suite is run."""
 
 import json
 import os
 import random
+import sys
+from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,12 +15,18 @@ os.environ["DS_ACCELERATOR"] = "cpu"
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["WANDB_MODE"] = "offline"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+os.environ["TORCH_EXTENSIONS_DIR"] = f"{sys.prefix}/torch_extensions"  # no other program's lock is waited for
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+import warm
 from cluster import Cluster
 from running import Sft
+
+# Groups (whose tests share what takes long) and files of the tests that take longest, longest first: with one left
+# over for the end, a worker would be at it alone.
+LONGEST = ("slurm", "strategies", "test_certify", "preemption", "adapter")
 
 CHATML = (
     "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
@@ -97,3 +105,30 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     cluster = Cluster(tmp_path_factory.mktemp("slurm"))
     yield cluster.start(nodes=3, cpus=4)
     cluster.stop()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    def place(item: pytest.Item) -> int:
+        group = item.get_closest_marker("xdist_group")
+        name = group.args[0] if group else item.path.stem
+        return LONGEST.index(name) if name in LONGEST else len(LONGEST)
+
+    items.sort(key=place)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtestloop(session: pytest.Session) -> None:
+    # Before any test's time limit begins.
+    if not session.config.option.collectonly and any(item.get_closest_marker("cpu_adam") for item in session.items):
+        warm.compile_cpu_adam()
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """A line for each reason why tests were skipped, with what would run them."""
+    skipped = defaultdict(list)
+    for report in terminalreporter.getreports("skipped"):
+        _, _, reason = report.longrepr
+        skipped[reason.removeprefix("Skipped: ")].append(report.nodeid.partition("::")[0])
+    for reason, files in skipped.items():
+        run = " ".join(["python -m pytest", *sorted(set(files))])
+        terminalreporter.line(f"{len(files)} skipped: {reason}; then: {run}")

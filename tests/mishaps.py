@@ -1,15 +1,23 @@
-"""What happens to the ranks of a batch job, planted by `+callbacks.NAME={_target_: mishaps....}`."""
+"""What happens to a process that trains: callbacks, planted by `+callbacks.NAME={_target_: mishaps....}`, and
+functions that it calls before anything else."""
 
 import os
 import signal
+import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 from lightning.pytorch.callbacks import Callback
 
+from sft.checkpoint import checkpoint, safetensors_file, save
+from sft.data import build
+from sft.export import folder as export_folder
 from sft.runs import signals
+from sft.training.checkpointing import Checkpoints
+from sft.training.module import SFTModule
 
 
 class AtStep(Callback):
@@ -41,14 +49,15 @@ class Gate(AtStep):
 
 
 class Mishap(AtStep):
-    """`kill`, `hang`, `memory`, `spoil` (the weights) or `raise` on one rank; with a path, only where it isn't yet."""
+    """`kill`, `hang`, `memory`, `spoil` (the weights) or `raise` on one rank or, with None, on all; with a path, only
+    where it isn't yet."""
 
-    def __init__(self, step: int, rank: int, what: str, once: str | None = None) -> None:
+    def __init__(self, step: int, rank: int | None, what: str, once: str | None = None) -> None:
         super().__init__(step)
         self.rank, self.what, self.once = rank, what, once and Path(once)
 
     def act(self, trainer: L.Trainer) -> None:
-        if trainer.global_rank != self.rank or (self.once and self.once.exists()):
+        if self.rank not in (trainer.global_rank, None) or (self.once and self.once.exists()):
             return
         if self.once:
             self.once.touch()
@@ -107,3 +116,95 @@ class InSave(Callback):
             self.once.touch()
             os.kill(os.getpid(), signal.SIGUSR1)
         return {}
+
+
+def signal_at(
+    owner: Any,
+    function: Callable[..., Any],
+    call: int,
+    number: int = signal.SIGKILL,
+    *,
+    after: bool = False,
+    where: Callable[..., bool] = lambda *_, **__: True,
+) -> None:
+    """From now on this process gets a signal at the `call`th call of a function of this module or class: before it
+    does anything, or after it has returned. Calls whose arguments aren't `where` don't count. SIGKILL is the kernel's:
+    no `finally` runs."""
+    name, count = function.__name__, 0
+    assert getattr(owner, name) is function
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        nonlocal count
+        count += where(*args, **kwargs)
+        if count == call and not after:
+            os.kill(os.getpid(), number)
+        result = function(*args, **kwargs)
+        if count == call and after:
+            os.kill(os.getpid(), number)
+        return result
+
+    setattr(owner, name, counted)
+
+
+def killed_in_a_step() -> None:
+    """Between backward and the optimizer's step of the 4th step."""
+    signal_at(SFTModule, SFTModule.configure_gradient_clipping, 4)
+
+
+def killed_in_a_save() -> None:
+    """The 2nd: weights and the optimizer's state are written, what belongs to them is not."""
+    signal_at(safetensors_file, safetensors_file.write, 2, after=True)
+
+
+def killed_before_a_rename() -> None:
+    """The 2nd checkpoint is written, its name is not there yet."""
+    signal_at(save, save.flush, 3, after=True)
+
+
+def killed_in_a_removal() -> None:
+    signal_at(checkpoint, checkpoint.remove, 1)
+
+
+def killed_in_the_metrics() -> None:
+    """With the validation after the 4th step in it, the file lies beside its place."""
+    signal_at(os, os.replace, 4, where=lambda source, target: target.name == "metrics.csv")
+
+
+def killed_in_the_store() -> None:
+    """Of the store's files one is on the disk."""
+    signal_at(build, build.fsync, 2)
+
+
+def killed_in_the_export() -> None:
+    """It is proven, and not in its place."""
+    signal_at(export_folder, export_folder.move_into_place, 1)
+
+
+def killed_before_the_first_step() -> None:
+    signal_at(Checkpoints, Checkpoints.on_train_batch_start, 1)
+
+
+def stopped_in_the_imports(number: int) -> None:
+    """As soon as the command line remembers signals, and before it has imported what takes long."""
+    signal_at(signals, signals.install, 1, number, after=True)
+
+
+def signals_to_a_fork() -> None:
+    """Of a process that remembers signals: it ignores SIGUSR1 and dies of SIGTERM."""
+    signals.install()
+    ready, there = os.pipe()
+    child = os.fork()
+    if not child:
+        os.write(there, b".")
+        time.sleep(60)
+        os._exit(0)
+    os.read(ready, 1)
+    os.kill(child, signal.SIGUSR1)
+    os.kill(child, signal.SIGTERM)
+    _, status = os.waitpid(child, 0)
+    assert os.WTERMSIG(status) == signal.SIGTERM
+
+
+def starts_by(executable: str) -> None:
+    """Whatever Python this process starts."""
+    sys.executable = executable

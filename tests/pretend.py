@@ -7,10 +7,12 @@ can't be taken away, so it belongs in a process of its own.
 """
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import lightning as L
+import pytest
 import torch
 from lightning.pytorch.accelerators import Accelerator
 from lightning.pytorch.callbacks import Callback
@@ -142,6 +144,33 @@ def install() -> None:
         packet, _, overload = name.partition(".")
         function = getattr(getattr(aten, packet), overload or "default")
         _library.impl(name, lambda *args, _of=function, **kwargs: run(_of, args, kwargs), "PrivateUse1")
+
+
+def install_with_kernel() -> None:
+    """With a varlen kernel that gives a result of the right shape, as a card has one."""
+    from sft.model import attention
+
+    install()
+    Tensor.is_cuda = True
+    attention.varlen_attn = lambda query, *_, **__: query
+    attention._has_flash_attention = lambda device: True
+
+
+def mistakes_are_found() -> None:
+    """Fails where the device isn't one."""
+    install()
+    weight = torch.ones(2, 2).to(f"{NAME}:0").requires_grad_()
+    (weight @ torch.ones(2, 2).to(f"{NAME}:0")).sum().backward()
+    assert weight.grad is not None
+    assert weight.grad.cpu().tolist() == [[2, 2], [2, 2]] and weight.grad.device.type == NAME
+    mistakes: list[Callable[[], object]] = [
+        lambda: weight @ torch.ones(2, 2),
+        lambda: torch.rand(2, generator=torch.Generator(), device=f"{NAME}:0"),
+        lambda: weight.detach().numpy(),
+    ]
+    for mistake in mistakes:
+        with pytest.raises((RuntimeError, TypeError)):
+            mistake()
 
 
 class Card(Accelerator):

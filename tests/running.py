@@ -1,45 +1,31 @@
 """Runs of `sft` in a folder of their own, on a model that trains in a second."""
 
-import multiprocessing
 import os
+import random
 import signal
 import socket
 import sys
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing.connection import wait
+from multiprocessing.context import ForkServerProcess
 from pathlib import Path
+from time import monotonic
 
 import pytest
 
 from sft import cli
 from sft.runs import signals
+from warm import LOCK, PROCESSES, enter, python
 
-# Each child is forked from a server that has imported what takes seconds and done nothing with it.
-PROCESSES = multiprocessing.get_context("forkserver")
-PROCESSES.set_forkserver_preload(
-    ["lightning", "deepspeed", "datasets", "transformers.models.llama.modeling_llama", "sft.training.module"]
-)
+Before = Callable[[], None] | None  # importable, since it is called in another process
 
 
 @dataclass
 class Ended:
     code: int  # negative: the signal that killed it
     output: str
-
-
-def _main(folder: str, output: str, before: str, arguments: list[str], environment: dict[str, str]) -> None:
-    os.chdir(folder)
-    os.environ |= environment
-    if "RANK" in environment:
-        from lightning.fabric.utilities.rank_zero import rank_zero_only
-
-        rank_zero_only.rank = int(environment["RANK"])  # the server imported it as the only process
-    file = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-    os.dup2(file, 1)
-    os.dup2(file, 2)
-    exec(before, {})
-    sys.argv = arguments
-    cli.main()
 
 
 class Sft:
@@ -64,62 +50,102 @@ class Sft:
 
     def __call__(self, command: str, *arguments: str) -> int:
         """Exit code of `sft COMMAND ARGUMENTS`, run here."""
-        handlers = {each: signal.getsignal(each) for each in signals.SIGNALS}
+        handlers = {number: signal.getsignal(number) for number in signals.SIGNALS}
         with self.monkeypatch.context() as patch:
             patch.setattr(sys, "argv", ["sft", command, *arguments])
+            patch.setattr(sys, "executable", python().executable)
             try:
                 cli.main()
             except SystemExit as end:
                 return int(end.code or 0)
             finally:
-                for each, handler in handlers.items():
-                    signal.signal(each, handler)
+                for number, handler in handlers.items():
+                    signal.signal(number, handler)
         return 0
 
     def train(self, *arguments: str) -> int:
         return self("train", *self.settings, *arguments)
 
-    def process(self, *arguments: str, before: str = "") -> "Ended":
-        """The same in a process of its own, after the Python statements `before`."""
+    def process(self, *arguments: str, before: Before = None) -> Ended:
+        """The same in a process of its own, after a call of `before`. Further ranks are started by Lightning."""
         (ended,) = self._started([{}], before, arguments)
         return ended
 
-    def ranks(self, num: int, *arguments: str, before: str = "", folder: Path | None = None) -> "Ended":
+    def ranks(self, num: int, *arguments: str, before: Before = None, folder: Path | None = None) -> Ended:
         """The same on several ranks, started as a cluster does; what the first of them printed."""
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = str(free.getsockname()[1])
-        at = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "NODE_RANK": "0", "WORLD_SIZE": str(num)}
-        places = [{**at, "LOCAL_RANK": str(rank), "RANK": str(rank)} for rank in range(num)]
+        address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+        places = [
+            {**address, "NODE_RANK": "0", "WORLD_SIZE": str(num), "LOCAL_RANK": str(rank), "RANK": str(rank)}
+            for rank in range(num)
+        ]
         ended = self._started(places, before, (*arguments, f"trainer.devices={num}"), folder)
-        codes = {each.code for each in ended}
-        assert len(codes) == 1, "\n".join(each.output for each in ended)
+        codes = {rank.code for rank in ended}
+        assert len(codes) == 1, "\n".join(rank.output for rank in ended)
         return ended[0]
 
     def _started(
-        self, places: list[dict[str, str]], before: str, arguments: tuple[str, ...], folder: Path | None = None
-    ) -> "list[Ended]":
-        folder = folder or self.folder
+        self, places: list[dict[str, str]], before: Before, arguments: tuple[str, ...], folder: Path | None = None
+    ) -> list[Ended]:
+        command = [python().script, *arguments]
+        here = (python().executable, str(folder or self.folder))
         outputs = [self.folder / f"output{number}.txt" for number in range(len(places))]
         children = [
-            PROCESSES.Process(target=_main, args=(str(folder), str(output), before, ["sft", *arguments], place))
+            PROCESSES.Process(target=_main, args=(*here, os.environ | place, str(output), before, command))
             for place, output in zip(places, outputs, strict=True)
         ]
-        for child in children:
-            child.start()
-        running = list(children)
-        while running:
-            wait([child.sentinel for child in running])
-            running = [child for child in running if child.exitcode is None]
-            if any(child.exitcode for child in children):  # the others would wait for it
-                for other in running:
-                    other.join(timeout=20)
-                    other.kill()
-                    other.join()
-                running = []
-        return [
-            Ended(int(child.exitcode or 0), output.read_text()) for child, output in zip(children, outputs, strict=True)
-        ]
+        try:
+            for child in children:
+                with LOCK:
+                    child.start()
+            _wait(children)
+        finally:  # none outlives the test, whatever becomes of it, nor what they have started
+            for child in children:
+                if child.pid:
+                    with suppress(ProcessLookupError):
+                        os.killpg(child.pid, signal.SIGKILL)
+                    child.kill()
+                    child.join()
+        return [Ended(child.exitcode, output.read_text()) for child, output in zip(children, outputs, strict=True)]
 
     def run_folder(self, name: str = "run") -> Path:
         return self.folder / "runs" / name
+
+
+def _main(
+    executable: str, folder: str, environment: dict[str, str], output: str, before: Before, command: list[str]
+) -> None:
+    os.setsid()
+    file = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(file, 1)
+    os.dup2(file, 2)
+    enter(executable, folder, environment)
+    if before:
+        before()
+    sys.argv = command
+    cli.main()
+
+
+def _wait(children: list[ForkServerProcess]) -> None:
+    """Until all have ended or, where one fails, whose others would wait for it, for 20 seconds more."""
+    running = list(children)
+    deadline = None
+    while running:
+        left = None if deadline is None else max(0.0, deadline - monotonic())
+        ended = wait([child.sentinel for child in running], left)
+        if not ended:
+            return
+        with LOCK:
+            failed = any(child.exitcode for child in running if child.sentinel in ended)
+        running = [child for child in running if child.sentinel not in ended]
+        if failed and deadline is None:
+            deadline = monotonic() + 20
+
+
+def free_port() -> int:
+    """A port of 127.0.0.1 below those that a system gives to whoever asks for any, so that none is given to another
+    before it is used."""
+    for port in random.SystemRandom().sample(range(20000, 32000), 100):
+        with socket.socket() as trial, suppress(OSError):
+            trial.bind(("127.0.0.1", port))
+            return port
+    raise OSError("no port is free")

@@ -1,12 +1,8 @@
 """Runs with an adapter: what is trained and kept, what is exported, what is refused."""
 
 import json
-import os
 import shutil
 import signal
-import socket
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +12,16 @@ from peft import AutoPeftModelForCausalLM, PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from commands.test_resume import KILL, MOMENTS, SETTINGS, final_files, rows
+import mishaps
+from runfiles import final_files, rows, weights
 from running import Sft
-from sft.checkpoint.checkpoint import Checkpoint, latest
+from sft.checkpoint.checkpoint import Checkpoint
+
+pytestmark = pytest.mark.xdist_group("adapter")  # the run is made once
 
 # Another seed than the base model was drawn from: it must be read, also when a run is resumed.
 LORA = ("adapter=lora", "adapter.r=4", "adapter.alpha=8", "adapter.dropout=0.1", "optimizer.lr=5e-2", "seed=1")
+SETTINGS = ("run=run", "epochs=3", "val_every=2", "checkpoint.save_every=2", "+model.config.attention_dropout=0.1")
 
 
 @pytest.fixture(scope="module")
@@ -40,15 +40,9 @@ def there(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Sf
     return Sft(tmp_path, Path(), Path(), monkeypatch)
 
 
-def trained_weights(run: Path) -> dict[str, torch.Tensor]:
-    checkpoint = latest(run / "checkpoints")
-    assert checkpoint is not None
-    return {name: checkpoint.tensor(name) for name in checkpoint.shapes}
-
-
 def test_the_adapter_is_trained_and_nothing_else(there: Sft, model_folder: Path) -> None:
     run = there.run_folder()
-    adapter = trained_weights(run)
+    adapter = weights(run)
     assert len(adapter) == 28
     assert all(".lora_A.default." in name or ".lora_B.default." in name for name in adapter)
     metrics = rows(run)
@@ -68,7 +62,7 @@ def test_the_adapter_is_trained_and_nothing_else(there: Sft, model_folder: Path)
 
 
 def test_killed_and_started_again(sft: Sft, finished: Path) -> None:
-    killed = sft.process("train", *sft.settings, *SETTINGS, *LORA, before=KILL + MOMENTS["in a step"])
+    killed = sft.process("train", *sft.settings, *SETTINGS, *LORA, before=mishaps.killed_in_a_step)
     assert killed.code == -signal.SIGKILL, killed.output
     again = sft.process("train", *sft.settings, *SETTINGS, *LORA)
     assert again.code == 0, again.output
@@ -135,32 +129,9 @@ def test_another_adapter_is_not_the_one_that_was_trained(
 def test_in_bf16(sft: Sft) -> None:
     settings = ("run=run", "max_steps=2", "adapter=lora", "trainer.precision=bf16-true", "adapter.merge=false")
     assert sft.train(*settings) == 0
-    assert {tensor.dtype for tensor in trained_weights(sft.run_folder()).values()} == {torch.bfloat16}
+    assert {tensor.dtype for tensor in weights(sft.run_folder()).values()} == {torch.bfloat16}
     assert sft("export", "run=run", "merge=true", "output=merged") == 0
     assert {tensor.dtype for tensor in load_file("merged/model.safetensors").values()} == {torch.bfloat16}
-
-
-@pytest.mark.parametrize("strategy", ["ddp", "deepspeed_zero2", "deepspeed_zero3", "fsdp2"])
-def test_two_ranks_make_the_adapter_of_one(sft: Sft, strategy: str) -> None:
-    common = (*sft.settings, "adapter=lora", "max_steps=3", "optimizer=sgd", "optimizer.lr=0.5", "export=false")
-    one = sft.process("train", *common, "micro_batch_size=1", "run=one")
-    assert one.code == 0, one.output
-    # Through the command line's own script, since Lightning starts the second rank with the same command.
-    script = str(Path(sys.executable).with_name("sft"))
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    two = subprocess.run(
-        [script, "train", *common, "micro_batch_size=1", "run=two", f"strategy={strategy}", "trainer.devices=2"],
-        env=os.environ | {"MASTER_PORT": str(port)},
-        capture_output=True,
-        text=True,
-    )
-    assert two.returncode == 0, two.stderr[-2000:]
-    by_one, by_two = (trained_weights(sft.run_folder(name)) for name in ("one", "two"))
-    assert by_one.keys() == by_two.keys()
-    assert all(torch.allclose(tensor, by_two[name], atol=1e-5) for name, tensor in by_one.items())
-    assert any(float(tensor.abs().max()) > 1e-3 for name, tensor in by_one.items() if "lora_B" in name)
 
 
 def test_the_form_of_the_export_is_not_in_the_name(sft: Sft) -> None:

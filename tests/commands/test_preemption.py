@@ -1,15 +1,19 @@
 """A run that a signal stops saves where it is, says so, and goes on as if nothing had happened."""
 
 import json
-import subprocess
-import sys
+import signal
+from functools import partial
 from pathlib import Path
 
 import pytest
 
-from commands.test_resume import final_files, rows
+import mishaps
+from runfiles import final_files, rows
 from running import Sft
 from sft.checkpoint.checkpoint import complete
+from warm import python
+
+pytestmark = pytest.mark.xdist_group("preemption")  # the run that nothing stops is made once
 
 SETTINGS = ("epochs=2", "val_every=4", "checkpoint.save_every=4", "micro_batch_size=1")
 TARGET = "sft.proof.rehearsal.SignalInStep"
@@ -17,13 +21,6 @@ TARGET = "sft.proof.rehearsal.SignalInStep"
 
 def in_step(step: int, rank: int = 0, name: str = "SIGUSR1") -> list[str]:
     return [f"+callbacks.signal={{_target_: {TARGET}, step: {step}, rank: {rank}, name: {name}}}"]
-
-
-def train(sft: Sft, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """Through the command line's own script, since Lightning starts the second rank with the same command."""
-    script = str(Path(sys.executable).with_name("sft"))
-    command = [script, "train", *sft.settings, *SETTINGS, *arguments]
-    return subprocess.run(command, cwd=sft.folder, capture_output=True, text=True, timeout=200)
 
 
 def check(sft: Sft, step: int, stopped: str, name: str = "SIGUSR1") -> None:
@@ -77,26 +74,21 @@ def test_signal_in_a_validation_or_a_save(sft: Sft, where: str, validated: bool,
 
 # Under ZeRO-2, and on several nodes: tests/slurm/test_jobs.py
 def test_two_ranks_of_which_one_gets_the_signal(sft: Sft) -> None:
-    rank, name = 1, "SIGTERM"
-    ranks = ("strategy=ddp", "trainer.devices=2")
-    whole = train(sft, *ranks, "run=whole")
-    assert whole.returncode == 0, whole.stdout + whole.stderr
-    stopped = train(sft, *ranks, "run=run", *in_step(3, rank, name))
-    assert stopped.returncode == 75, stopped.stdout + stopped.stderr
-    check(sft, 3, stopped.stdout, name)
-    assert "Traceback" not in stopped.stderr
-    again = train(sft, *ranks, "run=run")
-    assert again.returncode == 0, again.stdout + again.stderr
+    settings = ("train", *sft.settings, *SETTINGS, "strategy=ddp", "trainer.devices=2")
+    whole = sft.process(*settings, "run=whole")
+    assert whole.code == 0, whole.output
+    stopped = sft.process(*settings, "run=run", *in_step(3, rank=1, name="SIGTERM"))
+    assert stopped.code == 75, stopped.output
+    check(sft, 3, stopped.output, "SIGTERM")
+    again = sft.process(*settings, "run=run")
+    assert again.code == 0, again.output
     assert final_files(sft.run_folder()) == final_files(sft.run_folder("whole"))
     assert rows(sft.run_folder()) == rows(sft.run_folder("whole"))
 
 
 @pytest.mark.parametrize("name", ["SIGUSR1", "SIGTERM"])
 def test_signal_during_the_imports_is_remembered(sft: Sft, name: str) -> None:
-    early = (
-        "import os, signal\nfrom sft import cli\nrun = cli._run\n"
-        f"cli._run = lambda *rest: (os.kill(os.getpid(), signal.{name}), run(*rest))"
-    )
+    early = partial(mishaps.stopped_in_the_imports, signal.Signals[name])
     stopped = sft.process("train", *sft.settings, *SETTINGS, "run=run", before=early)
     assert stopped.code == 75, stopped.output
     assert f"stopped by {name} after step 0: the same command resumes it" in stopped.output
@@ -106,28 +98,17 @@ def test_signal_during_the_imports_is_remembered(sft: Sft, name: str) -> None:
 
 
 def test_processes_that_are_forked_have_no_share_in_it(sft: Sft) -> None:
-    forks = (
-        "import os, signal, time\nfrom sft.training import preemption\npreemption.install()\n"
-        "pid = os.fork()\n"
-        "if not pid: time.sleep(60)\n"
-        "time.sleep(0.2)\nos.kill(pid, signal.SIGUSR1)\nassert os.waitpid(pid, os.WNOHANG) == (0, 0)\n"
-        "os.kill(pid, signal.SIGTERM)\nassert os.WTERMSIG(os.waitpid(pid, 0)[1]) == signal.SIGTERM\n"
-    )
-    assert sft.process("--help", before=forks).code == 0
+    assert sft.process("--help", before=mishaps.signals_to_a_fork).code == 0
 
 
 def test_signal_in_the_export_lets_it_end(sft: Sft) -> None:
     # To all processes of the job, as a scheduler sends it: the one that proves the export would die of it.
-    during = (
-        "import os, signal, subprocess\nfrom sft.model import export\nrun = subprocess.run\n"
-        "def proves(*arguments, **options):\n"
-        "    before = \"import os, signal; os.kill(os.getpid(), signal.SIGTERM); print('alive')\"\n"
-        "    print(run([arguments[0][0], '-c', before], capture_output=True, text=True).stdout)\n"
-        "    os.kill(os.getpid(), signal.SIGTERM)\n"
-        "    return run(*arguments, **options)\n"
-        "export.subprocess = type('', (), {'run': staticmethod(proves)})\n"
-    )
+    program = sft.folder / "python"
+    lines = ["#!/bin/sh", "kill -TERM $PPID $$", f"echo >{sft.folder}/alive", f'exec {python().executable} "$@"', ""]
+    program.write_text("\n".join(lines))
+    program.chmod(0o755)
+    during = partial(mishaps.starts_by, str(program))
     ended = sft.process("train", *sft.settings, *SETTINGS, "max_steps=1", "run=run", before=during)
     assert ended.code == 0, ended.output
-    assert "alive" in ended.output.splitlines()
+    assert (sft.folder / "alive").exists()
     assert json.loads((sft.run_folder() / "status.json").read_text())["state"] == "finished"

@@ -1,15 +1,15 @@
 """A run that is killed at any moment and started again ends as if nothing had happened, bit for bit."""
 
-import csv
 import json
 import signal
 from pathlib import Path
 
 import pytest
 
+import mishaps
+from runfiles import final_files, rows
 from running import Sft
 from sft.checkpoint.checkpoint import best, complete
-from sft.training.metrics import TIMINGS
 
 SETTINGS = (
     "epochs=3",
@@ -19,51 +19,16 @@ SETTINGS = (
     "+model.config.attention_dropout=0.1",
 )
 
-# Python statements by which the process kills itself at a call of some function, as the kernel would: no `finally`.
-KILL = """
-import importlib, os, signal
-def kill_at(module, name, call, after=False):
-    owner = importlib.import_module(module)
-    *path, last = name.split(".")
-    for part in path:
-        owner = getattr(owner, part)
-    original, count = getattr(owner, last), [0]
-    def killed(*args, **kwargs):
-        count[0] += 1
-        result = original(*args, **kwargs) if after else None
-        if count[0] == call:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return result if after else original(*args, **kwargs)
-    setattr(owner, last, killed)
-"""
 MOMENTS = {
-    # Between backward and the optimizer's step of the 4th step.
-    "in a step": 'kill_at("sft.training.module", "SFTModule.configure_gradient_clipping", 4)',
-    # The 2nd checkpoint: weights and the optimizer's state are written, what belongs to them is not.
-    "in a save": 'kill_at("sft.checkpoint.safetensors_file", "write", 2, after=True)',
-    # All is written, the name is not there yet.
-    "before a rename": 'kill_at("sft.checkpoint.save", "flush", 3, after=True)',
-    "in a removal": 'kill_at("sft.checkpoint.checkpoint", "remove", 1)',
-    "in the metrics": 'kill_at("sft.runs.files", "os.replace", 6)',
-    "in the store": 'kill_at("sft.data.build", "fsync", 2)',
-    "in the export": 'kill_at("sft.export.folder", "publish", 1)',
-    "before the first step": 'kill_at("sft.training.checkpointing", "Checkpoints.on_train_batch_start", 1)',
+    "in a step": mishaps.killed_in_a_step,
+    "in a save": mishaps.killed_in_a_save,
+    "before a rename": mishaps.killed_before_a_rename,
+    "in a removal": mishaps.killed_in_a_removal,
+    "in the metrics": mishaps.killed_in_the_metrics,
+    "in the store": mishaps.killed_in_the_store,
+    "in the export": mishaps.killed_in_the_export,
+    "before the first step": mishaps.killed_before_the_first_step,
 }
-
-
-def rows(folder: Path) -> list[dict[str, str]]:
-    with (folder / "metrics.csv").open(newline="") as file:
-        return [{k: v for k, v in row.items() if k not in TIMINGS} for row in csv.DictReader(file)]
-
-
-def final_files(folder: Path) -> dict[str, bytes]:
-    last = complete(folder / "checkpoints")[-1]
-    return {
-        "step": last.path.name.encode(),
-        **{path.name: path.read_bytes() for path in last.path.glob("*.safetensors")},
-        "exported": (folder / "export" / "model.safetensors").read_bytes(),
-        "probes": (last.path / "probes.json").read_bytes(),
-    }
 
 
 @pytest.fixture(scope="module")
@@ -81,7 +46,7 @@ def uninterrupted(
 def test_killed_and_started_again(
     sft: Sft, moment: str, uninterrupted: tuple[dict[str, bytes], list[dict[str, str]]]
 ) -> None:
-    killed = sft.process("train", *sft.settings, *SETTINGS, before=KILL + MOMENTS[moment])
+    killed = sft.process("train", *sft.settings, *SETTINGS, before=MOMENTS[moment])
     assert killed.code == -signal.SIGKILL, killed.output
     again = sft.process("train", *sft.settings, *SETTINGS)
     assert again.code == 0, again.output

@@ -2,10 +2,6 @@
 
 import json
 import os
-import socket
-import subprocess
-import sys
-from contextlib import nullcontext
 from importlib.metadata import version
 from pathlib import Path
 
@@ -16,19 +12,13 @@ import yaml
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from commands.test_resume import rows
+import observers
+from runfiles import rows, weights
 from running import Sft
 from sft.checkpoint.checkpoint import complete
-from sft.commands.train import check_devices
-from sft.errors import UserError
 from sft.runs import events
 
 SGD = ("optimizer=sgd", "optimizer.lr=0.5", "trainer.gradient_clip_val=null", "schedule=constant")
-
-
-def weights(folder: Path) -> dict[str, torch.Tensor]:
-    last = complete(folder / "checkpoints")[-1]
-    return {name: last.tensor(name) for name in last.shapes}
 
 
 def reference(
@@ -85,19 +75,8 @@ def test_two_ranks_equal_one(sft: Sft) -> None:
     common = (*sft.settings, *SGD, "epochs=2", "export=false", "micro_batch_size=1", "val_every=2")
     one = sft.process("train", *common, "run=one")
     assert one.code == 0, one.output
-    # Through the command line's own script, since Lightning starts the second rank with the same command.
-    script = str(Path(sys.executable).with_name("sft"))
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    two = subprocess.run(
-        [script, "train", *common, "run=two", "strategy=ddp", "trainer.devices=2"],
-        cwd=sft.folder,
-        capture_output=True,
-        text=True,
-        env={**os.environ, "MASTER_PORT": str(port)},
-    )
-    assert two.returncode == 0, two.stdout + two.stderr
+    two = sft.process("train", *common, "run=two", "strategy=ddp", "trainer.devices=2")  # Lightning starts the other
+    assert two.code == 0, two.output
     first, second = weights(sft.run_folder("one")), weights(sft.run_folder("two"))
     for name, tensor in first.items():
         torch.testing.assert_close(second[name], tensor, rtol=0, atol=1e-6, msg=name)
@@ -108,23 +87,10 @@ def test_two_ranks_equal_one(sft: Sft) -> None:
                 assert float(after[key]) == pytest.approx(float(value), rel=1e-5), (before["step"], key)
 
 
-LOOK = """
-import torch.distributed as dist
-from sft.commands import export
-original = export.export
-
-def look(*arguments):
-    print("process group", dist.is_initialized())
-    return original(*arguments)
-
-export.export = look
-"""
-
-
 def test_other_ranks_are_free_while_the_first_exports(sft: Sft) -> None:
     # NCCL ends a communicator when all of its ranks do: those that are done would hold their GPUs for the export.
     settings = ("train", *sft.settings, "run=run", "max_steps=1", "micro_batch_size=1", "strategy=ddp")
-    ended = sft.ranks(2, *settings, before=LOOK)
+    ended = sft.ranks(2, *settings, before=observers.process_group_in_the_export)
     assert ended.code == 0, ended.output
     assert "process group False" in ended.output
     assert (sft.run_folder() / "export" / "verified.json").exists()
@@ -134,14 +100,9 @@ def test_resume_with_another_accumulation(sft: Sft) -> None:
     # Rule 4: the plan is a function, so a run goes on with its work shared out otherwise.
     settings = (*SGD, "epochs=2", "checkpoint.save_every=2", "val_every=2", "export=false")
     assert sft.train("run=whole", "micro_batch_size=4", *settings) == 0
-    stop = (
-        "import os, signal\nfrom sft.training.checkpointing import Checkpoints\n"
-        "original = Checkpoints.on_train_batch_start\n"
-        "def stop(self, trainer, *rest):\n    if trainer.global_step == 3: os.kill(os.getpid(), signal.SIGKILL)\n"
-        "    return original(self, trainer, *rest)\nCheckpoints.on_train_batch_start = stop"
-    )
+    kill = "+callbacks.kill={_target_: mishaps.Mishap, step: 4, rank: 0, what: kill}"
     begun = ("train", *sft.settings, "run=run", "micro_batch_size=4", *settings)
-    assert sft.process(*begun, before=stop).code < 0
+    assert sft.process(*begun, kill).code == -9
     assert complete(sft.run_folder() / "checkpoints")[-1].step == 2
     assert sft.train("run=run", "micro_batch_size=1", *settings) == 0
     whole = weights(sft.run_folder("whole"))
@@ -281,40 +242,3 @@ def test_loss_that_is_no_number_ends_the_run_and_is_never_saved(sft: Sft, capsys
     assert (status["state"], status["step"]) == ("failed", 2)
     (told,) = [each for each in events.read(folder) if each["event"] == "failure"]
     assert (told["cause"], told["step"]) == ("not_finite", 2)
-
-
-@pytest.mark.parametrize(
-    ("accelerator", "devices", "visible", "environment", "message"),
-    [
-        ("gpu", 1, 0, {}, r"here are 0 GPUs: set trainer=cpu, or see why torch .* finds none"),
-        ("gpu", -1, 0, {}, r"set trainer=cpu"),
-        ("cuda", 8, 2, {}, r"trainer.devices=8, and here are 2 GPUs: set trainer.devices=2 or less"),
-        (
-            "auto",
-            [0, 3],
-            2,
-            {"CUDA_VISIBLE_DEVICES": "4,5"},
-            r"2 GPUs \(CUDA_VISIBLE_DEVICES=4,5\): set trainer.devices",
-        ),
-        ("gpu", 8, 1, {"SLURM_JOB_ID": "7", "CUDA_VISIBLE_DEVICES": "3"}, r"ask Slurm for --gpus-per-node=8"),
-        ("gpu", 2, 2, {}, None),
-        ("gpu", "auto", 2, {}, None),
-        ("auto", 4, 0, {}, None),
-        ("cpu", 4, 2, {}, None),
-    ],
-)
-def test_gpus_that_are_not_there_are_refused(
-    accelerator: str,
-    devices: object,
-    visible: int,
-    environment: dict[str, str],
-    message: str | None,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: visible)
-    for name in ("CUDA_VISIBLE_DEVICES", "SLURM_JOB_ID"):
-        monkeypatch.delenv(name, raising=False)
-    for name, value in environment.items():
-        monkeypatch.setenv(name, value)
-    with nullcontext() if message is None else pytest.raises(UserError, match=message):
-        check_devices(accelerator, devices)

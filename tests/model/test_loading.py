@@ -1,9 +1,11 @@
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 
 import settings
+from conftest import tiny_llama
 from sft.errors import UserError
 
 
@@ -50,3 +52,55 @@ def test_chat_template_from_a_file(model_folder: Path, tmp_path: Path) -> None:
     (tmp_path / "template.jinja").write_text("{{ messages[0].content }}")
     source = settings.model_source(path=str(model_folder), chat_template=str(tmp_path / "template.jinja"))
     assert source.load_tokenizer().chat_template == "{{ messages[0].content }}"
+
+
+def test_a_tokenizer_that_is_not_there(tmp_path: Path) -> None:
+    (tmp_path / "bare").mkdir()
+    for options, line in (
+        ({"path": "nowhere/at/all"}, "model.path=nowhere/at/all: there is no such folder"),
+        (
+            {"path": "m", "tokenizer": str(tmp_path / "none")},
+            f"model.tokenizer={tmp_path}/none: there is no such folder",
+        ),
+        (
+            {"path": str(tmp_path / "bare")},
+            f"the folder {tmp_path}/bare holds no tokenizer (tokenizer.json, tokenizer_config.json): set "
+            "model.tokenizer to the folder or Hub name of the one that the model was trained with",
+        ),
+    ):
+        with pytest.raises(UserError) as refused:
+            settings.model_source(**options).load_tokenizer()
+        assert str(refused.value) == line
+    with pytest.raises(UserError, match=r"^the tokenizer some/model can't be loaded: We couldn't connect to"):
+        settings.model_source(path="some/model").load_tokenizer()
+
+
+def test_a_chat_template_that_is_not_there(model_folder: Path) -> None:
+    with pytest.raises(UserError, match=r"^model.chat_template=none.jinja can't be read: No such file or directory$"):
+        settings.model_source(path=str(model_folder), chat_template="none.jinja").load_tokenizer()
+
+
+def test_a_tokenizer_and_a_length_that_do_not_fit_the_model(model_folder: Path, tmp_path: Path) -> None:
+    source = settings.model_source(path=str(model_folder))
+    tokenizer = source.load_tokenizer()
+    assert source.check(tokenizer, max_length=512).vocab_size == 264
+    with pytest.raises(UserError) as refused:
+        source.check(tokenizer, max_length=513)
+    assert str(refused.value) == (
+        f"data.max_length=513 is more than the 512 positions of {model_folder}: set data.max_length=512 or less"
+    )
+    tiny_llama(vocab_size=100).save_pretrained(tmp_path)
+    with pytest.raises(UserError) as refused:
+        settings.model_source(path=str(tmp_path), tokenizer=str(model_folder)).check(tokenizer, max_length=512)
+    assert str(refused.value) == (
+        f"the tokenizer {model_folder} has token ids up to 258, the model {tmp_path} only 100 embeddings: set "
+        "model.tokenizer to the one that the model was trained with"
+    )
+
+
+def test_weights_that_are_torn(model_folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(model_folder, tmp_path, dirs_exist_ok=True)
+    weights = tmp_path / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:5000])
+    with pytest.raises(UserError, match="can't be loaded: Error while deserializing header"):
+        settings.model_source(path=str(tmp_path)).load(torch.float32)

@@ -2,28 +2,26 @@
 computes with is left in the host's memory, and nothing makes the host wait that needn't."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 import pretend
+from runfiles import last_checkpoint
 from running import Ended, Sft
-from sft.checkpoint.checkpoint import Checkpoint, complete
-
-INSTALL = "import pretend\npretend.install()"
+from sft.checkpoint.checkpoint import Checkpoint
+from warm import PROCESSES
 
 
 def train(sft: Sft, run: str, *arguments: str, device: bool) -> Ended:
     own = pretend.SETTINGS if device else ()
     fixed = (f"run={run}", "epochs=1", "micro_batch_size=1", "optimizer=sgd", "optimizer.lr=0.1")
     settings = ("train", *sft.settings, *fixed, *own, *arguments)
-    return sft.process(*settings, before=INSTALL if device else "")
+    return sft.process(*settings, before=pretend.install if device else None)
 
 
 def last(sft: Sft, run: str) -> Checkpoint:
-    return complete(sft.run_folder(run) / "checkpoints")[-1]
+    return last_checkpoint(sft.run_folder(run))
 
 
 def difference(one: Checkpoint, other: Checkpoint) -> float:
@@ -67,20 +65,6 @@ def test_resumed_there(sft: Sft) -> None:
         assert (one.path / name).read_bytes() == (other.path / name).read_bytes()
 
 
-KERNEL = f"""
-{INSTALL}
-import torch
-from sft.model import attention
-
-def varlen_attn(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, scale, window_size, enable_gqa=False):
-    return query  # of the right shape
-
-pretend.Tensor.is_cuda = True
-attention.varlen_attn = varlen_attn
-attention._has_flash_attention = lambda device: True
-"""
-
-
 @pytest.mark.parametrize(
     ("settings", "waits"),
     [
@@ -99,7 +83,7 @@ def test_a_step_waits_for_the_device_where_it_must(
     ended = sft.process(
         *("train", *sft.settings, "run=run", "epochs=1", "micro_batch_size=1", "export=false"),
         *(*pretend.SETTINGS, count, *settings),
-        before=KERNEL,
+        before=pretend.install_with_kernel,
     )
     assert ended.code == 0, ended.output
     seen = json.loads((tmp_path / "syncs.json").read_text())
@@ -109,21 +93,7 @@ def test_a_step_waits_for_the_device_where_it_must(
 
 
 def test_what_is_not_moved_is_found() -> None:
-    code = f"""
-{INSTALL}
-import torch
-weight = torch.ones(2, 2).to("pretend:0").requires_grad_()
-(weight @ torch.ones(2, 2).to("pretend:0")).sum().backward()
-assert weight.grad.cpu().tolist() == [[2, 2], [2, 2]] and weight.grad.device.type == "pretend"
-for mistake in (
-    lambda: weight @ torch.ones(2, 2),
-    lambda: torch.rand(2, generator=torch.Generator(), device="pretend:0"),
-    lambda: weight.detach().numpy(),
-):
-    try:
-        mistake()
-    except (RuntimeError, TypeError):
-        continue
-    raise AssertionError("not found")
-"""
-    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(pretend.__file__).parent)
+    process = PROCESSES.Process(target=pretend.mistakes_are_found)
+    process.start()
+    process.join()
+    assert process.exitcode == 0

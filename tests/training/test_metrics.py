@@ -20,7 +20,8 @@ def test_a_row_a_step_with_its_validation_in_it(tmp_path: Path) -> None:
     assert lines[0] == ",".join(COLUMNS)
     assert steps(file.path) == ["0", "1", "2"]
     assert lines[3].startswith("2,1.25,") and lines[3].endswith(",1.0,")
-    assert (file.first("val/loss"), file.last("val/loss"), file.median("train/loss")) == (2.0, 1.0, 1.375)
+    metrics = file.metrics
+    assert (metrics.first("val/loss"), metrics.last("val/loss"), metrics.median("train/loss")) == (2.0, 1.0, 1.375)
 
 
 @pytest.mark.parametrize("torn", ["", "3,0.", "3"], ids=["whole", "half a row", "half a number"])
@@ -36,7 +37,7 @@ def test_resume_drops_what_comes_after(tmp_path: Path, torn: str) -> None:
     assert steps(file.path) == ["0", "1", "2"]
     again.log_metrics({"train/loss": 0.125}, step=3)
     assert steps(file.path) == ["0", "1", "2", "3"]
-    assert again.last("train/loss") == 0.125
+    assert again.metrics.last("train/loss") == 0.125
 
 
 def test_a_fresh_start_keeps_nothing(tmp_path: Path) -> None:

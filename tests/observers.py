@@ -1,0 +1,44 @@
+"""What is seen of a run in its own process: callbacks, planted by `+callbacks.NAME={_target_: observers....}`, and
+functions that it calls before anything else."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch.distributed as dist
+from lightning.pytorch.callbacks import Callback
+
+
+class Facts(Callback):
+    """Each rank writes to `factsRANK.json` what its model is before the first step."""
+
+    def on_train_start(self, trainer: L.Trainer, module: Any) -> None:
+        model = module.model
+        part = trainer.strategy.layout.part
+        facts = {
+            "buffers": {name: str(buffer.dtype) for name, buffer in model.named_buffers()},
+            "parameters": {name: str(parameter.dtype) for name, parameter in model.named_parameters()},
+            "numel": {name: part(name, parameter).numel for name, parameter in model.named_parameters()},
+            "decay": {
+                name: group["weight_decay"]
+                for group in trainer.optimizers[0].param_groups
+                for name in group["param_names"]
+            },
+            "training": model.training,
+            "tied": model.lm_head.weight is model.model.embed_tokens.weight,
+        }
+        Path(f"facts{trainer.local_rank}.json").write_text(json.dumps(facts))
+
+
+def process_group_in_the_export() -> None:
+    """Prints whether the export finds one."""
+    from sft.commands import export
+
+    original = export.export_run
+
+    def announced(*arguments: Any) -> Any:
+        print("process group", dist.is_initialized())
+        return original(*arguments)
+
+    export.export_run = announced

@@ -1,0 +1,36 @@
+"""What tests compare of a run's folder."""
+
+import csv
+from pathlib import Path
+
+import torch
+
+from sft.checkpoint.checkpoint import Checkpoint, complete
+from sft.training.metrics import TIMINGS
+
+
+def rows(folder: Path) -> list[dict[str, str]]:
+    """metrics.csv, without what depends on the machine."""
+    with (folder / "metrics.csv").open(newline="") as file:
+        return [{k: v for k, v in row.items() if k not in TIMINGS} for row in csv.DictReader(file)]
+
+
+def last_checkpoint(folder: Path) -> Checkpoint:
+    return complete(folder / "checkpoints")[-1]
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    """Those of the last checkpoint."""
+    last = last_checkpoint(folder)
+    return {name: last.tensor(name) for name in last.shapes}
+
+
+def final_files(folder: Path) -> dict[str, bytes]:
+    """The last checkpoint's step, weights, optimizer state and probes, and the exported weights."""
+    last = last_checkpoint(folder).path
+    return {
+        "step": last.name.encode(),
+        **{path.name: path.read_bytes() for path in last.glob("*.safetensors")},
+        "probes": (last / "probes.json").read_bytes(),
+        **{f"export/{path.name}": path.read_bytes() for path in folder.glob("export/*.safetensors")},
+    }

@@ -1,0 +1,60 @@
+"""What a user has got wrong, in one line."""
+
+import errno
+
+import pytest
+from hydra import compose, initialize_config_dir
+from hydra.errors import HydraException
+from safetensors import SafetensorError
+
+from sft.errors import UserError
+from sft.mistakes import CONF, one_line
+
+
+@pytest.mark.parametrize(
+    ("override", "line"),
+    [
+        ("optimizer.lrr=1", "there is no setting optimizer.lrr: did you mean optimizer.lr?"),
+        ("globl_batch_size=1", "there is no setting globl_batch_size: did you mean global_batch_size?"),
+        ("lr=1", "there is no setting lr: did you mean optimizer.lr?"),
+        ("model.config.hidden_sise=3", "there is no setting model.config.hidden_sise: did you mean model.config?"),
+        ("xyzzy=1", "there is no setting xyzzy: see sft train --cfg job"),
+        ("schedule=cosinus", "there is no schedule=cosinus: choose constant, cosine, linear, warmup_stable_decay"),
+    ],
+)
+def test_a_name_that_is_unknown(override: str, line: str) -> None:
+    with initialize_config_dir(str(CONF), version_base="1.3"), pytest.raises(HydraException) as refused:
+        compose("train", overrides=[override])
+    assert one_line(refused.value, "train") == line
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (
+            OSError(errno.ENOSPC, "No space left on device", "a.bin"),
+            "the disk is full (a.bin): make room, then run the same command again",
+        ),
+        (
+            SafetensorError("No space left on device (os error 28)"),
+            "the disk is full: make room, then run the same command again",
+        ),
+        (
+            PermissionError(errno.EACCES, "Permission denied", "runs/a"),
+            "runs/a can't be written: set runs_dir or data.cache_dir to another folder",
+        ),
+        (
+            OSError(errno.EROFS, "Read-only file system", "runs/a"),
+            "runs/a can't be written: set runs_dir or data.cache_dir to another folder",
+        ),
+        (UserError("no data is named"), "no data is named"),
+        (OSError(errno.EIO, "Input/output error", "a.bin"), None),
+        (ValueError("ours"), None),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_an_error_wherever_it_comes_from(error: Exception, line: str | None) -> None:
+    assert one_line(error, "train") == line
+    outer = RuntimeError("in a worker")
+    outer.__cause__ = error
+    assert one_line(outer, "train") == line
