@@ -12,6 +12,7 @@ from types import SimpleNamespace
 import pytest
 from huggingface_hub import constants
 
+import running
 from cluster import Cluster
 from running import Sft
 from sft.cluster.sbatch import PROJECT, site_environment
@@ -324,13 +325,12 @@ def test_a_rehearsal_that_fails_queues_nothing(
 ) -> None:
     slurm.answer("sft", "", code=1)
     (slurm.folder / "python").symlink_to("/bin/sh")  # runs the sft beside it
-    with monkeypatch.context() as patch:
-        patch.setattr(sys, "executable", f"{slurm.folder}/python")
-        assert sft("submit", "--rehearse", *FITTING, "--", *settings(sft, *GPU)) == 2
-        assert capsys.readouterr().err.strip() == "sft: not submitted, since the rehearsal failed"
-        assert "--test-only" in slurm.arguments.read_text()
-        slurm.answer("sft", "rehearsed")
-        assert sft("submit", "--rehearse", *FITTING, "--", *settings(sft, *GPU)) == 0
+    monkeypatch.setattr(running, "python", lambda: SimpleNamespace(executable=f"{slurm.folder}/python"))
+    assert sft("submit", "--rehearse", *FITTING, "--", *settings(sft, *GPU)) == 2
+    assert capsys.readouterr().err.strip() == "sft: not submitted, since the rehearsal failed"
+    assert "--test-only" in slurm.arguments.read_text()
+    slurm.answer("sft", "rehearsed")
+    assert sft("submit", "--rehearse", *FITTING, "--", *settings(sft, *GPU)) == 0
     assert "--test-only" not in slurm.arguments.read_text()
 
 

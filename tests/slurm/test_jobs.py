@@ -11,8 +11,8 @@ import pytest
 import yaml
 
 from cluster import Cluster, eventually
-from commands.test_resume import final_files, rows
 from offline import history
+from runfiles import final_files, rows
 from running import Sft
 from sft.runs import events
 
