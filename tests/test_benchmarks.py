@@ -9,11 +9,11 @@ import time
 from pathlib import Path
 
 import pytest
-import settings
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModelForCausalLM
 
+import settings
 from benchmarks.ranks import Peak, bytes_sent
 from benchmarks.shapes import SHAPES, flops
 from benchmarks.strategies import volume
