@@ -26,7 +26,7 @@ from running import Sft
 
 # Groups (whose tests share what takes long) and files of the tests that take longest, longest first: with one left
 # over for the end, a worker would be at it alone.
-LONGEST = ("slurm", "strategies", "test_certify", "preemption", "adapter")
+LONGEST = ("slurm", "certify", "strategies", "preemption", "adapter")
 
 CHATML = (
     "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"

@@ -9,13 +9,15 @@ import lightning as L
 import torch.distributed as dist
 from lightning.pytorch.callbacks import Callback
 
+from sft.training.strategies import placement
+
 
 class Facts(Callback):
-    """Each rank writes to `factsRANK.json` what its model is before the first step."""
+    """Each rank writes to `factsRANK.json` what its model is before its first use."""
 
-    def on_train_start(self, trainer: L.Trainer, module: Any) -> None:
+    def on_sanity_check_start(self, trainer: L.Trainer, module: Any) -> None:
         model = module.model
-        part = trainer.strategy.layout.part
+        part = placement(trainer.strategy).layout.part
         facts = {
             "buffers": {name: str(buffer.dtype) for name, buffer in model.named_buffers()},
             "parameters": {name: str(parameter.dtype) for name, parameter in model.named_parameters()},

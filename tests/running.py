@@ -15,6 +15,7 @@ from time import monotonic
 
 import pytest
 
+import warm
 from sft import cli
 from sft.runs import signals
 from warm import LOCK, PROCESSES, enter, python
@@ -32,6 +33,7 @@ class Sft:
     """Calls the command line in `folder`, in this process (fast) or in one of its own (to be killed)."""
 
     def __init__(self, folder: Path, model: Path, data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        warm.start()
         self.folder, self.monkeypatch = folder, monkeypatch
         monkeypatch.chdir(folder)
         monkeypatch.delenv("SFT_CACHE", raising=False)

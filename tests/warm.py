@@ -15,9 +15,12 @@ import sys
 import tempfile
 from contextlib import suppress
 from functools import cache
+from multiprocessing import forkserver
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from threading import Lock, Thread
+
+import cpuinfo
 
 PROCESSES = multiprocessing.get_context("forkserver")
 PROCESSES.set_forkserver_preload(
@@ -41,6 +44,14 @@ PROCESSES.set_forkserver_preload(
 LOCK = Lock()
 
 
+def start() -> None:
+    """Starts the server; one that some other code started first would have imported less."""
+    forkserver.ensure_running()
+
+
+cpu_info = cache(cpuinfo.get_cpu_info)  # seconds, and DeepSpeed asks for it several times
+
+
 def enter(executable: str, folder: str, environment: dict[str, str]) -> None:
     """Makes a process that was just forked like one that `executable` has started in this folder and environment."""
     from lightning.fabric.utilities.rank_zero import rank_zero_only
@@ -49,6 +60,8 @@ def enter(executable: str, folder: str, environment: dict[str, str]) -> None:
 
     gc.freeze()  # what the server has imported is not looked through, which would copy its memory
     exit_with_parent()
+    cpuinfo.get_cpu_info = cpu_info
+    multiprocessing.set_start_method(None, force=True)  # the default, not another server
     os.chdir(folder)
     os.environ.clear()
     os.environ.update(environment)

@@ -2,28 +2,63 @@
 
 import json
 from collections.abc import Callable
+from itertools import product
 from pathlib import Path
 
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
+from omegaconf import DictConfig
 
 import faults
+import warm
 from faults import FAULTS, cell
 from running import Sft
-from sft.commands.certify import certify
+from sft.commands import certify
 from sft.mistakes import CONF
 from sft.proof import cells
 from sft.proof.cells import STRATEGIES, Cell, all_cells
 from sft.proof.certificate import Certificate
+from sft.proof.excerpt import Excerpt
 from sft.proof.rank_pool import seeing
+from sft.proof.reference import Reference
+
+pytestmark = pytest.mark.xdist_group("certify")  # the plain loop is made once
+
+
+References = tuple[dict[tuple[str, bool], Reference], float]
+
+
+def composed(*overrides: str) -> DictConfig:
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        return compose("certify", overrides=list(overrides))
 
 
 def made(folder: Path, chosen: list[Cell], before: Callable[[], None] | None = None, *overrides: str) -> Certificate:
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        config = compose("certify", overrides=list(overrides))
+    warm.start()
     with seeing("cpu"):
-        return certify(config, folder, chosen, before)
+        return certify.certify(composed(*overrides), folder, chosen, before)
+
+
+@pytest.fixture(scope="module")
+def references(tmp_path_factory: pytest.TempPathFactory) -> References:
+    """The plain loop, by each optimizer and packed or not."""
+    warm.start()
+    with seeing("cpu"):
+        folder = tmp_path_factory.mktemp("references")
+        config, excerpt = certify.prepare(composed(), folder)
+        return certify.make_references(config, folder, excerpt, list(product(("adamw", "sgd"), (False, True))))
+
+
+@pytest.fixture
+def same_references(references: References, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The loop is not made again: no fault is planted in it."""
+    made, clip = references
+
+    def known(config: DictConfig, folder: Path, excerpt: Excerpt, keys: list[tuple[str, bool]]) -> References:
+        return {key: made[key] for key in keys}, clip
+
+    monkeypatch.setattr(certify, "make_references", known)
 
 
 def test_matrix_is_whole() -> None:
@@ -49,6 +84,7 @@ def test_quick_certificate_passes(sft: Sft, capfd: pytest.CaptureFixture[str]) -
     assert "# Certificate passed" in Path("certificate/certificate.md").read_text()
 
 
+@pytest.mark.usefixtures("same_references")
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.__name__)
 def test_fault_is_found_where_it_matters(fault: Callable[[], None], tmp_path: Path) -> None:
     failing, passing = FAULTS[fault]
@@ -59,6 +95,7 @@ def test_fault_is_found_where_it_matters(fault: Callable[[], None], tmp_path: Pa
     assert not certificate.passed
 
 
+@pytest.mark.usefixtures("same_references")
 @pytest.mark.parametrize(
     ("fault", "passes"),
     [
@@ -98,6 +135,7 @@ def test_what_can_not_be_certified(
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.usefixtures("same_references")
 def test_rank_that_fails_says_why_and_the_others_go_on(tmp_path: Path) -> None:
     chosen = [cell("ddp", 2), cell("ddp", 2, accumulation=2)]
     certificate = made(tmp_path, chosen, faults.second_rank_raises_without_accumulation)
@@ -107,9 +145,10 @@ def test_rank_that_fails_says_why_and_the_others_go_on(tmp_path: Path) -> None:
     assert "out of luck" in certificate.page() and "FAILED: 1 of 2 cells pass" in certificate.page()
 
 
+@pytest.mark.usefixtures("same_references")
 def test_rank_that_hangs_is_stopped(tmp_path: Path) -> None:
-    certificate = made(tmp_path, [cell("ddp", 2)], faults.hangs, "cell_timeout=10")
-    assert "gave no answer within 10 s" in str(certificate.results[0].error)
+    certificate = made(tmp_path, [cell("ddp", 2)], faults.hangs, "cell_timeout=5")
+    assert "gave no answer within 5 s" in str(certificate.results[0].error)
 
 
 def test_own_model_and_data(sft: Sft, model_folder: Path, data_file: Path, tmp_path: Path) -> None:
@@ -125,7 +164,8 @@ def test_own_model_and_data(sft: Sft, model_folder: Path, data_file: Path, tmp_p
 
 
 def test_adapter_is_certified(tmp_path: Path) -> None:
-    certificate = made(tmp_path, [cell("ddp", 2), cell("fsdp2")], None, "adapter=lora", "adapter.r=3")
+    chosen = [cell(strategy, 2) for strategy in ("ddp", "deepspeed_zero2", "deepspeed_zero3", "fsdp2")]
+    certificate = made(tmp_path, chosen, None, "adapter=lora", "adapter.r=3")
     assert certificate.passed
 
 
