@@ -70,7 +70,7 @@ class Sft:
 
     def process(self, *arguments: str, before: Before = None) -> Ended:
         """The same in a process of its own, after a call of `before`. Further ranks are started by Lightning."""
-        (ended,) = self._started([{}], before, arguments)
+        (ended,) = self._started([{"MASTER_PORT": str(free_port())}], before, arguments)
         return ended
 
     def ranks(self, num: int, *arguments: str, before: Before = None, folder: Path | None = None) -> Ended:

@@ -1,12 +1,10 @@
 """What the benchmarks of ranks count is what happens, and a sharded model is loaded in its bound of memory."""
 
-import json
 import os
 import socket
-import subprocess
-import sys
-import time
 from pathlib import Path
+from threading import Semaphore
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -14,21 +12,11 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import settings
-from benchmarks.ranks import Peak, bytes_sent
+import warm
+from benchmarks import ranks
+from benchmarks.ranks import bytes_sent
 from benchmarks.shapes import SHAPES, flops
 from benchmarks.strategies import volume
-
-SCRIPTS = Path(__file__).resolve().parents[1] / "scripts"
-LOAD = """
-import json, pathlib, sys
-from benchmarks import ranks
-folder = pathlib.Path(sys.argv[1])
-sizes = dict(vocab=2000, hidden=512, layers=12, max_length=16)
-options = dict(**sizes, global_batch=2, steps=1, repeats=1, seed=0, overrides=[])
-(model,) = ranks.run("benchmarks.prepare_rank", folder, 1, options)
-results = ranks.run("benchmarks.checkpoint_rank", folder, 2, sys.argv[2], "project", options)
-print(json.dumps([model, [rank["load"][0]["private"] for rank in results]]))
-"""
 
 
 def test_bytes_sent_are_those_of_this_process() -> None:
@@ -43,10 +31,22 @@ def test_bytes_sent_are_those_of_this_process() -> None:
             assert bytes_sent() - before == 100_001
 
 
-def test_peak_is_seen_though_it_is_over() -> None:
-    with Peak(every=0.001) as peak:
+def test_peak_is_seen_though_it_is_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    looks = Semaphore(0)
+    look = ranks.now
+
+    def counted() -> tuple[int, int]:
+        looks.release()
+        return look()
+
+    monkeypatch.setattr(ranks, "now", counted)
+    with ranks.Peak(every=0.001) as peak:
         largest = bytearray(b"1" * 64_000_000)
-        time.sleep(0.5)  # however busy the machine is, it is looked at meanwhile
+        while looks.acquire(blocking=False):
+            pass
+        looks.acquire()  # this one may have begun before
+        looks.acquire()
+        looks.acquire()
         del largest
     assert 64e6 <= peak.resident < 160e6 and 64e6 <= peak.private < 160e6
 
@@ -84,9 +84,12 @@ def test_flops_of_a_known_model() -> None:
 
 @pytest.mark.parametrize("strategy", ["deepspeed_zero3", "fsdp2"])
 def test_a_rank_loads_its_share_and_no_more(strategy: str, tmp_path: Path) -> None:
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(SCRIPTS), os.environ.get("PYTHONPATH", "")])}
-    command = [sys.executable, "-c", LOAD, str(tmp_path), strategy]
-    model, peaks = json.loads(subprocess.run(command, env=environment, check=True, capture_output=True).stdout)
+    warm.start()
+    sizes = {"vocab": 2000, "hidden": 512, "layers": 12, "max_length": 16}
+    options = {**sizes, "global_batch": 2, "steps": 1, "repeats": 1, "seed": 0, "overrides": []}
+    with patch.dict(os.environ):
+        (model,) = ranks.run("benchmarks.prepare_rank", tmp_path, 1, options)
+        results = ranks.run("benchmarks.checkpoint_rank", tmp_path, 2, strategy, "project", options)
     bound = 4 * (model["weights"] / 2 + 2 * model["largest_tensor"])
     # What libraries and the allocator need besides is 5 to 8 MB here; the whole model would be 210 MB, not 113.
-    assert max(peaks) < bound + 30e6
+    assert max(rank["load"][0]["private"] for rank in results) < bound + 30e6
