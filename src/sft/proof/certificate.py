@@ -91,7 +91,10 @@ class Certificate:
         return Group(table, *lines, Text(self.verdict, "bold green" if self.passed else "bold red"))
 
     def page(self) -> str:
-        cell, model, about = self.results[0].cell, self.model, provenance.collect()
+        from transformers import AutoConfig
+
+        cell, about = self.results[0].cell, provenance.collect()
+        model = AutoConfig.for_model(**self.model)  # by the names that all families have
         weights = "each weight" if cell.exact else "all weights, as a share of their change,"
         lines = [
             f"# Certificate {self.verdict}",
@@ -108,8 +111,8 @@ class Certificate:
         lines += [
             "## What was trained",
             "",
-            f"- model: `{model['model_type']}` with {model['num_hidden_layers']} layers of {model['hidden_size']} "
-            f"channels and {model['vocab_size']} tokens, random weights, dropout off",
+            f"- model: `{model.model_type}` with {model.num_hidden_layers} layers of {model.hidden_size} "
+            f"channels and {model.vocab_size} tokens, random weights, dropout off",
             f"- on the {cell.device}, in {cell.precision}",
             f"- data: {len(self.excerpt)} samples, {self.excerpt.lengths.sum()} tokens; {GLOBAL_BATCH_SIZE} packs a "
             "step, fewer in an epoch's last step, where some ranks have none",
