@@ -289,6 +289,18 @@ def test_what_sbatch_gets(sft: Sft, slurm: FalseSlurm, capsys: pytest.CaptureFix
     assert (event["event"], event["job"], event["options"], event["settings"]) == ("submit", 7, FITTING, given)
 
 
+def test_names_that_are_given_and_the_tracker_that_is_logged_to(
+    sft: Sft, slurm: FalseSlurm, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("SBATCH_JOB_NAME", "mine")
+    site_environment.cache_clear()
+    assert sft("submit", *FITTING, "--", *settings(sft, *GPU, "logger=wandb")) == 0
+    assert "--job-name=mine" in slurm.arguments.read_text().splitlines()
+    wandb = f"wandb sync {sft.folder}/runs/run/wandb/offline-run-*"
+    assert f"W&B: run run; if the nodes are offline: {wandb}" in capsys.readouterr().out
+    site_environment.cache_clear()
+
+
 def test_four_bits_need_a_gpu_on_the_nodes_alone(sft: Sft, slurm: FalseSlurm) -> None:
     assert sft("submit", "--dry-run", *FITTING, "--", *settings(sft, *GPU, "adapter=qlora")) == 0
 

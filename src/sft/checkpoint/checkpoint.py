@@ -114,7 +114,7 @@ class Checkpoint:
                 if not path.exists() or checksum(path) != recorded:
                     raise UserError(
                         f"{path} is damaged (its checksum is another): remove the folder {self.path}, and the run "
-                        "goes on from the checkpoint before it"
+                        "resumes from the checkpoint before it"
                     )
 
         together(compare)

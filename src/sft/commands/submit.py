@@ -68,7 +68,8 @@ def _submit(config: DictConfig, job: Job, dry_run: bool, rehearse: bool) -> None
     notes += time_limit.check_interval(limit, signal_time, num_ranks, events.read(run.folder), save_every)
     slurm.refuse_queued(run.folder)
     log = job.output or str(PROJECT / run.folder / "logs").replace("%", "%%") + "/%j.out"
-    ours = [f"--chdir={PROJECT}", f"--job-name={run.folder.name}", f"--output={log}"]
+    name = job.environment.get("SBATCH_JOB_NAME", run.folder.name)
+    ours = [f"--chdir={PROJECT}", f"--job-name={name}", f"--output={log}"]
     command = ["sbatch", "--parsable", *ours, *job.options, str(PROJECT / SCRIPT), *job.settings]
     start = slurm.expected_start(command, job, waits=bool(waits))
 
@@ -88,6 +89,8 @@ def _submit(config: DictConfig, job: Job, dry_run: bool, rehearse: bool) -> None
         return
     number = _queue(command, job, run)
     _print_commands(number, log.replace("%j", str(number)).replace("%%", "%"))
+    if config.logger and config.logger._target_.endswith("wandb_logger"):
+        print(f"W&B: run {run.folder.name}; if the nodes are offline: wandb sync {run.folder}/wandb/offline-run-*")
 
 
 def check_devices(job: Job, accelerator: str) -> list[str]:

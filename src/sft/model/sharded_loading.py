@@ -20,7 +20,8 @@ Read = Callable[[str, int, int], Tensor]  # name, start, stop -> flat values, 1-
 class Sharding(Protocol):
     """A strategy that shards a model before its weights are read."""
 
-    layout: type[Whole]
+    @property
+    def layout(self) -> type[Whole]: ...
 
     def shard(self, model: nn.Module) -> None:
         """Takes a model whose parameters hold nothing yet and gives each rank room for its part of them."""

@@ -64,8 +64,7 @@ class SFTModule(L.LightningModule):
             # of rotary embeddings.
             self.trainer.precision_plugin.convert_module = lambda module: module  # type: ignore[method-assign]
         torch.manual_seed(self.seed)  # from which all ranks draw the weights that no checkpoint has
-        strategy = placement(self.trainer.strategy)
-        sharding = strategy if strategy.shards_model else None
+        sharding = placement(self.trainer.strategy).sharding
         self.model = self.source.load(dtype, weights=not self.resumed, sharding=sharding)
         self.plain_head = head_is_plain_matrix(self.model)
 

@@ -29,6 +29,7 @@ from torch.optim import Optimizer
 from sft.checkpoint.layout import Rows, Whole, ZeRO3, ZeRO12, allocate, move_buffers
 from sft.errors import UserError
 from sft.model.loading import decoder_layers
+from sft.model.sharded_loading import Sharding
 
 OptimizerFactory = Callable[..., Optimizer]
 
@@ -40,11 +41,11 @@ class Placement:
     """
 
     layout: type[Whole] = Whole
-    shards_model = False  # whether `shard` is called on the model before its weights are read
 
-    def shard(self, model: nn.Module) -> None:
-        """Takes a model whose parameters hold nothing yet and gives each rank room for its part of them."""
-        raise NotImplementedError
+    @property
+    def sharding(self) -> Sharding | None:
+        """Itself, if its `shard` is to be called on the model before the weights are read."""
+        return None
 
     def optimizer_factory(self, factory: OptimizerFactory) -> OptimizerFactory:
         """The optimizer that computes what `factory`'s does, where the states are."""
@@ -164,8 +165,8 @@ class DeepSpeed(Placement, DeepSpeedStrategy):
         yield
 
     @property
-    def shards_model(self) -> bool:  # type: ignore[override]
-        return self.zero_stage_3
+    def sharding(self) -> Sharding | None:
+        return self if self.zero_stage_3 else None
 
     def shard(self, model: nn.Module) -> None:
         """Gives each rank its range of each parameter, one parameter at a time."""
@@ -213,7 +214,10 @@ class FSDP2(Placement, ModelParallelStrategy):
         self.reshard_after_forward = reshard_after_forward
 
     layout = Rows
-    shards_model = True
+
+    @property
+    def sharding(self) -> Sharding:
+        return self
 
     def setup_environment(self) -> None:
         self._data_parallel_size = self.num_nodes * self.num_processes
