@@ -86,19 +86,6 @@ def not_installed(slurm: FalseSlurm) -> None:
     (slurm.folder / "bin" / "env").symlink_to("/usr/bin/env")
 
 
-def story(*events: tuple[str, str, int]) -> Prepare:
-    def write(slurm: FalseSlurm) -> None:
-        run = slurm.folder.parent / "runs" / "run"
-        run.mkdir(parents=True)
-        lines = [
-            {"event": event, "time": f"2026-01-01T{time}+00:00", "step": step, "num_ranks": 4, "seconds": 20.0}
-            for event, time, step in events
-        ]
-        (run / "events.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-
-    return write
-
-
 @pytest.mark.parametrize(
     ("prepare", "options", "more", "message"),
     [
@@ -171,13 +158,6 @@ def story(*events: tuple[str, str, int]) -> Prepare:
             [],
             "a job of 0:05:00 gets its signal 300 s before the end, almost at once: set --time to 0:06:00 or more, or "
             "a later signal with --signal=USR1@SECONDS",
-        ),
-        (
-            story(("start", "10:00:00", 0), ("save", "12:00:00", 100), ("save", "14:00:00", 200)),
-            ["--time=1:05:00"],
-            [],
-            "the 100 steps between two checkpoints took 2:00:00 in earlier attempts, and this job has 1:00:00 until "
-            "its signal: set checkpoint.save_every=50 or less, or a longer --time",
         ),
         (
             answer("sbatch", "allocation failure: Invalid account or account/partition combination specified", code=1),
@@ -319,15 +299,16 @@ def test_notes(sft: Sft, slurm: FalseSlurm, capsys: pytest.CaptureFixture[str]) 
     # Of five nodes one is there, for which Slurm would refuse what it queues.
     slurm.answer("sinfo", "main*|4|16|gpu:2|infinite|n/a|up|down*\nmain*|1|16|gpu:2|infinite|n/a|up|idle")
     slurm.answer("sbatch", "allocation failure: Requested node configuration is not available", code=1)
-    story(("start", "10:00:00", 0), ("save", "12:00:00", 10))(slurm)
-    more = ["trainer.num_nodes=1", "checkpoint.save_every=10"]
-    assert sft("submit", "--dry-run", *FITTING, "--", *settings(sft, *GPU, *more)) == 0
+    run = sft.folder / "runs" / "run"
+    run.mkdir(parents=True)
+    (run / "events.jsonl").write_text(json.dumps({"event": "save", "step": 10, "seconds": 160.0}) + "\n")
+    assert sft("submit", "--dry-run", *FITTING, "--", *settings(sft, *GPU, "trainer.num_nodes=1")) == 0
     notes = [line for line in capsys.readouterr().out.splitlines() if line.startswith("note: ")]
     assert notes[0] == "note: trainer.num_nodes=1 gives way to 2, the job's own"
     assert notes[1].startswith("note: on this machine's own disk, which the nodes may not see: runs_dir (")
     assert notes[2:] == [
-        "note: a step and a save took 740 s in earlier attempts, and --signal leaves 300 s: "
-        "--signal=USR1@1480 is safer",
+        "note: a save took 160 s in earlier attempts, and --signal leaves 300 s for the step under way and a save: "
+        "--signal=USR1@640 is safer",
         "note: 1 of the 2 nodes that it needs are up in partition main, so the job waits",
     ]
 

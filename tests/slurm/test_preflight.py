@@ -28,8 +28,6 @@ def rank(node: str, local_rank: int = 0, **changes: Any) -> dict[str, Any]:
         "shared_s": 0.2,
         "write_mb_s": 800.0,
         "clock_s": -0.002,
-        "flock": True,
-        "fcntl": True,
         "inside_gb_s": 350.0,
     }
     number = 2 * NODES.index(node) + local_rank
@@ -122,11 +120,6 @@ def test_in_a_tie_the_first_nodes_version_is_right_with_a_note() -> None:
     assert tie.notes == ["torch: 2.8.0 and 2.9.1 are on as many nodes; the first node's is kept"]
 
 
-def test_locks_that_exclude_nobody_make_a_note() -> None:
-    judged = judgement(rank("n2", flock=False), rank("n3", flock=False))
-    assert not judged.bad and judged.notes == ["flock excludes nobody on n2, n3: trust no lock in the runs' folder"]
-
-
 def test_health_of_gpus() -> None:
     csv = (
         GOOD_GPU
@@ -145,7 +138,7 @@ def test_health_of_gpus() -> None:
     assert judgement(node).faults["n2"] == [*(f"GPU 1: {fault}" for fault in hot["faults"]), "GPU 1: 88 °C"]
 
 
-@pytest.mark.xdist_group("slurm")
+@pytest.mark.xdist_group("slurm too")
 def test_planted_faults_are_found_on_a_cluster(cluster: Cluster, tmp_path: Path) -> None:
     slurm = Path(__file__).parents[2] / "slurm"
     (tmp_path / "slurm" / "logs").mkdir(parents=True)

@@ -35,7 +35,6 @@ OPTIONS = (
     ("chdir", "-D", None),
     ("gpus", "-G", "SBATCH_GPUS"),
     ("gpus_per_task", None, "SBATCH_GPUS_PER_TASK"),
-    ("gpus_per_socket", None, "SBATCH_GPUS_PER_SOCKET"),
     ("array", "-a", "SBATCH_ARRAY_INX"),
     ("wrap", None, None),
 )
@@ -43,7 +42,6 @@ _PER_NODE = "each rank drives one of the GPUs of its node and must see the other
 REFUSED = {
     "gpus": _PER_NODE,
     "gpus_per_task": _PER_NODE,
-    "gpus_per_socket": _PER_NODE,
     "array": "a job trains one run; for many, sbatch --array with slurm/sweep.sbatch",
     "wrap": f"the job is {SCRIPT}: give the settings of sft train after --",
 }

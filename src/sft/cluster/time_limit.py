@@ -2,9 +2,7 @@
 
 import math
 import re
-import statistics
 from collections.abc import Sequence
-from datetime import datetime
 
 from sft.errors import UserError
 from sft.runs.events import Event
@@ -44,45 +42,12 @@ def check_limit(limit: float, signal_seconds_before_end: int) -> None:
         )
 
 
-def check_interval(
-    limit: float, signal_seconds_before_end: int, num_ranks: int, events: Sequence[Event], save_every: int | None
-) -> list[str]:
-    """Refuses a job too short for its first regular checkpoint, judged by the run's earlier attempts on as many ranks;
-    returns a note if the signal comes too late for a step and a save. `save_every` in steps;
-    None: as in those attempts."""
-    intervals, longest_save = _measured(events, num_ranks)
-    if not intervals:
-        return []
-    step = statistics.median(seconds / num_steps for num_steps, seconds in intervals)
-    save_every = save_every or max(num_steps for num_steps, _ in intervals)
-    until_signal = limit - signal_seconds_before_end
-    if until_signal < save_every * step:
-        raise UserError(
-            f"the {save_every} steps between two checkpoints took {clock(save_every * step)} in earlier attempts, and "
-            f"this job has {clock(until_signal)} until its signal: set checkpoint.save_every="
-            f"{max(1, int(until_signal / step))} or less, or a longer --time"
-        )
-    needed = step + longest_save
-    if needed <= signal_seconds_before_end:
+def note_on_saves(events: Sequence[Event], signal_seconds_before_end: int) -> list[str]:
+    """A note if the signal comes too late for a step and a save, by the longest save of the run's earlier attempts."""
+    longest = max((event["seconds"] for event in events if event["event"] == "save"), default=0.0)
+    if 2 * longest <= signal_seconds_before_end:
         return []
     return [
-        f"a step and a save took {needed:.0f} s in earlier attempts, and --signal leaves {signal_seconds_before_end} "
-        f"s: --signal=USR1@{2 * math.ceil(needed)} is safer"
+        f"a save took {longest:.0f} s in earlier attempts, and --signal leaves {signal_seconds_before_end} s for the "
+        f"step under way and a save: --signal=USR1@{math.ceil(4 * longest)} is safer"
     ]
-
-
-def _measured(events: Sequence[Event], num_ranks: int) -> tuple[list[tuple[int, float]], float]:
-    """Steps and seconds of each interval between saves, and the seconds of the longest save."""
-    before: Event | None = None
-    intervals, longest_save = [], 0.0
-    for event in events:
-        if event["event"] == "start":
-            before = event if event["num_ranks"] == num_ranks else None
-        elif event["event"] == "save" and before:
-            seconds = (datetime.fromisoformat(event["time"]) - datetime.fromisoformat(before["time"])).total_seconds()
-            num_steps = event["step"] - before["step"]
-            if num_steps > 0:
-                intervals.append((num_steps, seconds))
-            longest_save = max(longest_save, event["seconds"])
-            before = event
-    return intervals, longest_save

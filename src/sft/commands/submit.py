@@ -51,7 +51,7 @@ def request(arguments: list[str]) -> tuple[list[str], Job]:
 
 def _submit(config: DictConfig, job: Job, dry_run: bool, rehearse: bool) -> None:
     settings: Any = OmegaConf.to_container(config, resolve=True)
-    num_ranks, accumulation = check(config, here=False)
+    _, accumulation = check(config, here=False)
     notes = check_devices(job, config.trainer.accelerator)
     run = Run.of(settings)
     state = run.status.get("state", "new")
@@ -64,8 +64,7 @@ def _submit(config: DictConfig, job: Job, dry_run: bool, rehearse: bool) -> None
     limit = partitions.limit(job, nodes)
     signal_time = job.signal_seconds_before_end
     time_limit.check_limit(limit, signal_time)
-    save_every = config.checkpoint.save_every or config.val_every
-    notes += time_limit.check_interval(limit, signal_time, num_ranks, events.read(run.folder), save_every)
+    notes += time_limit.note_on_saves(events.read(run.folder), signal_time)
     slurm.refuse_queued(run.folder)
     log = job.output or str(PROJECT / run.folder / "logs").replace("%", "%%") + "/%j.out"
     name = job.environment.get("SBATCH_JOB_NAME", run.folder.name)

@@ -43,23 +43,20 @@ def parse() -> argparse.Namespace:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--write-mb", type=int, default=256, help="that each node writes to the shared folder")
     parser.add_argument("--timeout", type=int, default=300, help="seconds for all checks of a rank")
-    parser.add_argument("--limit", action="append", default=[], metavar="NAME=VALUE")
+    parser.add_argument("--limit", type=limit, action="append", default=[], metavar="NAME=VALUE")
     parser.add_argument("--nodes", nargs="+", default=[])
     parser.add_argument("--lost", nargs="*", default=[])
     parser.add_argument("--ranks-per-node", type=int, default=1)
-    arguments = parser.parse_args()
-    names = sorted(limit.name for limit in fields(Limits))
-    limits = {}
-    for limit in arguments.limit:
-        name, _, value = limit.partition("=")
-        if name not in names:
-            parser.error(f"there is no limit {name}: there are {', '.join(names)}")
-        try:
-            limits[name] = float(value)
-        except ValueError:
-            parser.error(f"--limit {limit}: give NAME=NUMBER")
-    arguments.limits = Limits(**limits)
-    return arguments
+    return parser.parse_args()
+
+
+def limit(text: str) -> tuple[str, float]:
+    """NAME=VALUE"""
+    name, _, value = text.partition("=")
+    names = sorted(field.name for field in fields(Limits))
+    if name not in names:
+        raise argparse.ArgumentTypeError(f"there is no limit {name}: there are {', '.join(names)}")
+    return name, float(value)
 
 
 def check(arguments: argparse.Namespace) -> None:
@@ -86,7 +83,8 @@ def report(arguments: argparse.Namespace) -> int:
     for path in arguments.folder.glob("written-*"):  # by ranks that were killed while they wrote
         path.unlink()
     reports = [json.loads(path.read_text()) for path in sorted(arguments.folder.glob("rank-*.json"))]
-    judgement = judge(reports, arguments.nodes, arguments.ranks_per_node, arguments.limits, arguments.lost)
+    limits = Limits(**dict(arguments.limit))
+    judgement = judge(reports, arguments.nodes, arguments.ranks_per_node, limits, arguments.lost)
     show(judgement, {report["node"]: report for report in reports if report["local_rank"] == 0})
     return 1 if judgement.bad or judgement.troubles else 0
 

@@ -11,7 +11,7 @@ from sft.runs.failure import FOLLOWING
 Report = Mapping[str, Any]  # the measurements of one rank, and the stage that it reached
 
 # In this order. Up to "write speed" a rank is on its own; from "connecting" on a rank that fails holds up all others.
-STAGES = ("start", "node", "shared folder", "write speed", "connecting", "meeting", "clock", "locks", "all-reduce")
+STAGES = ("start", "node", "shared folder", "write speed", "connecting", "meeting", "clock", "all-reduce")
 ALONE = STAGES[: STAGES.index("connecting")]
 DONE = "done"
 
@@ -81,9 +81,6 @@ def judge(
             judgement.faults[node].append(f"no file of {nodes[0]} seen in the shared folder")
     _judge_versions(judgement, leaders)
     _judge_bandwidth(judgement, leaders, limits)
-    for kind in ("flock", "fcntl"):
-        if failing := [node for node, leader in leaders.items() if leader.get(kind) is False]:
-            judgement.notes.append(f"{kind} excludes nobody on {', '.join(failing)}: trust no lock in the runs' folder")
     return judgement
 
 

@@ -1,7 +1,6 @@
 """The measurements of each rank of sft.cluster.preflight. The first rank of a node, its leader, examines the node; all
 ranks meet and reduce. After each stage the rank's file in the shared folder names the next."""
 
-import fcntl
 import hashlib
 import json
 import os
@@ -11,17 +10,15 @@ import time
 from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING
+
+import torch
+import torch.distributed as dist
 
 from sft.cluster.preflight import gpus
 from sft.cluster.preflight.judge import DONE
 from sft.runs import files, provenance
 
-if TYPE_CHECKING:
-    from torch.distributed import ProcessGroup
-
 TOKEN_WAIT = 60  # seconds for a file to be seen on other nodes: NFS remembers for as long that it was missing
-NUM_ROUND_TRIPS = 20  # the quickest gives the best offset
 NUM_REDUCTIONS = 7  # the first two warm up
 REDUCED_MB = {"cuda": 512, "cpu": 16}  # enough for bandwidth to be the limit
 
@@ -68,8 +65,6 @@ class Rank:
         self._meet(timeout)
         self.begin("clock")
         self.note(**self._clock())
-        self.begin("locks")
-        self.note(**self._locks())
         self.begin("all-reduce")
         self.note(**self._reduce())
         self.begin(DONE)
@@ -78,9 +73,6 @@ class Rank:
 
     def _meet(self, timeout: float) -> None:
         """Makes the process group, once all ranks have come."""
-        import torch
-        import torch.distributed as dist
-
         self.begin("connecting")
         self.device = torch.device("cpu")
         if torch.cuda.is_available():
@@ -109,59 +101,17 @@ class Rank:
         self._barrier()
 
     def _barrier(self) -> None:
-        import torch
-        import torch.distributed as dist
-
         dist.all_reduce(torch.zeros(1))
 
     def _clock(self) -> dict[str, float]:
-        """Seconds by which this node's clock is ahead of the first one's, by the quickest round trip."""
-        import torch
-        import torch.distributed as dist
-
-        first, measured = self.leaders[0], {}
-        for leader in self.leaders[1:]:
-            if self.rank not in (first, leader):
-                continue
-            trips = []
-            for _ in range(NUM_ROUND_TRIPS):
-                first_time = torch.zeros(1, dtype=torch.float64)
-                if self.rank == first:
-                    dist.recv(first_time, leader)
-                    dist.send(torch.tensor([time.time()], dtype=torch.float64), leader)
-                else:
-                    sent = time.time()
-                    dist.send(first_time, first)
-                    dist.recv(first_time, first)
-                    received = time.time()
-                    trips.append((received - sent, (sent + received) / 2 - first_time.item()))
-            if trips:
-                measured = {"clock_s": min(trips)[1]}
+        """Seconds by which this node's clock is ahead of the first one's, but for what the barrier's end takes."""
+        times = [torch.zeros(1, dtype=torch.float64) for _ in range(self.num_ranks)]
         self._barrier()
-        return measured
-
-    def _locks(self) -> dict[str, bool]:
-        """Whether this node is refused a lock that the first node holds."""
-        first, others = self.leaders[0], self.leaders[1:]
-        measured = {}
-        for kind, lock in (("flock", fcntl.flock), ("fcntl", fcntl.lockf)):
-            with open(self.folder / kind, "w") as file:
-                for taking in ([first], others):  # one after the other
-                    if self.rank in taking:
-                        try:
-                            lock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                            measured[kind] = self.rank == first
-                        except BlockingIOError:
-                            measured[kind] = self.rank != first
-                        except OSError:  # the file system has no locks
-                            measured[kind] = False
-                    self._barrier()
-        return measured
+        dist.all_gather(times, torch.tensor([time.time()], dtype=torch.float64))
+        return {"clock_s": (times[self.rank] - times[self.leaders[0]]).item()}
 
     def _reduce(self) -> dict[str, float]:
         """Bus bandwidths over all ranks and between those of this node, in GB/s."""
-        import torch.distributed as dist
-
         megabytes = REDUCED_MB[self.device.type]
         measured = {"all_mb": megabytes, "all_gb_s": self._bandwidth(None, self.num_ranks, megabytes)}
         for node in dict.fromkeys(self.nodes):
@@ -171,36 +121,29 @@ class Rank:
                 measured["inside_gb_s"] = self._bandwidth(group, len(ranks), megabytes)
         return measured
 
-    def _bandwidth(self, group: "ProcessGroup | None", num_ranks: int, megabytes: int) -> float:
+    def _bandwidth(self, group: dist.ProcessGroup | None, num_ranks: int, megabytes: int) -> float:
         """Bus bandwidth: 2 (n−1)/n of the bytes, which pass each rank's link in an all-reduce, over its median time."""
-        import torch
-        import torch.distributed as dist
-
         values = torch.empty(megabytes * 10**6 // 4, device=self.device)
         times = []
         for _ in range(NUM_REDUCTIONS):
             values.fill_(1)
-            self._finish()
+            self._synchronize()
             start = time.perf_counter()
             dist.all_reduce(values, group=group)
-            self._finish()
+            self._synchronize()
             times.append(time.perf_counter() - start)
         if not bool((values == num_ranks).all()):
             raise ArithmeticError(f"the sum of {num_ranks} ones came out wrong")
         num_bytes = values.numel() * values.element_size()
         return 2 * (num_ranks - 1) / num_ranks * num_bytes / statistics.median(times[2:]) / 1e9
 
-    def _finish(self) -> None:
-        import torch
-
+    def _synchronize(self) -> None:
         if self.device.type == "cuda":
             torch.cuda.synchronize()
 
 
 def examine(folder: Path) -> dict[str, object]:
     """This node's GPUs, versions and free space."""
-    import torch
-
     health = gpus.health()
     code = provenance.collect()
     versions = {"sft": code["commit"], "python": code["python"], **code["versions"], "CUDA": torch.version.cuda}
