@@ -10,7 +10,8 @@ from sft.data.mask import IGNORE
 from sft.model import loss
 from sft.proof import excerpt
 from sft.proof.cells import Cell
-from sft.training import datamodule, strategies
+from sft.training import strategies
+from sft.training.datamodule import SFTDataModule
 from sft.training.module import SFTModule
 
 
@@ -71,15 +72,14 @@ def shifted_mask() -> None:
 
 
 def small_step_dropped() -> None:
-    original = datamodule._Steps.__iter__
+    original = SFTDataModule._training
 
-    def whole_steps(self: datamodule._Steps) -> object:
-        data = self.data
+    def whole_steps(self: SFTDataModule) -> object:
         for number, batch in enumerate(original(self)):
-            if len(data.step(data.start_step + number // data.accumulation()).packs) == data.global_batch_size:
+            if len(self.step(self.start_step + number // self.accumulation()).packs) == self.global_batch_size:
                 yield batch
 
-    datamodule._Steps.__iter__ = whole_steps
+    SFTDataModule._training = whole_steps
 
 
 def small_step_without_update() -> None:

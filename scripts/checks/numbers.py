@@ -20,6 +20,7 @@ from sft.model import attention as packed
 from sft.model.adapter import initial
 from sft.model.loading import ModelSource, decoder_layers
 from sft.model.loss import head_is_plain_matrix, linear_nll, nll
+from sft.proof.excerpt import Excerpt
 
 # Largest relative error of a vector of numbers, ‖a − b‖ / ‖b‖. In bf16 a rounding is 2^-9 = 0.002 of a number, and some
 # follow each other.
@@ -194,7 +195,7 @@ def packs(place: Place) -> list[int]:
 
 
 def batch_of(samples: list[tuple[np.ndarray, np.ndarray]], place: Place) -> Batch:
-    return to_device(make_batch(samples, np.arange(len(samples)), 1), torch.device(place.device))
+    return to_device(make_batch(Excerpt(samples, 0), np.arange(len(samples)), 1), torch.device(place.device))
 
 
 def computed(model: Any, batch: Batch, precision: str, place: Place) -> tuple[float, dict[str, Tensor]]:

@@ -17,6 +17,7 @@ from sft.data.step_plan import epoch_plan
 from sft.errors import UserError
 from sft.mistakes import CONF
 from sft.proof import shrink
+from sft.proof.cells import steps
 from sft.proof.excerpt import LAST_STEP_PACKS, excerpt, made_up
 from sft.proof.reference import check_order
 from sft.training.prepare import setup
@@ -153,7 +154,7 @@ def test_excerpt_is_the_same_in_another_process() -> None:
 @pytest.mark.parametrize("packed", [True, False])
 def test_step_plan_takes_each_sample_once_an_epoch(packed: bool) -> None:
     samples = made_up(seed=0, global_batch_size=16)
-    assert check_order(samples.steps(20, 16, packed, seed=0), len(samples))
+    assert check_order(steps(samples, packed, seed=0), len(samples))
 
 
 def test_order_that_is_none_is_found() -> None:

@@ -5,7 +5,7 @@
   sft certify model.path=Qwen/Qwen3-0.6B data.path=my.jsonl
       on a small model of the same architecture and the first rows of the data; takes all settings of sft train
   sft certify quick=true
-      fewer cells: every strategy, 1 and 2 ranks
+      fewer cells: every strategy on 2 ranks
   sft certify precision=bf16-mixed device=gpu
       in bf16 (the loop stays in fp32), and on this machine's GPUs instead of its processor
 
@@ -25,17 +25,25 @@ from collections.abc import Callable
 from dataclasses import replace
 from itertools import groupby
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import numpy as np
+import torch
+from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
+from rich.console import Console
 
 from sft.errors import UserError
-
-if TYPE_CHECKING:
-    from sft.proof.cells import Cell, CellResult
-    from sft.proof.certificate import Certificate
-    from sft.proof.excerpt import Excerpt
-    from sft.proof.reference import Reference
+from sft.proof import cells as matrix
+from sft.proof import reference
+from sft.proof.cells import GLOBAL_BATCH_SIZE, NUM_STEPS, RESUME_AT, Cell, CellResult, compare, run_cell
+from sft.proof.certificate import Certificate
+from sft.proof.excerpt import Excerpt, excerpt, made_up
+from sft.proof.rank_pool import Pool, RankError, seeing, share_out
+from sft.proof.reference import Reference
+from sft.proof.shrink import first_rows, shrink
+from sft.runs.identity import identity
+from sft.training.prepare import quiet, setup
 
 NUM_ROWS = 2000  # of the data, of which a few samples are taken
 # The configuration of a made-up Llama.
@@ -45,24 +53,17 @@ Key = tuple[str, bool]  # optimizer, packed: what a reference depends on
 
 
 def main(config: DictConfig) -> None:
-    from rich.console import Console
-
-    from sft.proof.cells import all_cells
-    from sft.proof.rank_pool import seeing
-    from sft.runs.identity import identity
-    from sft.training.prepare import quiet
-
     quiet()
     max_ranks = check(config)
     settings: Any = OmegaConf.to_container(config, resolve=True)
     kinds = {"quick": config.quick, config.precision: config.precision != "32-true", "gpu": config.device == "gpu"}
     kind = "".join(f"-{name}" for name, true in kinds.items() if true)
     output = Path(config.output or f"certificates/{config.name}-{identity(settings)}{kind}")
-    cells = all_cells(config.quick, config.precision, config.device, max_ranks)
+    cells = matrix.all_cells(config.quick, config.precision, config.device, max_ranks)
     with seeing(config.device), tempfile.TemporaryDirectory(prefix="sft-certify-") as folder:
         certificate = certify(config, Path(folder), cells)
     certificate.save(output)
-    Console().print(certificate.table(), markup=False)
+    certificate.show(Console())
     print(f"certificate: {output}/certificate.md", flush=True)
     if not certificate.passed:
         raise SystemExit(1)
@@ -76,27 +77,23 @@ def check(config: DictConfig) -> int:
         raise UserError(f"device={config.device} is unknown: set cpu or gpu")
     if config.device == "cpu":
         return 4
-    import torch
-
     if not (num_gpus := torch.cuda.device_count()):
         raise UserError("device=gpu: this process sees no CUDA device (nvidia-smi): set device=cpu")
     return num_gpus
 
 
 def certify(
-    config: DictConfig, folder: Path, cells: "list[Cell]", before: Callable[[], None] | None = None
-) -> "Certificate":
+    config: DictConfig, folder: Path, cells: list[Cell], before: Callable[[], None] | None = None
+) -> Certificate:
     """Runs the cells in `folder`; `before` is called in each rank's process first."""
-    from sft.proof.certificate import Certificate
-
     started = time.monotonic()
-    config, excerpt = prepare(config, folder)
+    config, samples = prepare(config, folder)
     keys = sorted({(cell.optimizer, cell.packed) for cell in cells})
-    references, config.trainer.gradient_clip_val = make_references(config, folder, excerpt, keys)
+    references, config.trainer.gradient_clip_val = make_references(config, folder, samples, keys)
     results: list[CellResult] = []
     for (num_ranks, strategy), group in groupby(cells, lambda cell: cell.group):
         begun = time.monotonic()
-        of_group = run_group(config, folder, excerpt, list(group), references, before)
+        of_group = run_group(config, folder, samples, list(group), references, before)
         results += of_group
         num_passed = sum(result.passed for result in of_group)
         print(
@@ -105,16 +102,11 @@ def certify(
             flush=True,
         )
     model = json.loads((folder / "model" / "config.json").read_text())
-    return Certificate(config, model, excerpt, references, results, time.monotonic() - started)
+    return Certificate(config, model, samples, references, results, time.monotonic() - started)
 
 
-def prepare(config: DictConfig, folder: Path) -> "tuple[DictConfig, Excerpt]":
+def prepare(config: DictConfig, folder: Path) -> tuple[DictConfig, Excerpt]:
     """Writes the small model into `folder`; returns the configuration and the samples of all cells."""
-    from sft.proof.cells import GLOBAL_BATCH_SIZE, RESUME_AT
-    from sft.proof.excerpt import excerpt, made_up
-    from sft.proof.shrink import first_rows, shrink
-    from sft.training.prepare import setup
-
     config = copy.deepcopy(config)
     OmegaConf.set_struct(config, False)
     OmegaConf.resolve(config)
@@ -136,28 +128,21 @@ def prepare(config: DictConfig, folder: Path) -> "tuple[DictConfig, Excerpt]":
 
 
 def make_references(
-    config: DictConfig, folder: Path, excerpt: "Excerpt", keys: list[Key]
-) -> "tuple[dict[Key, Reference], float]":
+    config: DictConfig, folder: Path, samples: Excerpt, keys: list[Key]
+) -> tuple[dict[Key, Reference], float]:
     """The plain loop for each of `keys`, and the norm that gradients are clipped to in all of them."""
-    import numpy as np
-    from hydra.utils import instantiate
-
-    from sft.proof import reference
-    from sft.proof.cells import GLOBAL_BATCH_SIZE, NUM_STEPS
-    from sft.proof.rank_pool import Pool, RankError, share_out
-
     schedule = instantiate(config.schedule)
     adapter = instantiate(config.adapter, _convert_="all") or None
     lora = adapter.lora_config() if adapter else None
-    steps = {packed: excerpt.steps(NUM_STEPS, GLOBAL_BATCH_SIZE, packed, config.seed) for packed in (True, False)}
-    if not all(reference.check_order(order, len(excerpt)) for order in steps.values()):
+    steps = {packed: matrix.steps(samples, packed, config.seed) for packed in (True, False)}
+    if not all(reference.check_order(order, len(samples)) for order in steps.values()):
         raise AssertionError("the step plan takes a sample twice in an epoch, or leaves one out")
 
-    def run_loop(pool: Pool, key: Key, clip: float, num_steps: int = NUM_STEPS) -> "Reference":
+    def run_loop(pool: Pool, key: Key, clip: float, num_steps: int = NUM_STEPS) -> Reference:
         optimizer, packed = key
-        samples = [[excerpt[index] for index in step] for step in steps[packed][:num_steps]]
+        pairs = [[samples[index] for index in step] for step in steps[packed][:num_steps]]
         make_optimizer = instantiate(config.optimizers[optimizer], _convert_="all")
-        arguments = (folder / "model", samples, make_optimizer, schedule, clip, lora, config.seed)
+        arguments = (folder / "model", pairs, make_optimizer, schedule, clip, lora, config.seed)
         return pool(reference.train, *arguments, timeout=600)
 
     pools = [Pool(1, folder / f"reference-{number}", config.device) for number in range(min(4, num_cores()))]
@@ -176,21 +161,19 @@ def make_references(
 def run_group(
     config: DictConfig,
     folder: Path,
-    excerpt: "Excerpt",
-    cells: "list[Cell]",
-    references: "dict[Key, Reference]",
+    samples: Excerpt,
+    cells: list[Cell],
+    references: dict[Key, Reference],
     before: Callable[[], None] | None,
-) -> "list[CellResult]":
+) -> list[CellResult]:
     """The cells of one strategy and number of ranks, in several process groups at once."""
-    from sft.proof.cells import CellResult, compare, run_cell
-    from sft.proof.rank_pool import Pool, RankError, share_out
 
-    def run_pair(pool: Pool, pair: "list[Cell]") -> "list[CellResult]":
+    def run_pair(pool: Pool, pair: list[Cell]) -> list[CellResult]:
         results = []
         for cell in pair:
             begun = time.monotonic()
             try:
-                outcome = pool(run_cell, config, folder, excerpt, cell, timeout=config.cell_timeout)
+                outcome = pool(run_cell, config, folder, samples, cell, timeout=config.cell_timeout)
                 result = compare(cell, outcome, references[cell.optimizer, cell.packed])
             except (RankError, OSError) as error:
                 result = CellResult(cell, error=str(error))

@@ -24,14 +24,10 @@ class Batch(TypedDict):
     num_tokens: int  # tokens of this micro-batch; 0 if it is empty
 
 
-class Indexed(Protocol):
-    """Samples by number: (input_ids, labels), both [tokens]."""
+class SampleSet(Protocol):
+    """Samples by number, each (input_ids, labels), both [tokens], with their lengths."""
 
     def __getitem__(self, index: int, /) -> tuple[NDArray[np.int32], NDArray[np.int32]]: ...
-
-
-class SampleSet(Indexed, Protocol):
-    """Samples with their lengths, from which a step plan is made."""
 
     @property
     def lengths(self) -> NDArray[np.int32]: ...  # [num_samples], tokens
@@ -42,7 +38,7 @@ class SampleSet(Indexed, Protocol):
     def __len__(self) -> int: ...
 
 
-def make_batch(samples: Indexed, indices: NDArray[np.int64], step_num_supervised: int) -> Batch:
+def make_batch(samples: SampleSet, indices: NDArray[np.int64], step_num_supervised: int) -> Batch:
     """Lays `samples[indices]` end to end.
 
     No indices give one token without loss: the rank still runs forward and backward, as the collectives of the others

@@ -5,7 +5,6 @@ import numpy as np
 from sft.data.batch import SampleSet
 from sft.data.mask import IGNORE
 from sft.data.packing import pack
-from sft.data.step_plan import EpochPlan, epoch_plan, position
 from sft.errors import UserError
 
 NUM_SAMPLES = 146  # at most: two epochs make 20 steps of 16
@@ -36,23 +35,6 @@ class Excerpt:
     def vocab_size(self) -> int:
         """An odd number greater than any id."""
         return max(int(ids.max()) for ids, _ in self.pairs) + 1 | 1
-
-    def steps(self, num_steps: int, global_batch_size: int, packed: bool, seed: int) -> list[list[int]]:
-        """The samples of each step, by the step plan."""
-
-        def plan(epoch: int) -> EpochPlan:
-            return epoch_plan(
-                self.lengths,
-                self.num_supervised,
-                seed=seed,
-                epoch=epoch,
-                global_batch_size=global_batch_size,
-                max_length=self.max_length,
-                packing=packed,
-            )
-
-        positions = [position(step, plan(0).num_steps) for step in range(num_steps)]
-        return [np.concatenate(plan(epoch).step(step).packs).tolist() for epoch, step in positions]
 
 
 def excerpt(samples: SampleSet, lengths: np.ndarray, global_batch_size: int) -> Excerpt:

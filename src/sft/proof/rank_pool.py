@@ -11,20 +11,22 @@ import secrets
 import threading
 import traceback
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
-from multiprocessing.connection import Connection, wait
-from multiprocessing.process import BaseProcess
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from queue import SimpleQueue
-from time import monotonic
-from typing import TypeVar, TypeVarTuple
+from typing import TypeVar
 
-from sft.runs.process import exit_with_parent, leave
+import torch
+from lightning.fabric.utilities.rank_zero import rank_zero_only
+
+from sft.runs.process import exit_with_parent
+from sft.training.prepare import quiet
 
 Task = TypeVar("Task")
 Answer = TypeVar("Answer")
-Arguments = TypeVarTuple("Arguments")
 
 PROCESSES = multiprocessing.get_context("forkserver")
 STARTING = threading.Lock()  # forks from two threads at once aren't safe, and some libraries refuse them
@@ -36,7 +38,7 @@ ENVIRONMENT = {
     "gpu": SHARED | {"PYTORCH_NVML_BASED_CUDA_CHECK": "1"},
 }
 PRELOADED = {
-    "cpu": ["lightning", "deepspeed", "transformers", "sft.training.fit"],
+    "cpu": ["lightning", "deepspeed", "torch._inductor.compile_fx", "transformers", "sft.training.fit"],
     "gpu": ["lightning", "transformers", "sft.training.fit"],
 }
 # Variables of launchers and batch systems begin with these. With them a process would take itself for a rank of theirs.
@@ -64,55 +66,47 @@ class RankError(Exception):
     """A rank failed, died or didn't answer in time; all ranks of its group are stopped."""
 
 
+@dataclass
 class Pool:
-    """`num_ranks` processes of one process group.
+    """`num_ranks` processes of one process group."""
 
-    Args:
-        folder: for the ranks' output and the file that they connect by.
-        device: cpu or gpu.
-        before: called in each process first, e.g. to plant a fault.
-    """
+    num_ranks: int
+    folder: Path  # for the ranks' output and the file that they connect by
+    device: str = "cpu"  # or gpu
+    before: Callable[[], None] | None = None  # called in each process first, e.g. to plant a fault
+    _ranks: list[ProcessPoolExecutor] = field(default_factory=list)  # of one process each
 
-    def __init__(
-        self, num_ranks: int, folder: Path, device: str = "cpu", before: Callable[[], None] | None = None
-    ) -> None:
-        self.num_ranks, self.folder, self.device, self.before = num_ranks, folder, device, before
-        self._ranks: list[tuple[BaseProcess, Connection]] = []
-
-    def __call__(self, function: Callable[[*Arguments], Answer], *arguments: *Arguments, timeout: float) -> Answer:
+    def __call__(self, function: Callable[..., Answer], *arguments: object, timeout: float) -> Answer:
         """Calls the function on all ranks and returns rank 0's result; RankError if one fails."""
         if not self._ranks:
             self._start()
-        for _, connection in self._ranks:
-            connection.send((function, arguments))
-        results: dict[int, Answer] = {}
-        deadline = monotonic() + timeout
-        while len(results) < self.num_ranks:
-            waiting = [rank for rank in range(self.num_ranks) if rank not in results]
-            ready = wait([self._ranks[rank][1] for rank in waiting], max(0.0, deadline - monotonic()))
-            if not ready:
-                self.stop(at_once=True)
-                raise RankError(f"rank {waiting[0]} gave no answer within {timeout:g} s")
-            for rank in (rank for rank in waiting if self._ranks[rank][1] in ready):
-                try:
-                    failure, results[rank] = self._ranks[rank][1].recv()
-                except (EOFError, ConnectionError):
-                    failure = f"died: {self._last_line(rank)}"
-                if failure:  # the others may wait for it in a collective for ever
-                    self.stop(at_once=True)
-                    raise RankError(f"rank {rank} {failure}")
-        return results[0]
+        with STARTING:
+            rank_of = {own.submit(_call, function, *arguments): rank for rank, own in enumerate(self._ranks)}
+        answers: dict[int, Answer] = {}
+        failure = None
+        try:
+            for future in as_completed(rank_of, timeout):
+                rank = rank_of[future]
+                answers[rank] = future.result()
+        except RankError as error:
+            failure = f"rank {rank} {error}"
+        except BrokenProcessPool:
+            failure = f"rank {rank} died: {self._last_line(rank)}"
+        except TimeoutError:
+            failure = f"rank {min(set(rank_of.values()) - answers.keys())} gave no answer within {timeout:g} s"
+        finally:
+            if len(answers) < self.num_ranks:  # one of them may wait for another in a collective for ever
+                self.stop()
+        if failure:
+            raise RankError(failure)
+        return answers[0]
 
-    def stop(self, at_once: bool = False) -> None:
-        """Ends all processes; a later call starts new ones."""
-        for _, connection in self._ranks:
-            with suppress(OSError):  # it has died
-                connection.send(None)
-            connection.close()
-        for process, _ in self._ranks:
-            process.join(0 if at_once else 5)
-            process.kill()
-            process.join()
+    def stop(self) -> None:
+        """Ends all processes, whatever they do; a later call starts new ones."""
+        for rank in self._ranks:
+            for process in list((rank._processes or {}).values()):
+                process.kill()
+            rank.shutdown(cancel_futures=True)
         self._ranks = []
 
     def _start(self) -> None:
@@ -120,16 +114,8 @@ class Pool:
         meeting = self.folder / f"meeting-{secrets.token_hex(8)}"  # no group may find the file of another
         PROCESSES.set_forkserver_preload(PRELOADED[self.device])
         for rank in range(self.num_ranks):
-            ours, theirs = PROCESSES.Pipe()
-            process = PROCESSES.Process(
-                target=_serve,
-                args=(theirs, rank, self.num_ranks, self.device, meeting, self._log(rank), self.before),
-                daemon=True,
-            )
-            with STARTING:
-                process.start()
-            theirs.close()
-            self._ranks.append((process, ours))
+            place = (rank, self.num_ranks, self.device, meeting, self._log(rank), self.before)
+            self._ranks.append(ProcessPoolExecutor(1, PROCESSES, _begin, place))
 
     def _log(self, rank: int) -> Path:
         return self.folder / f"rank-{rank}.log"
@@ -160,36 +146,16 @@ def share_out(pools: list[Pool], tasks: list[Task], work: Callable[[Pool, Task],
         threads.shutdown(wait=False, cancel_futures=True)  # if interrupted, tasks not yet begun never begin
 
 
-def _serve(
-    connection: Connection,
-    rank: int,
-    num_ranks: int,
-    device: str,
-    meeting: Path,
-    log: Path,
-    before: Callable[[], None] | None,
-) -> None:
-    """A rank: answers each call with (failure, result) until the other end closes."""
+def _begin(rank: int, num_ranks: int, device: str, meeting: Path, log: Path, before: Callable[[], None] | None) -> None:
+    """Makes this process a rank."""
     exit_with_parent()  # a rank in a collective doesn't see that its parent was killed
     file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(file, 1)
     os.dup2(file, 2)
     for name in [name for name in os.environ if name.startswith(LAUNCHERS)]:
         del os.environ[name]
-    os.environ.update(
-        ENVIRONMENT[device],
-        RANK=str(rank),
-        LOCAL_RANK=str(rank),
-        NODE_RANK="0",
-        GROUP_RANK="0",
-        WORLD_SIZE=str(num_ranks),
-    )
-
-    import torch
-    from lightning.fabric.utilities.rank_zero import rank_zero_only
-
-    from sft.training.prepare import quiet
-
+    places = {"RANK": rank, "LOCAL_RANK": rank, "NODE_RANK": 0, "GROUP_RANK": 0, "WORLD_SIZE": num_ranks}
+    os.environ |= ENVIRONMENT[device] | {name: str(place) for name, place in places.items()}
     torch.set_num_threads(1)
     quiet()
     rank_zero_only.rank = rank  # type: ignore[attr-defined]  # the server set it before there were ranks
@@ -202,14 +168,11 @@ def _serve(
     if before:
         before()
     gc.freeze()  # or each collection, and a fit makes some, goes through all that was imported
-    with suppress(EOFError):
-        while call := connection.recv():
-            function, arguments = call
-            try:
-                connection.send((None, function(*arguments)))
-            except Exception as error:
-                traceback.print_exc()
-                connection.send((f"raised {type(error).__name__}: {' '.join(str(error).split())[:300]}", None))
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
-    leave(0)
+
+
+def _call(function: Callable[..., Answer], *arguments: object) -> Answer:
+    try:
+        return function(*arguments)
+    except BaseException as error:
+        traceback.print_exc()
+        raise RankError(f"raised {type(error).__name__}: {' '.join(str(error).split())[:300]}") from None

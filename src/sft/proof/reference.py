@@ -12,10 +12,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 import torch.nn.functional as F
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
-if TYPE_CHECKING:
+from sft.model.adapter import initial
+
+if TYPE_CHECKING:  # whose import touches CUDA, which must not happen before a fork
     from peft import LoraConfig
-    from transformers import PreTrainedModel
 
 IGNORE = -100
 
@@ -47,8 +49,6 @@ def train(
     `make_optimizer` is called with the two parameter groups; `factor(step, num_steps)` scales its learning rate. With
     an `adapter`, only the adapter is trained, from initial weights drawn from the seed.
     """
-    from transformers import AutoModelForCausalLM
-
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).train()
     if adapter is not None:
         inject(model, adapter, seed)
@@ -84,11 +84,9 @@ def train(
     return Reference(losses, grad_norms, weights, float(np.abs(changes).max()), float(np.linalg.norm(changes)))
 
 
-def inject(model: "PreTrainedModel", adapter: "LoraConfig", seed: int) -> None:
+def inject(model: PreTrainedModel, adapter: "LoraConfig", seed: int) -> None:
     """Adds an adapter with the project's own initial weights, which no library defines."""
     from peft import inject_adapter_in_model
-
-    from sft.model.adapter import initial
 
     inject_adapter_in_model(adapter, model)
     torch.manual_seed(seed)

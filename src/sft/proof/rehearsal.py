@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 import lightning as L
@@ -16,30 +17,26 @@ from lightning.pytorch.callbacks import Callback
 from sft.proof.rank_pool import LAUNCHERS
 
 
+@dataclass(eq=False)
 class SignalInStep(Callback):
-    """Sends a signal to one rank in the middle of an optimizer step, as a scheduler may.
+    """Sends a signal to one rank in the middle of an optimizer step, counted from 1, as a scheduler may."""
 
-    Args:
-        step: counted from 1.
-        rank: the rank that gets the signal.
-        name: the signal's name.
-    """
-
-    def __init__(self, step: int, rank: int = 0, name: str = "SIGUSR1") -> None:
-        self.step, self.rank, self.number = step, rank, signal.Signals[name]
+    step: int
+    rank: int = 0
+    name: str = "SIGUSR1"
 
     def on_train_batch_start(self, trainer: L.Trainer, module: object, batch: object, batch_idx: int) -> None:
         first = batch_idx % trainer.accumulate_grad_batches == 0
         if first and trainer.global_step == self.step - 1 and trainer.global_rank == self.rank:
-            os.kill(os.getpid(), self.number)
+            os.kill(os.getpid(), signal.Signals[self.name])
 
 
 class Failed(Exception):
-    """A command of the rehearsal failed; `users_mistake`: by a mistake of the user's."""
+    """A command of the rehearsal failed."""
 
-    def __init__(self, reason: str, users_mistake: bool = False) -> None:
-        super().__init__(reason)
-        self.users_mistake = users_mistake
+
+class Mistaken(Failed):
+    """It failed by a mistake of the user's."""
 
 
 def run_command(
@@ -89,7 +86,7 @@ def failure(output: str, exit_code: int) -> Failed:
     lines = output.splitlines()
     mistakes = [line for line in lines if line.startswith("sft: ")]
     if mistakes:
-        return Failed(mistakes[0].removeprefix("sft: "), users_mistake=True)
+        return Mistaken(mistakes[0].removeprefix("sft: "))
     frames: list[tuple[str, str, str]] = []
     for line in lines:
         if frame := re.match(r'\s+File "([^"]+)", line (\d+), in (\S+)', line):
@@ -97,7 +94,7 @@ def failure(output: str, exit_code: int) -> Failed:
             frames.append((file, number, function))
         # Other ranks may only report that this one has failed.
         elif frames and re.match(r"[\w.]+(: |$)", line) and not re.search(r"rank \d+ has failed", line):
-            file, number, function = max(frames, key=lambda frame: _nearness(frame[0]))
+            file, number, function = ([frame for frame in frames if not _is_library(frame[0])] or frames)[-1]
             return Failed(f"{line[:500]} ({file}, line {number}, in {function})")
     if exit_code < 0:
         return Failed(f"it was killed by {signal.Signals(-exit_code).name}")
@@ -105,8 +102,5 @@ def failure(output: str, exit_code: int) -> Failed:
     return Failed(f"it ended with exit code {exit_code}: {last[:500]}")
 
 
-def _nearness(file: str) -> int:
-    """To the user's own code: 2 for their files, 1 for this project's, 0 for libraries'."""
-    if file.startswith((sys.prefix, sys.base_prefix)) or "site-packages" in file or file.startswith("<"):
-        return 0
-    return 1 if file.startswith(str(Path(__file__).resolve().parents[1])) else 2
+def _is_library(file: str) -> bool:
+    return file.startswith((sys.prefix, sys.base_prefix, "<")) or "site-packages" in file

@@ -6,14 +6,13 @@ Dropout is off, since the ranks of two strategies draw different random numbers.
 
 import copy
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+import torch
+from hydra.utils import instantiate
 from omegaconf import DictConfig
+from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from sft.errors import UserError
-
-if TYPE_CHECKING:
-    from transformers import PretrainedConfig
 
 HEAD_DIM = 8
 # Hidden channels of each head and channels within a layer. Odd ones come first; not every architecture takes them.
@@ -58,8 +57,6 @@ def shrink(config: DictConfig, folder: Path, device: str, precision: str, vocab_
 
     `vocab_size` None keeps the size that the tokenizer needs.
     """
-    from hydra.utils import instantiate
-
     source = instantiate(config.model, _convert_="all")
     write_model(folder / "model", source.load_config(), vocab_size, config.seed, source.trust_remote_code)
     # The revision stays: it is the tokenizer's too, and means nothing to a folder.
@@ -75,12 +72,9 @@ def shrink(config: DictConfig, folder: Path, device: str, precision: str, vocab_
 
 
 def write_model(
-    folder: Path, config: "PretrainedConfig", vocab_size: int | None, seed: int, trust_remote_code: bool = False
+    folder: Path, config: PretrainedConfig, vocab_size: int | None, seed: int, trust_remote_code: bool = False
 ) -> None:
     """Writes a small model of an architecture with weights drawn from the seed; UserError if no small form runs."""
-    import torch
-    from transformers import AutoModelForCausalLM
-
     for width, intermediate_size in SIZES:
         try:
             small = smaller(config, vocab_size, width, intermediate_size)
@@ -98,9 +92,7 @@ def write_model(
     raise UserError(f"no small form of {type(config).__name__} runs ({message}): name another model with model.path")
 
 
-def smaller(
-    config: "PretrainedConfig", vocab_size: int | None, width: int, intermediate_size: int
-) -> "PretrainedConfig":
+def smaller(config: PretrainedConfig, vocab_size: int | None, width: int, intermediate_size: int) -> PretrainedConfig:
     """The configuration of the same architecture with few layers and `width` hidden channels for each head."""
     small = copy.deepcopy(config)
     text = small.get_text_config()
@@ -130,7 +122,7 @@ def smaller(
     return type(config).from_dict(small.to_dict())
 
 
-def _kept_layers(text: "PretrainedConfig") -> list[int]:
+def _kept_layers(text: PretrainedConfig) -> list[int]:
     """The first layer of each kind, and at least two layers."""
     kinds = getattr(text, "layer_types", None) or [""] * text.num_hidden_layers
     first = [layer for layer, kind in enumerate(kinds) if kind not in kinds[:layer]]
@@ -145,7 +137,7 @@ def _cut_lists(value: object) -> object:
     return value[: HEAD_DIM // 2] if isinstance(value, list) else value
 
 
-def _replace(text: "PretrainedConfig", name: str, value: float) -> None:
+def _replace(text: PretrainedConfig, name: str, value: float) -> None:
     """Sets a field if the architecture has it."""
     if getattr(text, name, None) is not None:
         setattr(text, name, value)

@@ -1,13 +1,13 @@
 """The LightningDataModule: the step plan as a loader of micro-batches, from any step on."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 import lightning as L
-import numpy as np
 import torch
 
 from sft.data.batch import Batch, SampleSet, make_batch, to_device
-from sft.data.step_plan import EpochPlan, Step, check_division, epoch_plan, eval_plan, position, share
+from sft.data.step_plan import EpochPlan, Step, check_division, epoch_plan, eval_plan, share
 
 
 class SFTDataModule(L.LightningDataModule):
@@ -66,14 +66,41 @@ class SFTDataModule(L.LightningDataModule):
 
     def step(self, global_step: int) -> Step:
         """What optimizer step `global_step`, counted from 0, trains on."""
-        epoch, step = position(global_step, self.steps_per_epoch)
+        epoch, step = divmod(global_step, self.steps_per_epoch)  # all epochs have as many steps: see `packing`
         return self.epoch(epoch).step(step)
 
-    def train_dataloader(self) -> "_Steps":
-        return _Steps(self)
+    def train_dataloader(self) -> "_Batches":
+        return _Batches((self.num_steps - self.start_step) * self.accumulation(), self._training)
 
-    def val_dataloader(self) -> "_Validation | list[Batch]":
-        return _Validation(self) if self.val is not None else []
+    def _training(self) -> Iterator[Batch]:
+        """This rank's micro-batches of all steps that are left."""
+        assert self.trainer is not None
+        for global_step in range(self.start_step, self.num_steps):
+            step = self.step(global_step)
+            for indices in share(
+                step,
+                self.train.lengths,
+                world_size=self.trainer.world_size,
+                micro_batch_size=self.micro_batch_size,
+                accumulation=self.accumulation(),
+                rank=self.trainer.global_rank,
+            ):
+                yield make_batch(self.train, indices, step.num_supervised)
+
+    def val_dataloader(self) -> "_Batches | list[Batch]":
+        val, trainer = self.val, self.trainer
+        if val is None:
+            return []
+        assert trainer is not None
+        plan = eval_plan(
+            val.lengths,
+            max_length=self.max_length,
+            packing=self.packing,
+            micro_batch_size=self.micro_batch_size,
+            world_size=trainer.world_size,
+            rank=trainer.global_rank,
+        )
+        return _Batches(len(plan), lambda: (make_batch(val, indices, 1) for indices in plan))
 
     def transfer_batch_to_device(self, batch: Batch, device: torch.device, dataloader_idx: int) -> Batch:
         return to_device(batch, device)
@@ -83,48 +110,15 @@ class SFTDataModule(L.LightningDataModule):
         return check_division(self.global_batch_size, self.trainer.world_size, self.micro_batch_size)
 
 
-class _Steps:
-    """This rank's micro-batches of all steps that are left."""
+@dataclass(frozen=True)
+class _Batches:
+    """A rank's micro-batches, each made when its turn comes."""
 
-    def __init__(self, data: SFTDataModule) -> None:
-        self.data = data
-
-    def __len__(self) -> int:
-        return (self.data.num_steps - self.data.start_step) * self.data.accumulation()
-
-    def __iter__(self) -> Iterator[Batch]:
-        data = self.data
-        assert data.trainer is not None
-        for global_step in range(data.start_step, data.num_steps):
-            step = data.step(global_step)
-            for indices in share(
-                step,
-                data.train.lengths,
-                world_size=data.trainer.world_size,
-                micro_batch_size=data.micro_batch_size,
-                accumulation=data.accumulation(),
-                rank=data.trainer.global_rank,
-            ):
-                yield make_batch(data.train, indices, step.num_supervised)
-
-
-class _Validation:
-    """This rank's micro-batches of the validation samples."""
-
-    def __init__(self, data: SFTDataModule) -> None:
-        assert data.trainer is not None and data.val is not None
-        self.val: SampleSet = data.val
-        self.plan: list[np.ndarray] = eval_plan(
-            data.val.lengths,
-            max_length=data.max_length,
-            packing=data.packing,
-            micro_batch_size=data.micro_batch_size,
-            world_size=data.trainer.world_size,
-            rank=data.trainer.global_rank,
-        )
+    length: int
+    made: Callable[[], Iterator[Batch]]
 
     def __len__(self) -> int:
-        return len(self.plan)
+        return self.length
 
     def __iter__(self) -> Iterator[Batch]:
-        return (make_batch(self.val, indices, 1) for indices in self.plan)
+        return self.made()
