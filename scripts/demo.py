@@ -10,15 +10,16 @@ import subprocess
 import sys
 from pathlib import Path
 
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from rich.table import Table
 
 from demo_assets import write_assets
-from sft.commands.generate import answers
+from sft.mistakes import CONF
 from sft.runs.files import write_json
 from sft.runs.metrics_file import Metrics
 from sft.runs.run import Run
-from sft.training.prepare import quiet
 
 ASSETS = Path(os.environ.get("SFT_CACHE", "cache")) / "demo"
 BASE, TUNED = Run(Path("runs/demo-base")), Run(Path("runs/demo"))
@@ -50,15 +51,18 @@ def evaluate() -> list[dict[str, str]]:
     """Each held-out row with both models' answers; kept in the run's folder."""
     path = TUNED.folder / "answers.json"
     if not path.exists():
+        from sft.commands.generate import answers  # with torch, which isn't needed while training runs
+        from sft.training.prepare import quiet
+
         quiet()
         rows = [json.loads(line) for line in (ASSETS / "test.jsonl").read_text().splitlines()]
         prompts = [row["prompt"] for row in rows]
-        data = TUNED.config["data"]
+        row_function = instantiate(TUNED.config["data"]["conversation"], _convert_="all")
+        settings = OmegaConf.merge(OmegaConf.load(CONF / "generate.yaml"), {"max_new_tokens": 32, "batch_size": 140})
+        assert isinstance(settings, DictConfig)
         for name, run in (("base", BASE), ("tuned", TUNED)):
             print(f"answering {len(prompts)} prompts with {run.exported()}", flush=True)
-            made = answers(
-                run.exported(), data, prompts, max_new_tokens=32, temperature=0.0, top_p=1.0, seed=0, batch_size=140
-            )
+            made = answers(run.exported(), row_function, prompts, settings)
             for row, answer in zip(rows, made, strict=True):
                 row[name] = answer
         write_json(path, rows)

@@ -14,7 +14,6 @@ from lightning.pytorch.callbacks import Callback
 
 from sft.checkpoint import checkpoint, safetensors_file, save
 from sft.data import build
-from sft.export import folder as export_folder
 from sft.runs import signals
 from sft.training.checkpointing import Checkpoints
 from sft.training.module import SFTModule
@@ -177,7 +176,7 @@ def killed_in_the_store() -> None:
 
 def killed_in_the_export() -> None:
     """It is proven, and not in its place."""
-    signal_at(export_folder, export_folder.move_into_place, 1)
+    signal_at(Path, Path.rename, 1, where=lambda path, target: path.name.endswith(".unverified"))
 
 
 def killed_before_the_first_step() -> None:

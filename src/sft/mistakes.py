@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 from sft.errors import UserError, chain, disk_is_full
+from sft.runs.identity import flatten
 
 CONF = Path(__file__).resolve().parents[2] / "conf"
 CONFIGURATION = {"job": "train", "submit": "train"}  # of the commands that have none of their own
@@ -54,17 +55,8 @@ def _nearest(name: str, configuration: str) -> str | None:
     from omegaconf import OmegaConf
 
     with initialize_config_dir(str(CONF), version_base="1.3"):
-        names = _names(OmegaConf.to_container(compose(configuration), resolve=False))
+        settings = [name.split(".") for name in flatten(OmegaConf.to_container(compose(configuration), resolve=False))]
+    names = [".".join(parts[:end]) for parts in settings for end in range(1, len(parts) + 1)]
     names += [path.name for path in CONF.iterdir() if path.is_dir()]
     same_leaf = [setting for setting in names if setting.rpartition(".")[2] == name.rpartition(".")[2]]
     return next(iter(same_leaf or difflib.get_close_matches(name, names, n=1)), None)
-
-
-def _names(config: object, prefix: str = "") -> list[str]:
-    """All settings and groups of settings, by dotted name."""
-    if not isinstance(config, dict):
-        return []
-    names = []
-    for key, value in config.items():
-        names += [f"{prefix}{key}", *_names(value, f"{prefix}{key}.")]
-    return names

@@ -12,7 +12,6 @@ from sft.data.step_plan import (
     check_division,
     epoch_plan,
     eval_plan,
-    position,
     share,
     split_held_out,
 )
@@ -163,10 +162,6 @@ def test_evaluation_sees_every_sample_once_and_ranks_stay_in_step(
     assert sorted(seen) == list(range(len(lengths)))
     if not packing:
         assert ranks[0][0].tolist() == [0, 1, 2, 3]
-
-
-def test_position() -> None:
-    assert [position(k, 3) for k in (0, 2, 3, 7)] == [(0, 0), (0, 2), (1, 0), (2, 1)]
 
 
 def test_check_division() -> None:

@@ -16,6 +16,7 @@ half-written one is never seen.
 
 import json
 import shutil
+from collections import defaultdict
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -121,7 +122,7 @@ class Checkpoint:
 
     def restore(self, layout: Whole) -> None:
         """Puts weights, optimizer state and each group's hyperparameters back: each rank its own part, by name."""
-        state, fields = self.state, self._fields
+        state = self.state
         if state["format"] != FORMAT:
             raise UserError(f"{self.path} has format {state['format']}, this is {FORMAT}: start the run anew")
         model, optimizer = layout.model, layout.optimizer
@@ -138,10 +139,14 @@ class Checkpoint:
         for group, saved in zip(optimizer.param_groups, state["groups"], strict=True):
             assert group["param_names"] == saved["param_names"], "the optimizer's groups are others"
             group.update({key: value for key, value in saved.items() if key != "param_names"})
+        fields: defaultdict[str, list[str]] = defaultdict(list)  # of the optimizer's states, by the parameter's name
+        for name, field in self._pieces:
+            if field != "weight":
+                fields[name].append(field)
         for part in layout.parts():
             self.read(part.name, "weight", part.start, part.weight)
             # States that the optimizer makes at its first step; none of them, no entry.
-            for field in fields.get(part.name, []):
+            for field in fields[part.name]:
                 states = optimizer.state[part.holder]
                 if field in state["scalars"]:
                     value = torch.empty(1)
@@ -171,15 +176,6 @@ class Checkpoint:
                 piece = _Piece(file, key, int(start), numel, BY_NAME[values.get_dtype()])
                 pieces.setdefault((name, field), []).append(piece)
         return pieces
-
-    @property
-    def _fields(self) -> dict[str, list[str]]:
-        """Fields of the optimizer's state by the name of the parameter."""
-        fields: dict[str, list[str]] = {}
-        for name, field in self._pieces:
-            if field != "weight":
-                fields.setdefault(name, []).append(field)
-        return fields
 
 
 class _Piece(NamedTuple):

@@ -46,7 +46,13 @@ def save(
     def finish() -> None:
         if rank == 0:
             document = {"format": FORMAT, "step": step, **state, **_description(layout), "files": files}
-            _write_rest(staging, document, callbacks, probes)
+            (staging / "state.json").write_text(json.dumps(document, indent=2))
+            (staging / "probes.json").write_text(json.dumps(probes))
+            # Through memory: torch's own file writer doesn't say that a disk is full.
+            buffer = io.BytesIO()
+            torch.save(dict(callbacks), buffer)
+            (staging / "callbacks.pt").write_bytes(buffer.getvalue())
+            flush(staging)
             if final.exists():  # the same step again, after a resume from an earlier one
                 shutil.rmtree(final)
             staging.rename(final)
@@ -113,18 +119,6 @@ def _description(layout: Whole) -> dict[str, object]:
     scalars = sorted({field for state in states for field, value in state.items() if is_scalar(value)})
     groups = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
     return {"groups": groups, "shapes": shapes | buffers, "buffers": list(buffers), "scalars": scalars}
-
-
-def _write_rest(
-    staging: Path, document: Mapping[str, object], callbacks: Mapping[str, object], probes: Sequence[object]
-) -> None:
-    # Through memory: torch's own file writer doesn't say that a disk is full.
-    buffer = io.BytesIO()
-    torch.save(dict(callbacks), buffer)
-    (staging / "callbacks.pt").write_bytes(buffer.getvalue())
-    (staging / "state.json").write_text(json.dumps(document, indent=2))
-    (staging / "probes.json").write_text(json.dumps(probes))
-    flush(staging)
 
 
 def flush(folder: Path, contents: bool = True) -> None:

@@ -16,17 +16,20 @@ import json
 import shutil
 from pathlib import Path
 
+import torch
 from omegaconf import DictConfig, OmegaConf
 
 from sft.checkpoint.checkpoint import Checkpoint, best, complete
 from sft.errors import UserError
+from sft.export.folder import Read, Specs, generation_config, verify, write_model
+from sft.export.merge import merged, write_adapter
 from sft.runs.identity import Config
 from sft.runs.run import Run
+from sft.training.log import log
+from sft.training.prepare import model_source, quiet
 
 
 def main(config: DictConfig) -> None:
-    from sft.training.prepare import quiet
-
     quiet()
     run = Run.find(config.run, config.runs_dir)
     output = Path(config.output).expanduser() if config.output else run.export
@@ -48,13 +51,6 @@ def export_run(
 
     `merge`: whether an adapter is merged into the base model; None as the run says.
     """
-    import torch
-
-    from sft.export.folder import Read, Specs, generation_config, move_into_place, verify, write_model
-    from sft.export.merge import merged, write_adapter
-    from sft.training.log import log
-    from sft.training.prepare import model_source
-
     dtypes = {None: None, "float32": torch.float32, "bfloat16": torch.bfloat16}
     if dtype not in dtypes:
         raise UserError(f"dtype={dtype} is unknown: set float32 or bfloat16")
@@ -89,7 +85,9 @@ def export_run(
     probes = json.loads((checkpoint.path / "probes.json").read_text())
     precision = "bf16-true" if dtype == "bfloat16" else settings["trainer"]["precision"]
     verdict = verify(staging, probes, str(precision), quantized=bool(source.adapter and source.adapter.quantize))
-    move_into_place(staging, output)
+    if output.exists():
+        shutil.rmtree(output)
+    staging.rename(output)
     difference = f"are within {verdict['largest_difference']:.1e} of the trained model's"
     if "rms_of_bf16" in verdict:
         difference = (

@@ -10,71 +10,50 @@
 
 import json
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
+import torch
+from hydra.utils import instantiate
 from omegaconf import DictConfig
+from transformers import AutoTokenizer
 
+from sft.data.conversation import RowFunction
+from sft.data.prompt import served_ids
 from sft.errors import UserError
+from sft.export.folder import load_exported
 from sft.runs.run import Run
+from sft.training.prepare import quiet
 
 
 def main(config: DictConfig) -> None:
-    from sft.training.prepare import quiet
-
     run = Run.find(config.run, config.runs_dir)
     folder = run.exported()
     prompts = read_prompts(config)
     if not prompts:
         raise UserError("no prompt: give --prompt TEXT, file=FILE, or lines on standard input")
     quiet()
-    responses = answers(
-        folder,
-        run.config["data"],
-        prompts,
-        max_new_tokens=config.max_new_tokens,
-        temperature=config.temperature,
-        top_p=config.top_p,
-        seed=config.seed,
-        batch_size=config.batch_size,
-    )
+    responses = answers(folder, instantiate(run.config["data"]["conversation"], _convert_="all"), prompts, config)
     for prompt, response in zip(prompts, responses, strict=True):
         line = json.dumps({"prompt": prompt, "response": response}, ensure_ascii=False)
         print(line if config.prompt is None else response, flush=True)
 
 
-def answers(
-    folder: Path,
-    data: Mapping[str, Any],
-    prompts: list[str],
-    *,
-    max_new_tokens: int,
-    temperature: float,
-    top_p: float,
-    seed: int,
-    batch_size: int,
-) -> Iterator[str]:
+def answers(folder: Path, row_function: RowFunction, prompts: list[str], config: DictConfig) -> Iterator[str]:
     """Responses of an exported model to prompts, in their order, without the stop token.
 
-    `data` is the run's data configuration: its row function decides what the model sees of a prompt.
+    The run's row function decides what the model sees of a prompt; `config` has the settings of conf/generate.yaml.
     """
-    import torch
-    from hydra.utils import instantiate
-    from transformers import AutoTokenizer
-
-    from sft.data.prompt import served_ids
-    from sft.export.folder import load_exported
-
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = load_exported(folder)
-    row_function = instantiate(data["conversation"], _convert_="all")
     token_ids = [served_ids(tokenizer, row_function, prompt) for prompt in prompts]
-    sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p} if temperature else {"do_sample": False}
-    torch.manual_seed(seed)
+    sampling = {"do_sample": False}
+    if config.temperature:
+        sampling = {"do_sample": True, "temperature": config.temperature, "top_p": config.top_p}
+    torch.manual_seed(config.seed)
     pad, stops = model.generation_config.pad_token_id, model.generation_config.eos_token_id
-    for start in range(0, len(token_ids), batch_size):
-        batch = token_ids[start : start + batch_size]
+    for start in range(0, len(token_ids), config.batch_size):
+        batch = token_ids[start : start + config.batch_size]
         longest = max(map(len, batch))
         # Padded on the left, where no new token has to follow it, and masked.
         padded = torch.tensor([[pad] * (longest - len(ids)) + ids for ids in batch])
@@ -82,7 +61,7 @@ def answers(
         generated = model.generate(  # type: ignore[operator]  # of transformers' mixin
             input_ids=padded.to(model.device),
             attention_mask=mask.to(model.device),
-            max_new_tokens=max_new_tokens,
+            max_new_tokens=config.max_new_tokens,
             **sampling,
         )
         for new_ids in generated[:, longest:].tolist():

@@ -10,32 +10,26 @@
 Supervised tokens are green and bold on a terminal; elsewhere they stand between [[ and ]].
 """
 
+import io
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
+from numpy.typing import NDArray
 from omegaconf import DictConfig
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+from transformers import PreTrainedTokenizerFast
 
+from sft.data.ledger import Ledger
+from sft.data.mask import IGNORE
 from sft.data.step_plan import check_division
-from sft.training.prepare import Prepared
-
-if TYPE_CHECKING:
-    from numpy.typing import NDArray
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-    from transformers import PreTrainedTokenizerFast
-
-    from sft.data.ledger import Ledger
+from sft.training.prepare import Prepared, quiet, setup
+from sft.training.settings import world_size
 
 
 def main(config: DictConfig) -> None:
-    from rich.console import Console
-
-    from sft.training.prepare import quiet, setup
-    from sft.training.settings import world_size
-
     quiet()
     check_division(config.global_batch_size, world_size(config), config.micro_batch_size)
     prepared = setup(config)
@@ -46,10 +40,8 @@ def main(config: DictConfig) -> None:
         console.print(f"{len(prepared.splits.train)} samples written: {config.preview.dump}", markup=False)
 
 
-def show(console: "Console", prepared: Prepared, num_packs: int, colour: bool) -> None:
+def show(console: Console, prepared: Prepared, num_packs: int, colour: bool) -> None:
     """Prints figures, ledger and the first packs."""
-    from rich.text import Text
-
     data, train = prepared.data, prepared.splits.train
     packs = data.epoch(0).packs
     console.print(figures(prepared))
@@ -67,10 +59,8 @@ def show(console: "Console", prepared: Prepared, num_packs: int, colour: bool) -
     console.print(Text(f"supervised tokens are {mark}; all others are read and carry no loss", "dim"))
 
 
-def figures(prepared: Prepared) -> "Table":
+def figures(prepared: Prepared) -> Table:
     """Numbers of samples, tokens, packs and steps."""
-    from rich.table import Table
-
     data, train, val = prepared.data, prepared.splits.train, prepared.splits.val
     num_packs = len(data.epoch(0).packs)
     num_tokens, num_supervised = int(train.lengths.sum()), int(train.num_supervised.sum())
@@ -88,13 +78,9 @@ def figures(prepared: Prepared) -> "Table":
 
 
 def marked(
-    tokenizer: "PreTrainedTokenizerFast", input_ids: "NDArray[np.int32]", labels: "NDArray[np.int32]", colour: bool
-) -> "Text":
+    tokenizer: PreTrainedTokenizerFast, input_ids: NDArray[np.int32], labels: NDArray[np.int32], colour: bool
+) -> Text:
     """A sample's text with its supervised stretches marked."""
-    from rich.text import Text
-
-    from sft.data.mask import IGNORE
-
     text, supervised = Text(), labels != IGNORE
     borders = np.flatnonzero(supervised[1:] != supervised[:-1]) + 1
     for start, end in zip([0, *borders], [*borders, len(input_ids)], strict=True):
@@ -106,10 +92,8 @@ def marked(
     return text
 
 
-def ledger_table(ledger: "Ledger") -> "Table":
+def ledger_table(ledger: Ledger) -> Table:
     """Rows read, used and lost, by source."""
-    from rich.table import Table
-
     table = Table("split", "source", "rows", "samples", "lost", "cut", box=None, padding=(0, 2, 0, 0))
     for split, part in ledger.items():
         for counts in part.get("sources", []):
@@ -132,10 +116,6 @@ def dump(path: Path, prepared: Prepared) -> None:
 
 def write_html(path: Path, prepared: Prepared, num_packs: int = 2) -> None:
     """The preview as a page of the run folder."""
-    import io
-
-    from rich.console import Console
-
     console = Console(record=True, file=io.StringIO(), width=120, force_terminal=True, highlight=False)
     show(console, prepared, num_packs, colour=True)
     console.save_html(str(path))

@@ -18,16 +18,20 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
 from sft.cluster.storage import check_writable
+from sft.data.chat_template import special_ids
+from sft.data.mask import IGNORE
 from sft.errors import UserError
+from sft.proof.rehearsal import Failed, Mistaken, run_command
+from sft.proof.shrink import first_rows, shrink
 from sft.runs.run import Run
-
-if TYPE_CHECKING:
-    from sft.training.prepare import Prepared
+from sft.runs.signals import EXIT_CODE
+from sft.training.prepare import Prepared, quiet, setup
+from sft.training.settings import check
 
 NUM_RANKS = 2
 NUM_STEPS = 4
@@ -37,9 +41,6 @@ PRECISIONS = ("32-true", "bf16-mixed", "bf16-true")  # that a processor has
 
 
 def main(config: DictConfig) -> None:
-    from sft.proof.rehearsal import Failed
-    from sft.training.prepare import quiet
-
     quiet()
     folder = Path(tempfile.mkdtemp(prefix="sft-rehearsal-"))
     config = copy.deepcopy(config)
@@ -58,7 +59,7 @@ def main(config: DictConfig) -> None:
         _rehearse(stages)
     except Failed as failed:
         message = f"{stages.name} failed: {failed}; see {stages.log}"
-        if failed.users_mistake:
+        if isinstance(failed, Mistaken):
             raise UserError(message) from failed
         print(f"sft: {message}", file=sys.stderr, flush=True)
         sys.exit(1)
@@ -87,8 +88,6 @@ class Stages:
         self, stage: str, arguments: list[str], on_line: Callable[[str], None] | None = None, exit_code: int = 0
     ) -> None:
         """Runs `sft ARGUMENTS` in its own process."""
-        from sft.proof.rehearsal import run_command
-
         self.begin(stage)
         self.log = self.folder / f"{stage}.log"
         self.lines.clear()
@@ -96,8 +95,6 @@ class Stages:
 
     def printed(self, pattern: str) -> str:
         """The last match among the lines that the command printed."""
-        from sft.proof.rehearsal import Failed
-
         for line in reversed(self.lines):
             if match := re.search(pattern, line):
                 return match[0]
@@ -106,9 +103,6 @@ class Stages:
 
 def _check(config: DictConfig, folder: Path, num_rows: int) -> str:
     """Checks the settings, then writes those of the small job: `folder/conf/rehearsed.yaml`."""
-    from sft.training.prepare import setup
-    from sft.training.settings import check
-
     num_ranks, accumulation = check(config, here=False)
     small = copy.deepcopy(config)
     settings: Any = OmegaConf.to_container(config)
@@ -120,10 +114,7 @@ def _check(config: DictConfig, folder: Path, num_rows: int) -> str:
     stops = check_stops(prepared)
     shrink_job(small, prepared, folder)
     (folder / "conf").mkdir()
-    quiet = [{"override hydra/job_logging": "none"}, {"override hydra/hydra_logging": "none"}]
-    hydra = {"run": {"dir": "."}, "output_subdir": None}
-    rehearsed = {"defaults": ["_self_", *quiet], **small, "hydra": hydra}
-    OmegaConf.save(OmegaConf.create(rehearsed), folder / "conf" / "rehearsed.yaml")
+    OmegaConf.save({"defaults": ["quiet", "_self_"], **small}, folder / "conf" / "rehearsed.yaml")
     sources = [source for split in prepared.splits.ledger.values() for source in split.get("sources", [])]
     num_read, num_lost = sum(source["rows"] for source in sources), sum(source["rows_lost"] for source in sources)
     return (
@@ -133,11 +124,8 @@ def _check(config: DictConfig, folder: Path, num_rows: int) -> str:
     )
 
 
-def check_stops(prepared: "Prepared") -> str:
+def check_stops(prepared: Prepared) -> str:
     """The tokens at which the exported model will stop; refuses samples that don't teach it to."""
-    from sft.data.chat_template import special_ids
-    from sft.data.mask import IGNORE
-
     tokenizer, train = prepared.tokenizer, prepared.splits.train
     stops = [token for token in prepared.stop_token_ids if token in special_ids(tokenizer)]
     for index in range(min(len(train), 1000)):
@@ -155,18 +143,14 @@ def check_stops(prepared: "Prepared") -> str:
 
 def cut_data(data: DictConfig, folder: Path, num_rows: int) -> None:
     """Leaves the first rows, in a cache of their own, however many of them are lost."""
-    from sft.proof.shrink import first_rows
-
     first_rows(data, num_rows)
     data.cache_dir, data.max_lost = str(folder / "cache"), 1.0
     if data.val_size:  # a share of few rows may be none, a number of rows may be all
         data.val_size = max(data.val_size, 0.1) if data.val_size < 1 else min(data.val_size, num_rows // 10)
 
 
-def shrink_job(config: DictConfig, prepared: "Prepared", folder: Path) -> None:
+def shrink_job(config: DictConfig, prepared: Prepared, folder: Path) -> None:
     """Turns a configuration into that of a run of seconds on this machine's processor."""
-    from sft.proof.shrink import shrink
-
     precision = config.trainer.precision
     shrink(config, folder, "cpu", precision if precision in PRECISIONS else "32-true")
     splits = prepared.splits
@@ -185,8 +169,6 @@ def shrink_job(config: DictConfig, prepared: "Prepared", folder: Path) -> None:
 
 
 def _rehearse(stages: Stages) -> None:
-    from sft.runs.signals import EXIT_CODE
-
     def on_line(line: str) -> None:
         """Begins and ends the stages of training as its lines come."""
         stages.lines.append(line)

@@ -14,31 +14,27 @@ from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+from hydra.utils import instantiate
 from omegaconf import DictConfig
+from transformers import AutoTokenizer, PreTrainedModel
 
+from sft.data.batch import make_batch, to_device
+from sft.data.mask import IGNORE
+from sft.data.step_plan import eval_plan
+from sft.data.store import Store
 from sft.errors import UserError
+from sft.export.folder import load_exported
+from sft.model import attention
+from sft.model.loss import head_is_plain_matrix, token_log_probs
 from sft.runs.run import Run
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
-    from sft.data.store import Store
+from sft.training.prepare import quiet
 
 
 def main(config: DictConfig) -> None:
+    quiet()
     run = Run.find(config.run, config.runs_dir)
     folder = run.exported()
-
-    from hydra.utils import instantiate
-    from transformers import AutoTokenizer
-
-    from sft.export.folder import load_exported
-    from sft.model import attention
-    from sft.training.prepare import quiet
-
-    quiet()
     settings = run.config
     data_config = instantiate(settings["data"], _convert_="all")
     if config.path is not None:
@@ -58,13 +54,8 @@ def main(config: DictConfig) -> None:
         print(f"{len(samples)} samples scored: {config.output}")
 
 
-def scores(model: "PreTrainedModel", samples: "Store", max_length: int) -> Iterator[dict[str, object]]:
+def scores(model: PreTrainedModel, samples: Store, max_length: int) -> Iterator[dict[str, object]]:
     """The line of each sample."""
-    from sft.data.batch import make_batch, to_device
-    from sft.data.mask import IGNORE
-    from sft.data.step_plan import eval_plan
-    from sft.model.loss import head_is_plain_matrix, token_log_probs
-
     plain_head = head_is_plain_matrix(model)
     plan = eval_plan(samples.lengths, max_length=max_length, packing=False, micro_batch_size=16, world_size=1, rank=0)
     for indices in plan:

@@ -21,7 +21,6 @@ and export/, the fine-tuned model.
 """
 
 import math
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hydra.core.hydra_config import HydraConfig
@@ -91,7 +90,7 @@ def main(config: DictConfig) -> float | None:
                 export_run(run, final)
     if not is_main():
         return None
-    summarise(run, file.metrics, file.path)
+    summarise(run, file.metrics)
     return Result.read(run).last
 
 
@@ -104,7 +103,7 @@ def trackers(config: DictConfig, run: Run, history: list[dict[str, str]]) -> "li
     return [instantiate(config.logger)(run=run.folder.name, folder=run.folder, group=config.name, history=history)]
 
 
-def summarise(run: Run, metrics: Metrics, path: Path) -> None:
+def summarise(run: Run, metrics: Metrics) -> None:
     """Prints the run's figures and its files."""
     speed = metrics.median("train/tokens_per_second")
     print(f"finished {run.folder} after {run.status['step']} steps")
@@ -113,7 +112,7 @@ def summarise(run: Run, metrics: Metrics, path: Path) -> None:
     print(f"  speed             {speed:,.0f} tokens/s (median step)")
     if run.export.exists():
         print(f"  model             {run.export}")
-    print(f"  metrics           {path}")
+    print(f"  metrics           {run.folder / 'metrics.csv'}")
     print(f"  what was trained  {run.folder / 'preview.html'}, {run.folder / 'data.json'}", flush=True)
     for offline in sorted((run.folder / "wandb").glob("offline-run-*")):
         print(f"  to W&B            wandb sync {offline}", flush=True)

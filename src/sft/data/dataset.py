@@ -89,17 +89,17 @@ class DataConfig:
         """Builds or opens the token stores. With `wait` another process builds them."""
         train_sources, val_sources = self.sources()
         train = self.store(train_sources, tokenizer, wait=wait, log=log)
+        val = None
+        counts: Ledger = {"train": {"sources": train.counts}}
         fingerprint = {"train": train.data_fingerprint}
         if val_sources:
             val = self.store(val_sources, tokenizer, wait=wait, log=log)
-            counts: Ledger = {"train": {"sources": train.counts}, "validation": {"sources": val.counts}}
-            return Datasets(train, val, counts, fingerprint | {"validation": val.data_fingerprint})
-        counts = {"train": {"sources": train.counts}}
-        if not self.val_size:
-            return Datasets(train, None, counts, fingerprint)
-        kept, held_out = split_held_out(train.content, self.val_size, seed)
-        counts = {**counts, "held_out": {"samples": len(held_out), "of": "train"}}
-        return Datasets(train.subset(kept), train.subset(held_out), counts, fingerprint)
+            counts["validation"], fingerprint["validation"] = {"sources": val.counts}, val.data_fingerprint
+        elif self.val_size:
+            kept, held_out = split_held_out(train.content, self.val_size, seed)
+            counts["held_out"] = {"samples": len(held_out), "of": "train"}
+            train, val = train.subset(kept), train.subset(held_out)
+        return Datasets(train, val, counts, fingerprint)
 
     def store(
         self,

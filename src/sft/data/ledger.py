@@ -1,7 +1,7 @@
 """The counts of rule 5: how many rows gave samples, and how many lost one, for which reason."""
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import TypedDict
 
 import numpy as np
@@ -46,7 +46,7 @@ class SplitLedger(TypedDict, total=False):
     of: str
 
 
-Ledger = Mapping[str, SplitLedger]
+Ledger = dict[str, SplitLedger]  # by split
 
 
 def empty() -> Counts:

@@ -119,11 +119,6 @@ def eval_plan(
     return batches[rank::world_size]
 
 
-def position(global_step: int, steps_per_epoch: int) -> tuple[int, int]:
-    """(epoch, step in the epoch) of a global step. All epochs have as many steps: see `packing`."""
-    return divmod(global_step, steps_per_epoch)
-
-
 def check_division(global_batch_size: int, world_size: int, micro_batch_size: int) -> int:
     """The number of micro-batches that each rank accumulates in a step. UserError unless the division is exact."""
     packs_at_once = world_size * micro_batch_size

@@ -1,25 +1,23 @@
 """A Hugging Face folder: a model is written to it one weight at a time, proves itself by reloading, and is loaded."""
 
 import json
-import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
+from huggingface_hub import split_torch_state_dict_into_shards
 from torch import Tensor
+from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel, PreTrainedTokenizerFast
+from transformers.core_model_loading import revert_weight_conversion
 
 from sft.checkpoint import safetensors_file
 from sft.errors import UserError
 from sft.export.verify import Probe, Verdict
 from sft.model.adapter import quantization
 from sft.model.loading import ModelSource
-
-if TYPE_CHECKING:
-    from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 Specs = Mapping[str, tuple[torch.dtype, Sequence[int]]]  # dtype and shape of each weight, by its name in the model
 Read = Callable[[str], Tensor]  # one weight by that name
@@ -30,7 +28,7 @@ def write_model(
     source: ModelSource,
     specs: Specs,
     read: Read,
-    generation: "GenerationConfig",
+    generation: GenerationConfig,
     *,
     dtype: torch.dtype | None = None,
     max_shard_size: int | str = "5GB",
@@ -59,10 +57,8 @@ def write_model(
         write_shards(folder, specs, convert, names, max_shard_size)
 
 
-def empty_model(source: ModelSource, dtype: torch.dtype | None = None, adapter: bool = False) -> "PreTrainedModel":
+def empty_model(source: ModelSource, dtype: torch.dtype | None = None, adapter: bool = False) -> PreTrainedModel:
     """The model without its weights: names, shapes and layers."""
-    from transformers import AutoModelForCausalLM
-
     options = {"dtype": dtype} if dtype else {}
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(
@@ -74,14 +70,12 @@ def empty_model(source: ModelSource, dtype: torch.dtype | None = None, adapter: 
     return model
 
 
-def names_on_disk(model: "PreTrainedModel", specs: Specs) -> dict[str, str] | None:
+def names_on_disk(model: PreTrainedModel, specs: Specs) -> dict[str, str] | None:
     """Each weight's name in the model by its name on disk; None if transformers stores tensors of another form.
 
     The answer comes from transformers' own conversion, applied to tensors that have a shape and no content: a renamed
     tensor is still the same object, one that is split, joined or transposed is a new one.
     """
-    from transformers.core_model_loading import revert_weight_conversion
-
     ignored = set(model._keys_to_ignore_on_save or ())
     empty = {name: torch.empty(s, dtype=d, device="meta") for name, (d, s) in specs.items() if name not in ignored}
     name_of = {id(tensor): name for name, tensor in empty.items()}
@@ -95,8 +89,6 @@ def write_shards(folder: Path, specs: Specs, read: Read, names: Mapping[str, str
 
     `names`: the weights' names in the model by their names on disk.
     """
-    from huggingface_hub import split_torch_state_dict_into_shards
-
     stored = {name: specs[own] for name, own in names.items()}
     empty = {name: torch.empty(shape, dtype=dtype, device="meta") for name, (dtype, shape) in stored.items()}
     try:
@@ -114,12 +106,8 @@ def write_shards(folder: Path, specs: Specs, read: Read, names: Mapping[str, str
         (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
 
 
-def generation_config(
-    source: ModelSource, tokenizer: "PreTrainedTokenizerFast", stop_ids: list[int]
-) -> "GenerationConfig":
+def generation_config(source: ModelSource, tokenizer: PreTrainedTokenizerFast, stop_ids: list[int]) -> GenerationConfig:
     """The base model's, ending at `stop_ids`. It keeps a sampling temperature, which is its author's advice."""
-    from transformers import GenerationConfig
-
     generation = GenerationConfig()
     if source.init == "pretrained":
         assert source.path is not None
@@ -159,21 +147,12 @@ def verify(folder: Path, probes: list[Probe], precision: str, quantized: bool = 
     return verdict
 
 
-def move_into_place(staging: Path, folder: Path) -> None:
-    """Puts a complete folder in the place of an older one."""
-    if folder.exists():
-        shutil.rmtree(folder)
-    staging.rename(folder)
-
-
-def load_exported(folder: Path, attention: str | None = None) -> "PreTrainedModel":
+def load_exported(folder: Path, attention: str | None = None) -> PreTrainedModel:
     """The model of a verified folder, in evaluation mode on the GPU if there is one.
 
     It is a whole model, or an adapter over the base model that it names. `attention` None leaves the implementation
     to transformers.
     """
-    from transformers import AutoModelForCausalLM, GenerationConfig
-
     options: dict[str, object] = {"attn_implementation": attention, "dtype": "auto"}
     is_adapter = (folder / "adapter_config.json").exists()
     if is_adapter:

@@ -4,19 +4,17 @@ import tempfile
 import warnings
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from sft.checkpoint import safetensors_file
 from sft.checkpoint.layout import persistent_buffers
 from sft.export.folder import Read, Specs, empty_model, names_on_disk
 from sft.model.adapter import NAME
 from sft.model.loading import ModelSource
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+from sft.model.sharded_loading import weight_reader
 
 
 def write_adapter(folder: Path, source: ModelSource, specs: Specs, read: Read, dtype: torch.dtype | None) -> None:
@@ -89,10 +87,8 @@ def weights(model: nn.Module) -> dict[str, Tensor]:
     return {name: tensor.detach() for name, tensor in [*model.named_parameters(), *persistent_buffers(model)]}
 
 
-def stored_weights(source: ModelSource, model: "PreTrainedModel", specs: Specs) -> Read | None:
+def stored_weights(source: ModelSource, model: PreTrainedModel, specs: Specs) -> Read | None:
     """Reads one weight of the pre-trained model's files; None if they hold tensors of another form than the model."""
-    from sft.model.sharded_loading import weight_reader
-
     names = names_on_disk(model, specs)
     if names is None or len(names) < len(specs):
         return None

@@ -15,12 +15,14 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NotRequired, TypedDict
 
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
 from sft.model.adapter import quantization
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # its import touches CUDA
     from peft import PeftModel
-    from torch import Tensor
-    from transformers import PreTrainedModel
 
 LARGEST = 1e-4  # difference of a token's log-probability in fp32
 # Root mean squares of the differences, over the difference that bf16 alone makes. Seen between 0.7 and 1.2 over all
@@ -54,7 +56,6 @@ class Verdict(TypedDict):
 def load_adapted(folder: Path, precision: str, quantized: bool) -> "PeftModel":
     """The base model that the folder's adapter names, held as in training, with the adapter added by peft."""
     from peft import PeftConfig, PeftModel
-    from transformers import AutoModelForCausalLM
 
     config = PeftConfig.from_pretrained(str(folder))
     options: dict[str, object] = {"dtype": "bfloat16" if precision == "bf16-true" else "float32"}
@@ -67,10 +68,8 @@ def load_adapted(folder: Path, precision: str, quantized: bool) -> "PeftModel":
     return model if quantized else model.float()
 
 
-def log_probs(model: "PreTrainedModel | PeftModel", probes: list[Probe], rounded: bool = False) -> "Tensor":
+def log_probs(model: "PreTrainedModel | PeftModel", probes: list[Probe], rounded: bool = False) -> Tensor:
     """log p of each token of each probe after its first, in fp32; `rounded`: with the arithmetic of bf16."""
-    import torch
-
     for module in model.modules():
         if hasattr(module, "compute_dtype"):  # of layers in 4 bits, which autocast doesn't reach
             module.compute_dtype = torch.bfloat16 if rounded else torch.float32  # type: ignore[assignment]
@@ -92,9 +91,6 @@ def log_probs(model: "PreTrainedModel | PeftModel", probes: list[Probe], rounded
 
 
 def main() -> None:
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
     folder = Path(sys.argv[1])
     request = json.load(sys.stdin)
     precision, quantized, probes = request["precision"], request["quantized"], request["probes"]
@@ -127,7 +123,7 @@ def main() -> None:
     (folder / "verified.json").write_text(json.dumps(verdict, indent=2) + "\n")
 
 
-def rms(values: "Tensor") -> float:
+def rms(values: Tensor) -> float:
     return float(values.square().mean().sqrt())
 
 

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from peft import LoraConfig
-    from torch import Tensor, nn
+    from torch import Tensor
     from transformers import PreTrainedModel
 
 NAME = "default"  # peft's own for an adapter that is the only one
@@ -85,24 +85,24 @@ class Adapter:
 
     def check_targets(self, model: "PreTrainedModel") -> None:
         """Refuses a target that names no layer, one that isn't linear, or the input embeddings by another name."""
+        from torch import nn
+        from transformers.pytorch_utils import Conv1D
+
         targets = self.target_modules
         if targets == "all-linear":
             return
-        linear = linear_layers(model)
+        linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)]
         choices = f"its linear layers are {', '.join(dict.fromkeys(name.rpartition('.')[2] for name in linear))}"
         head = model.get_output_embeddings()
         tied = head is not None and head.weight is model.get_input_embeddings().weight
-        for target in [targets] if isinstance(targets, str) else targets:
-            if isinstance(targets, str):
-                try:
-                    pattern = re.compile(target)
-                except re.error as error:
-                    raise UserError(
-                        f"adapter.target_modules={target} is no regular expression ({error}): {choices}"
-                    ) from error
-            else:
-                pattern = re.compile(rf"(.*\.)?{re.escape(target)}")
-            modules = {name: module for name, module in model.named_modules() if pattern.fullmatch(name)}
+        patterns = {targets: targets} if isinstance(targets, str) else {t: rf"(.*\.)?{re.escape(t)}" for t in targets}
+        for target, pattern in patterns.items():
+            try:
+                modules = {name: module for name, module in model.named_modules() if re.fullmatch(pattern, name)}
+            except re.error as error:
+                raise UserError(
+                    f"adapter.target_modules={target} is no regular expression ({error}): {choices}"
+                ) from error
             if not modules:
                 raise UserError(f"adapter.target_modules: {target} is no layer of {type(model).__name__}: {choices}")
             for name, module in modules.items():
@@ -133,20 +133,14 @@ def initial(name: str, shape: "Sequence[int]") -> "Tensor":
     return (weight.uniform_(generator=generator) * 2 - 1) / math.sqrt(shape[1])
 
 
-def linear_layers(model: "nn.Module") -> "dict[str, nn.Module]":
-    """The model's linear layers by name, the head among them."""
-    from torch import nn
-    from transformers.pytorch_utils import Conv1D
-
-    return {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)}
-
-
 def check_quantization(strategy: str = "", accelerator: str = "auto", here: bool = True) -> None:
     """Refuses 4-bit weights without CUDA or bitsandbytes, and under a strategy that shards weights.
 
     `here`: the run is on this machine, which is checked too; else only its settings are.
     """
-    if accelerator == "cpu" or (here and not _has_cuda()):
+    import torch
+
+    if accelerator == "cpu" or (here and not torch.cuda.is_available()):
         raise UserError("adapter=qlora holds weights in 4 bits, which needs a CUDA device: set adapter=lora")
     if strategy.startswith(("deepspeed_zero3", "fsdp")):
         raise UserError(
@@ -154,12 +148,6 @@ def check_quantization(strategy: str = "", accelerator: str = "auto", here: bool
         )
     if here and importlib.util.find_spec("bitsandbytes") is None:
         raise UserError("adapter=qlora needs bitsandbytes: pip install bitsandbytes")
-
-
-def _has_cuda() -> bool:
-    import torch
-
-    return torch.cuda.is_available()
 
 
 def quantization() -> dict[str, Any]:

@@ -9,6 +9,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.utils.hub import cached_file
 
 from sft.checkpoint.layout import Whole, allocate, full_shape, persistent_buffers
 from sft.checkpoint.safetensors_file import read_range
@@ -94,8 +95,6 @@ def weight_reader(source: str, revision: str | None, shapes: Mapping[str, list[i
 
 def weight_files(source: str, revision: str | None) -> list[str]:
     """A model's safetensors files, from a folder or the Hub; none where a weight is in another format."""
-    from transformers.utils.hub import cached_file
-
     folder = Path(source).expanduser()
     path = str(folder) if folder.is_dir() else source
 

@@ -47,7 +47,7 @@ def deciding(config: Config) -> dict[str, object]:
     """The settings of a resolved configuration that decide the numbers, by dotted name."""
     return {
         name: _first_name(str(value)) if name.endswith("._target_") else value
-        for name, value in sorted(_flatten(config).items())
+        for name, value in sorted(flatten(config).items())
         if _within(name, DECIDING) and not _within(name, NOT_DECIDING)
     }
 
@@ -64,12 +64,13 @@ def identity(config: Config) -> str:
     return hashlib.sha256(json.dumps(deciding(config), sort_keys=True).encode()).hexdigest()[:8]
 
 
-def _flatten(value: object, prefix: str = "") -> dict[str, object]:
+def flatten(value: object, prefix: str = "") -> dict[str, object]:
+    """Nested settings by dotted name."""
     if not isinstance(value, Mapping) or not value:
         return {prefix: value}
     flat: dict[str, object] = {}
     for key, inner in value.items():
-        flat |= _flatten(inner, f"{prefix}.{key}" if prefix else str(key))
+        flat |= flatten(inner, f"{prefix}.{key}" if prefix else str(key))
     return flat
 
 

@@ -11,27 +11,17 @@ from sft.runs.run import Run
 
 @dataclass(frozen=True)
 class Result:
-    """A run's state and figures; NaN where nothing was measured.
-
-    Args:
-        state: of `status.json`.
-        step: the last in `metrics.csv`.
-        num_steps: of the whole run; None before its start.
-        best, last: validation losses.
-        speed: tokens a second in the median step.
-        settings: those that decide the numbers, by dotted name.
-        error: why it failed.
-    """
+    """A run's state and figures; NaN where nothing was measured."""
 
     name: str
-    settings: dict[str, object]
+    settings: dict[str, object]  # those that decide the numbers, by dotted name
     state: str = "new"
-    step: int = 0
-    num_steps: int | None = None
-    best: float = math.nan
-    last: float = math.nan
-    speed: float = math.nan
-    error: str | None = None
+    step: int = 0  # the last in `metrics.csv`
+    num_steps: int | None = None  # of the whole run; None before its start
+    best: float = math.nan  # validation loss
+    last: float = math.nan  # validation loss
+    speed: float = math.nan  # tokens a second in the median step
+    error: str | None = None  # why it failed
 
     @classmethod
     def read(cls, run: Run) -> "Result":
@@ -55,15 +45,8 @@ def best_first(results: Iterable[Result]) -> list[Result]:
 
 
 def differing(results: list[Result]) -> dict[str, str]:
-    """The settings in which some runs differ, each with the shortest end of its name that no other of them has."""
+    """The settings in which some runs differ, each with the last part of its name, or all where two end alike."""
     names = sorted({name for result in results for name in result.settings})
     varied = [name for name in names if len({repr(result.settings.get(name)) for result in results}) > 1]
-    return {
-        name: next(end for end in _ends(name) if sum(end in _ends(other) for other in varied) == 1) for name in varied
-    }
-
-
-def _ends(name: str) -> list[str]:
-    """`a.b.c` → `c`, `b.c`, `a.b.c`"""
-    parts = name.split(".")
-    return [".".join(parts[at:]) for at in reversed(range(len(parts)))]
+    last = {name: name.rpartition(".")[2] for name in varied}
+    return {name: name if list(last.values()).count(part) > 1 else part for name, part in last.items()}

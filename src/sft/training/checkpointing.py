@@ -4,6 +4,7 @@ import math
 import signal
 import socket
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
 
@@ -25,30 +26,17 @@ from sft.training.module import SFTModule
 from sft.training.strategies import placement
 
 
+@dataclass(eq=False)
 class Checkpoints(Callback):
     """Saves every `save_every` steps, at the last step, and at a step in which a signal came; after the validation
-    where the step has one. A signal during a validation stops it, and the resumed run begins with it.
+    where the step has one. A signal during a validation stops it, and the resumed run begins with it."""
 
-    Args:
-        folder: of the checkpoints; the run's events are recorded beside it.
-        save_every: optimizer steps.
-        val_every: optimizer steps; the last step is always validated.
-        keep_last: number of newest checkpoints kept in addition to the best.
-        resume: the checkpoint to resume from; None: start anew.
-        facts: about the run, saved in each checkpoint.
-    """
-
-    def __init__(
-        self,
-        folder: Path,
-        save_every: int,
-        val_every: int,
-        keep_last: int,
-        resume: Checkpoint | None,
-        facts: dict[str, object],
-    ) -> None:
-        self.folder, self.save_every, self.val_every = folder, save_every, val_every
-        self.keep_last, self.resume, self.facts = keep_last, resume, facts
+    folder: Path  # of the checkpoints; the run's events are recorded beside it
+    save_every: int  # optimizer steps
+    val_every: int  # optimizer steps; the last step is always validated
+    keep_last: int  # number of newest checkpoints kept in addition to the best
+    resume: Checkpoint | None  # None: start anew
+    facts: dict[str, object]  # about the run, saved in each checkpoint
 
     def setup(self, trainer: L.Trainer, module: SFTModule, stage: str) -> None:
         # Lightning's own handler would broadcast on SIGTERM, in the middle of whatever collective is under way, and

@@ -11,6 +11,7 @@ from lightning.pytorch.loggers import Logger
 from omegaconf import DictConfig
 
 from sft.checkpoint.checkpoint import Checkpoint
+from sft.errors import UserError
 from sft.model.loading import ModelSource
 from sft.runs import events, watchdog
 from sft.training.checkpointing import Checkpoints
@@ -42,7 +43,7 @@ def fit(
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     val_every = config.val_every or data.steps_per_epoch
     callbacks: list[Callback] = [
-        *(instantiate(config.callbacks) or {}).values(),
+        *(instantiate(config.callbacks, _convert_="all") or {}).values(),
         StepMetrics(),
         Checkpoints(
             checkpoints,
@@ -53,23 +54,27 @@ def fit(
             facts,
         ),
     ]
-    trainer = instantiate(
-        config.trainer,
-        strategy=build(config.strategy, config.trainer.accelerator),
-        logger=loggers,
-        callbacks=callbacks,
-        accumulate_grad_batches=accumulation,
-        max_epochs=1,  # the loader goes through all epochs
-        val_check_interval=val_every * accumulation,
-        check_val_every_n_epoch=None,
-        limit_val_batches=None if data.val else 0,
-        num_sanity_val_steps=0 if resume else -1,  # the validation before training
-        use_distributed_sampler=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        log_every_n_steps=1,
-    )
+    strategy = build(config.strategy, config.trainer.accelerator)
+    try:
+        # In two calls: `instantiate` takes a callback that is a dataclass for settings.
+        trainer = instantiate(config.trainer, _partial_=True)(
+            strategy=strategy,
+            logger=loggers,
+            callbacks=callbacks,
+            accumulate_grad_batches=accumulation,
+            max_epochs=1,  # the loader goes through all epochs
+            val_check_interval=val_every * accumulation,
+            check_val_every_n_epoch=None,
+            limit_val_batches=None if data.val else 0,
+            num_sanity_val_steps=0 if resume else -1,  # the validation before training
+            use_distributed_sampler=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            log_every_n_steps=1,
+        )
+    except Exception as error:  # whatever Lightning has against the settings
+        raise UserError(f"the trainer refuses its settings: {' '.join(str(error).split())}") from error
     module = SFTModule(
         source,
         instantiate(config.optimizer, _convert_="all"),

@@ -8,11 +8,11 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import lightning as L
-from lightning.fabric.loggers.logger import rank_zero_experiment
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers.logger import Logger
 from lightning.pytorch.utilities import rank_zero_only
 
+from sft.cluster.time_limit import clock
 from sft.data.batch import Batch
 from sft.errors import NotFinite
 from sft.runs.files import fsync, write_text
@@ -22,7 +22,7 @@ from sft.training.module import SFTModule
 
 # Metrics that depend on the machine and so differ between two runs of the same numbers.
 TIMINGS = ("train/tokens_per_second",)
-
+PRINT_EVERY = 5.0  # seconds between two printed lines; the first and the last step always print
 
 COLUMNS = (
     "step",
@@ -52,11 +52,6 @@ class MetricsFile(Logger):
 
     name = "metrics"
     version = 0
-
-    @property
-    @rank_zero_experiment
-    def experiment(self) -> "MetricsFile":
-        return self
 
     @rank_zero_only
     def resume(self, step: int) -> None:
@@ -108,17 +103,10 @@ class MetricsFile(Logger):
 
 
 class StepMetrics(Callback):
-    """Measures each optimizer step, gives it to the loggers, and prints a line now and then.
+    """Measures each optimizer step, gives it to the loggers, and prints a line now and then."""
 
-    Args:
-        print_every: seconds between two printed lines (the first and the last step always print).
-    """
-
-    def __init__(self, print_every: float = 5.0) -> None:
-        self.print_every = print_every
-        self.last_print = -math.inf
-        self.step_start = 0.0
-        self.fit_start = 0.0
+    def __init__(self) -> None:
+        self.last_print, self.step_start, self.fit_start = -math.inf, 0.0, 0.0
         self.first_step = 0
 
     def on_train_start(self, trainer: L.Trainer, module: SFTModule) -> None:
@@ -156,13 +144,13 @@ class StepMetrics(Callback):
         metrics["train/tokens_per_second"] = plan.num_tokens / seconds
         self._log(trainer, metrics, step)
         now = time.perf_counter()
-        if now - self.last_print > self.print_every or step in (1, module.num_steps):
+        if now - self.last_print > PRINT_EVERY or step in (1, module.num_steps):
             self.last_print = now
             left = (now - self.fit_start) / (step - self.first_step) * (module.num_steps - step)
             log(
                 f"step {step:>{len(str(module.num_steps))}}/{module.num_steps}  loss {metrics['train/loss']:.4f}"
                 f"  lr {metrics['train/lr']:.2e}  |grad| {metrics['train/grad_norm']:.2f}"
-                f"  {metrics['train/tokens_per_second']:,.0f} tokens/s  {_clock(left)} left"
+                f"  {metrics['train/tokens_per_second']:,.0f} tokens/s  {clock(left)} left"
             )
 
     def on_validation_end(self, trainer: L.Trainer, module: SFTModule) -> None:
@@ -174,9 +162,3 @@ class StepMetrics(Callback):
     def _log(self, trainer: L.Trainer, metrics: dict[str, float], step: int) -> None:
         for logger in trainer.loggers:
             logger.log_metrics(metrics, step=step)
-
-
-def _clock(seconds: float) -> str:
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}h{minutes:02d}m" if hours else f"{minutes}m{seconds:02d}s"

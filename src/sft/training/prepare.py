@@ -5,29 +5,27 @@ import os
 import warnings
 from collections import Counter
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
 
+import torch
+from hydra.utils import instantiate
 from omegaconf import DictConfig
+from transformers import PreTrainedTokenizerFast
+from transformers.utils import logging as transformers_logging
 
+from sft.data.dataset import Datasets
+from sft.model.loading import ModelSource
+from sft.training.datamodule import SFTDataModule
 from sft.training.log import is_main, log
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerFast
-
-    from sft.data.dataset import DataConfig, Datasets
-    from sft.model.loading import ModelSource
-    from sft.training.datamodule import SFTDataModule
 
 
 @dataclass(frozen=True)
 class Prepared:
     """A model's source and tokenizer, and the samples as this model reads them."""
 
-    source: "ModelSource"
-    tokenizer: "PreTrainedTokenizerFast"
-    data_config: "DataConfig"
-    splits: "Datasets"
-    data: "SFTDataModule"
+    source: ModelSource
+    tokenizer: PreTrainedTokenizerFast
+    splits: Datasets
+    data: SFTDataModule
 
     @property
     def stop_token_ids(self) -> list[int]:
@@ -37,20 +35,14 @@ class Prepared:
         return [token for token, _ in last.most_common()]
 
 
-def model_source(config: DictConfig) -> "ModelSource":
+def model_source(config: DictConfig) -> ModelSource:
     """The model that a configuration's `model` and `adapter` name."""
-    from hydra.utils import instantiate
-
     adapter = instantiate(config.get("adapter"), _convert_="all") or None
     return replace(instantiate(config["model"], _convert_="all"), adapter=adapter)
 
 
 def setup(config: DictConfig, start_step: int = 0) -> Prepared:
     """Checks model, tokenizer and data against each other; builds or opens the token stores."""
-    from hydra.utils import instantiate
-
-    from sft.training.datamodule import SFTDataModule
-
     source = model_source(config)
     data_config = instantiate(config.data, _convert_="all")
     tokenizer = source.load_tokenizer()
@@ -68,14 +60,11 @@ def setup(config: DictConfig, start_step: int = 0) -> Prepared:
         packing=data_config.packing,
         start_step=start_step,
     )
-    return Prepared(source, tokenizer, data_config, splits, data)
+    return Prepared(source, tokenizer, splits, data)
 
 
 def quiet() -> None:
     """Leaves the terminal to what matters to the user."""
-    import torch
-    from transformers.utils import logging as transformers_logging
-
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or DeepSpeed looks for one by itself, and says so

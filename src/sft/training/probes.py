@@ -1,23 +1,19 @@
 """Probes: a few samples whose log-probabilities prove that an exported model is the trained one."""
 
-from typing import TYPE_CHECKING
-
 import numpy as np
 import torch
 
 from sft.data.batch import make_batch, to_device
 from sft.export.verify import Probe
 from sft.model.loss import token_log_probs
-
-if TYPE_CHECKING:
-    from sft.training.datamodule import SFTDataModule
-    from sft.training.module import SFTModule
+from sft.training.datamodule import SFTDataModule
+from sft.training.module import SFTModule
 
 NUM_PROBES = 4
 MAX_TOKENS = 512
 
 
-def measure(module: "SFTModule", data: "SFTDataModule") -> list[Probe]:
+def measure(module: SFTModule, data: SFTDataModule) -> list[Probe]:
     """log p of each token of the first few samples, each by itself, by the model as it is in training.
 
     The model runs in evaluation mode and in the precision of the training steps; no random number is drawn.

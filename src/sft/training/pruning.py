@@ -1,6 +1,7 @@
 """The callback that reports a sweep's trial to Optuna at each validation, and ends a bad one early."""
 
 import math
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import lightning as L
@@ -22,11 +23,14 @@ def journal(path: str) -> "JournalStorage":
     return JournalStorage(JournalFileBackend(path))
 
 
+@dataclass(eq=False)
 class Pruning(Callback):
-    """Args: `storage` and `study` of the sweep, the number of this `trial`, and the `pruner` that compares it."""
+    """Reports a trial of a sweep, and ends it if the pruner says so."""
 
-    def __init__(self, storage: str, study: str, trial: int, pruner: "BasePruner") -> None:
-        self.storage, self.study, self.trial, self.pruner = storage, study, trial, pruner
+    storage: str
+    study: str
+    trial: int
+    pruner: "BasePruner"
 
     def on_validation_end(self, trainer: L.Trainer, module: SFTModule) -> None:
         if trainer.sanity_checking or trainer.global_step == module.num_steps:  # there is nothing to end

@@ -12,7 +12,11 @@ from sft.errors import UserError
 def check(config: DictConfig, here: bool = True) -> tuple[int, int]:
     """The number of ranks, and of micro-batches of a rank in a step; `UserError` for settings that contradict.
     `here`: on this machine; otherwise on others, which may have GPUs."""
-    check_numbers(config)
+    optional = ("max_steps", "val_every", "checkpoint.save_every")
+    for name in ("epochs", "global_batch_size", "micro_batch_size", "checkpoint.keep_last", *optional):
+        value = OmegaConf.select(config, name)
+        if not (isinstance(value, int) and value > 0) and not (value is None and name in optional):
+            raise UserError(f"{name}={value} is not a whole number from 1 on")
     num_ranks = world_size(config)
     accumulation = check_division(config.global_batch_size, num_ranks, config.micro_batch_size)
     if num_ranks > 1 and not config.strategy:
@@ -33,15 +37,6 @@ def check(config: DictConfig, here: bool = True) -> tuple[int, int]:
 
         check_quantization(HydraConfig.get().runtime.choices["strategy"], config.trainer.accelerator, here)
     return num_ranks, accumulation
-
-
-def check_numbers(config: DictConfig) -> None:
-    """Refuses anything but a whole number from 1 on, or null where that has a meaning."""
-    optional = ("max_steps", "val_every", "checkpoint.save_every")
-    for name in ("epochs", "global_batch_size", "micro_batch_size", "checkpoint.keep_last", *optional):
-        value = OmegaConf.select(config, name)
-        if not (isinstance(value, int) and value > 0) and not (value is None and name in optional):
-            raise UserError(f"{name}={value} is not a whole number from 1 on")
 
 
 def world_size(config: DictConfig) -> int:

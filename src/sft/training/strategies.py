@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from hydra.utils import instantiate
 from lightning.pytorch.accelerators import CPUAccelerator
 from lightning.pytorch.strategies import (
     DDPStrategy,
@@ -23,6 +24,7 @@ from lightning.pytorch.strategies import (
 )
 from omegaconf import DictConfig
 from torch import Tensor, nn
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
@@ -66,8 +68,6 @@ def placement(strategy: Strategy) -> Placement:
 
 def build(settings: DictConfig | None, accelerator: str) -> Strategy | str:
     """The strategy that `conf/strategy/*.yaml` names, as the trainer takes it."""
-    from hydra.utils import instantiate
-
     if not settings:
         return "auto"
     if accelerator == "cpu" or (accelerator == "auto" and not torch.cuda.is_available()):
@@ -225,8 +225,6 @@ class FSDP2(Placement, ModelParallelStrategy):
 
     def shard(self, model: nn.Module) -> None:
         """Gives each rank its rows of each parameter; a decoder layer is gathered at a time."""
-        from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-
         mixed = self.precision_plugin.precision == "bf16-mixed"
         # bf16 in the arithmetic and on the network, fp32 in the sums of the gradients and in the optimizer.
         policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32) if mixed else MixedPrecisionPolicy()

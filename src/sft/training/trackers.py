@@ -7,20 +7,19 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
 from urllib.parse import urlparse
+
+from lightning.fabric.utilities.rank_zero import rank_zero_only
+from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
 
 from sft.errors import UserError
 from sft.runs.signals import shielded
 from sft.training.log import log
 
-if TYPE_CHECKING:
-    from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
-
 
 def wandb_logger(
     *, run: str, folder: Path, group: str, history: Sequence[Mapping[str, str]], project: str, mode: str
-) -> "WandbLogger":
+) -> WandbLogger:
     """Weights & Biases; `mode=auto` is online if a W&B key is found, else offline.
 
     One W&B run, however often this run is resumed, with each step exactly once. A resumed run repeats the steps after
@@ -30,9 +29,6 @@ def wandb_logger(
     `WANDB_MODE` in the environment takes precedence over `mode`. If the service can't be reached, the run is logged
     offline.
     """
-    from lightning.fabric.utilities.rank_zero import rank_zero_only
-    from lightning.pytorch.loggers import WandbLogger
-
     if mode not in ("auto", "online", "offline"):
         raise UserError(f"logger.mode={mode} is unknown: set auto, online or offline")
     mode = os.environ.get("WANDB_MODE") or mode
@@ -116,9 +112,7 @@ def _logged_in() -> bool:
 
 def tensorboard_logger(
     *, run: str, folder: Path, group: str, history: Sequence[Mapping[str, str]]
-) -> "TensorBoardLogger":
+) -> TensorBoardLogger:
     """TensorBoard, in `FOLDER/tensorboard`; a resumed run hides the steps that it repeats."""
-    from lightning.pytorch.loggers import TensorBoardLogger
-
     again = int(history[-1]["step"]) + 1 if history else 0
     return TensorBoardLogger(save_dir=folder, name="tensorboard", version="", purge_step=again)
