@@ -1,5 +1,5 @@
-"""A Slurm cluster on this machine for tests, by slurm/local-cluster. Tests that use one are in the group "slurm", so
-that one worker has it: `pytestmark = pytest.mark.xdist_group("slurm")`."""
+"""A Slurm cluster on this machine for tests, by slurm/local-cluster. Tests that use one are in the group "slurm" or
+"slurm too", so that a worker has one: `pytestmark = pytest.mark.xdist_group("slurm")`."""
 
 import json
 import os

@@ -5,7 +5,7 @@ import os
 import random
 import sys
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 
 import pytest
@@ -26,7 +26,7 @@ from running import Sft
 
 # Groups (whose tests share what takes long) and files of the tests that take longest, longest first: with one left
 # over for the end, a worker would be at it alone.
-LONGEST = ("slurm", "certify", "strategies", "preemption", "adapter")
+LONGEST = ("slurm", "certify", "slurm too", "strategies", "preemption", "adapter")
 
 CHATML = (
     "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
@@ -116,11 +116,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=place)
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_runtestloop(session: pytest.Session) -> None:
-    # Before any test's time limit begins.
-    if not session.config.option.collectonly and any(item.get_closest_marker("cpu_adam") for item in session.items):
+@pytest.hookimpl(tryfirst=True, wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
+    # Before the test's time limit begins.
+    if item.get_closest_marker("cpu_adam"):
         warm.compile_cpu_adam()
+    return (yield)
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

@@ -15,16 +15,13 @@ import pytest
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
+from pages import COMMANDS, DOCS, PAGES, ROOT
 from running import Sft
 from sft.mistakes import CONF
 from sft.proof import cells
+from warm import python
 
-ROOT = Path(__file__).resolve().parents[1]
-DOCS = sorted((ROOT / "docs").glob("*.md"))
-PAGES = {path: path.read_text() for path in (ROOT / "README.md", *DOCS)}
 LINKED = PAGES | {ROOT / name: (ROOT / name).read_text() for name in ("CONTRIBUTING.md", "CHANGELOG.md")}
-BLOCKS = [block for page in PAGES.values() for block in re.findall(r"```bash\n(.*?)```", page, re.S)]
-COMMANDS = list(dict.fromkeys(line.strip() for block in BLOCKS for line in block.splitlines() if line.strip()))
 
 TRAIN = r"sft train (?!--cfg)"
 FINISHED = r"sft (generate|score|export|compare)\b"
@@ -203,7 +200,7 @@ def test_slurm(line: str) -> None:
 
 @pytest.mark.parametrize("command", sorted({words(line)[1] for line in commands("scripts/bench ")}))
 def test_benchmark(command: str, tmp_path: Path) -> None:
-    bench = [sys.executable, ROOT / "scripts" / "bench", command, "--quick"]
+    bench = [python().executable, ROOT / "scripts" / "bench", command, "--quick"]
     if command == "checkpoint":  # its ranks are run by tests/test_benchmarks.py
         shown = subprocess.run([*bench, "--help"], check=True, capture_output=True, text=True).stdout
         assert shown.startswith("usage: scripts/bench checkpoint ")

@@ -78,6 +78,7 @@ def python() -> "Python":
     return Python(folder)
 
 
+@cache
 def compile_cpu_adam() -> None:
     """DeepSpeed's Adam for the processor, where it isn't compiled yet: a minute."""
     process = PROCESSES.Process(target=_compile_cpu_adam)

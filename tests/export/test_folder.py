@@ -1,53 +1,26 @@
 """The Hugging Face folder of a model that is read one weight at a time."""
 
 import json
-import weakref
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedTokenizerFast
 
 import settings
+from made_up import SIZE, Weights
 from sft.errors import UserError
 from sft.export.folder import generation_config, write_model
 from sft.model.loading import ModelSource
 
-SIZE: dict[str, Any] = {
-    "vocab_size": 264,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 64,
-}
 KINDS = {
     "tied": {"model_type": "llama", "tie_word_embeddings": True},
     "untied": {"model_type": "llama", "tie_word_embeddings": False},
     "other names on disk": {"model_type": "gpt_neox"},
     "experts joined in memory": {"model_type": "mixtral", "num_local_experts": 4},
 }
-
-
-class Weights:
-    """A model's weights, read as a checkpoint's are, counting the bytes of those that somebody still holds."""
-
-    def __init__(self, model: Any) -> None:
-        self.tensors = {name: parameter.detach() for name, parameter in model.named_parameters()}
-        self.layout = {name: (tensor.dtype, list(tensor.shape)) for name, tensor in self.tensors.items()}
-        self.held: dict[int, int] = {}
-        self.most_held = 0
-
-    def read(self, name: str) -> Tensor:
-        tensor = self.tensors[name].clone()
-        self.held[id(tensor)] = tensor.nbytes
-        weakref.finalize(tensor, self.held.pop, id(tensor))
-        self.most_held = max(self.most_held, sum(self.held.values()))
-        return tensor
 
 
 def model_of(kind: str) -> tuple[ModelSource, Any]:

@@ -11,7 +11,7 @@ from peft import PeftModel
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import settings
-from export.test_folder import SIZE, Weights
+from made_up import SIZE, Weights
 from sft.errors import UserError
 from sft.export.merge import merged, stored_weights, write_adapter
 from sft.model import adapter as adapters

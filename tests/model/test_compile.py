@@ -10,7 +10,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 import kernel
 import settings
-from model.test_loss import pack
+from made_up import pack
 from sft.model import attention
 from sft.model.loss import nll
 

@@ -1,6 +1,6 @@
 """The loss against computations that share nothing with it: plain logits, no mask, no packing, by hand."""
 
-from itertools import accumulate, pairwise
+from itertools import pairwise
 
 import pytest
 import torch
@@ -9,38 +9,18 @@ from torch import Tensor
 from transformers import Gemma2Config, Gemma2ForCausalLM, GraniteConfig, GraniteForCausalLM, PreTrainedModel
 
 from conftest import tiny_llama
+from made_up import NUM_PROMPT, pack
 from sft.data.mask import IGNORE
 from sft.model import attention, loss
 from sft.model.loss import head_is_plain_matrix, linear_nll, nll, token_log_probs
 
 LENGTHS = [5, 9, 9, 3, 17]
-NUM_PROMPT = 2
 
 
 @pytest.fixture
 def model() -> PreTrainedModel:
     torch.manual_seed(0)
     return tiny_llama(attn_implementation=attention.NAME)
-
-
-def pack(lengths: list[int]) -> dict:
-    """Random samples of these lengths in one row, the first NUM_PROMPT tokens of each without loss."""
-    generator = torch.Generator().manual_seed(1)
-    bounds = [0, *accumulate(lengths)]
-    ids = torch.randint(0, 264, (1, bounds[-1]), generator=generator)
-    labels = ids.clone()
-    for start in bounds[:-1]:
-        labels[0, start : start + NUM_PROMPT] = IGNORE
-    return {
-        "input_ids": ids,
-        "labels": labels,
-        "position_ids": torch.cat([torch.arange(length) for length in lengths])[None],
-        "predicting": (labels[0, 1:] != IGNORE).nonzero()[:, 0],
-        "cu_seqlens": torch.tensor(bounds, dtype=torch.int32),
-        "max_seqlen": max(lengths),
-        "num_supervised": sum(length - NUM_PROMPT for length in lengths),
-        "num_tokens": bounds[-1],
-    }
 
 
 def samples(batch: dict) -> list[Tensor]:

@@ -12,17 +12,18 @@ import yaml
 
 from cluster import Cluster, eventually
 from offline import history
+from pages import COMMANDS, ROOT
 from runfiles import final_files, rows
 from running import Sft
 from sft.runs import events
 
 pytestmark = [pytest.mark.xdist_group("slurm"), pytest.mark.timeout(1200)]
 
-PROJECT = Path(__file__).parents[2]
-PAGES = "\n".join(path.read_text() for path in [PROJECT / "README.md", *sorted((PROJECT / "docs").glob("*.md"))])
-SETTINGS = ("epochs=6", "val_every=4", "checkpoint.save_every=4", "micro_batch_size=1", "logger=wandb")
+SETTINGS = ("epochs=6", "val_every=4", "checkpoint.save_every=4", "micro_batch_size=1", "logger=csv")
 NUM_STEPS = 18
-DEMO = ("experiment=demo", "max_steps=null", "data.val_path=null")  # what the documented command changes, put back
+TRACKED = "logger=wandb"
+# What the documented command changes, put back.
+DEMO = ("experiment=demo", "max_steps=null", "data.val_path=null", TRACKED)
 
 
 class Jobs:
@@ -37,10 +38,12 @@ class Jobs:
 
     def as_documented(self, line: str, *overrides: str) -> str:
         """Runs a line of the README or of docs/ on this cluster; what it printed."""
-        (typed,) = re.findall(rf"^slurm/local-cluster (exec .*{line}.*|{line})$", PAGES, re.M)
-        verb, *arguments = shlex.split(typed)
-        path = {"PYTHONPATH": f"{PROJECT}/tests", "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
-        done = self.cluster(verb, *arguments, *overrides, cwd=PROJECT, env=path)
+        (typed,) = [
+            command for command in COMMANDS if re.match(rf"slurm/local-cluster (exec .*{line}|{line}$)", command)
+        ]
+        _, verb, *arguments = shlex.split(typed)
+        path = {"PYTHONPATH": f"{ROOT}/tests", "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+        done = self.cluster(verb, *arguments, *overrides, cwd=ROOT, env=path)
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout
 
@@ -48,9 +51,9 @@ class Jobs:
         given = {"nodes": nodes, "ntasks-per-node": tasks, "gpus-per-node": 0, "cpus-per-task": 1, **options}
         log = f"--output={self.sft.folder}/%j.out"
         sbatch = [f"--{name.replace('_', '-')}={value}" for name, value in given.items()]
-        path = {"PYTHONPATH": f"{PROJECT}/tests"}
+        path = {"PYTHONPATH": f"{ROOT}/tests"}
         return self.cluster.submit(
-            *sbatch, log, "slurm/train.sbatch", *self.settings(run, *overrides), cwd=PROJECT, env=path
+            *sbatch, log, "slurm/train.sbatch", *self.settings(run, *overrides), cwd=ROOT, env=path
         )
 
     def gate(self, name: str, step: int) -> str:
@@ -79,12 +82,12 @@ class Jobs:
     def log(self, job: str) -> str:
         return (self.sft.folder / f"{job}.out").read_text()
 
-    def whole(self, strategy: str, *overrides: str) -> Path:
-        """The folder of an uninterrupted run on four ranks."""
+    def whole(self, strategy: str, num_ranks: int, *overrides: str) -> Path:
+        """The folder of an uninterrupted run."""
         folder = self.sft.run_folder(f"whole-{strategy}")
         if not folder.exists():
             settings = self.settings(folder.name, *overrides)
-            ended = self.sft.ranks(4, "train", *settings, f"strategy={strategy}")
+            ended = self.sft.ranks(num_ranks, "train", *settings, f"strategy={strategy}")
             assert ended.code == 0, ended.output
         return folder
 
@@ -108,7 +111,8 @@ def jobs(cluster: Cluster, tmp_path_factory: Any, model_folder: Path, data_file:
 @pytest.fixture(scope="module")
 def limited(jobs: Jobs) -> str:
     """A job that waits for its time limit while other tests go on."""
-    return jobs.submit("limited", 2, 2, "strategy=ddp", jobs.until_signal("waits", 6), time="3", signal="USR1@60")
+    signalled = jobs.until_signal("waits", 6)
+    return jobs.submit("limited", 2, 2, "strategy=ddp", TRACKED, signalled, time="3", signal="USR1@60")
 
 
 def equals_uninterrupted(jobs: Jobs, run: str, whole: Path) -> None:
@@ -123,7 +127,7 @@ def equals_uninterrupted(jobs: Jobs, run: str, whole: Path) -> None:
 
 
 def test_signal_then_lost_node_then_killed_rank(jobs: Jobs, limited: str) -> None:
-    kill = jobs.mishap("kill", "kill", 15, rank=3, once=True)
+    kill = jobs.mishap("kill", "kill", 15, rank=1, once=True)
     jobs.open("first")
     gates = (jobs.gate("first", 6), jobs.until_signal("signalled", 6), jobs.gate("second", 10))
     more = jobs.settings("chaos", *DEMO)
@@ -143,14 +147,14 @@ def test_signal_then_lost_node_then_killed_rank(jobs: Jobs, limited: str) -> Non
     log = jobs.finished(job)
     causes = [("requeue", "signal", 6), ("requeue", "lost", 9), ("requeue", "killed", 14), ("finish", "", NUM_STEPS)]
     assert jobs.verdicts("chaos") == causes
-    assert "requeued: killed at step 14 (rank 3 on n" in log
+    assert "requeued: killed at step 14 (rank 1 on n" in log
     assert f"wandb sync {jobs.sft.run_folder('chaos')}/wandb/offline-run-" in log
     starts = [event for event in jobs.story("chaos") if event["event"] == "start"]
     assert [(event["restart"], event["step"], event["num_ranks"]) for event in starts] == [
-        (0, 0, 4), (1, 6, 4), (2, 8, 4), (3, 12, 4),
+        (0, 0, 2), (1, 6, 2), (2, 8, 2), (3, 12, 2),
     ]  # fmt: skip
     assert starts[0]["hosts"] == nodes
-    equals_uninterrupted(jobs, "chaos", jobs.whole("deepspeed_zero2", *DEMO))
+    equals_uninterrupted(jobs, "chaos", jobs.whole("deepspeed_zero2", 2, *DEMO))
 
 
 def test_hang_then_the_same_failure_twice_then_fewer_ranks(jobs: Jobs) -> None:
@@ -169,7 +173,7 @@ def test_hang_then_the_same_failure_twice_then_fewer_ranks(jobs: Jobs) -> None:
     again = jobs.submit("fails", 1, 1)
     assert "resumed after step 4" in jobs.finished(again)
     losses = [float(row["train/loss"]) for row in rows(jobs.sft.run_folder("fails"))[1:]]
-    expected = [float(row["train/loss"]) for row in rows(jobs.whole("ddp"))[1:]]
+    expected = [float(row["train/loss"]) for row in rows(jobs.whole("ddp", 4))[1:]]
     assert losses == pytest.approx(expected, abs=1e-5)
 
 
@@ -178,7 +182,7 @@ def test_array_is_a_sweep(jobs: Jobs) -> None:
     settings = [item for item in runs if not item.startswith("run=") and item != "optimizer.lr=1e-2"]
     options = ["--array=0-1", "--ntasks-per-node=1", "--gpus-per-node=0", "--cpus-per-task=1"]
     log = f"--output={jobs.sft.folder}/%A_%a.out"
-    job = jobs.cluster.submit(*options, log, "slurm/sweep.sbatch", *settings, cwd=PROJECT)
+    job = jobs.cluster.submit(*options, log, "slurm/sweep.sbatch", *settings, cwd=ROOT)
     for task in (0, 1):
         jobs.cluster.wait(f"{job}_{task}", "COMPLETED")
     runs = sorted(jobs.sft.folder.glob("runs/array-*"))
@@ -207,14 +211,14 @@ def test_time_limit(jobs: Jobs, limited: str) -> None:
     # crashes.
     assert ("requeue", "signal", 6) in stops
     assert {(event, cause) for event, cause, _ in stops} <= {("requeue", "signal"), ("requeue", "lost")}
-    equals_uninterrupted(jobs, "limited", jobs.whole("ddp"))
+    equals_uninterrupted(jobs, "limited", jobs.whole("ddp", 4))
 
 
 def test_export_is_a_job(jobs: Jobs) -> None:
-    run, exported = jobs.whole("ddp"), jobs.sft.folder / "exported"
+    run, exported = jobs.whole("ddp", 4), jobs.sft.folder / "exported"
     options = ("--mem=1G", "--cpus-per-task=1", f"--output={jobs.sft.folder}/%j.out")
     settings = (f"run={run}", f"output={exported}")
-    job = jobs.cluster.submit(*options, "slurm/export.sbatch", *settings, cwd=PROJECT)
+    job = jobs.cluster.submit(*options, "slurm/export.sbatch", *settings, cwd=ROOT)
     jobs.finished(job)
     assert (exported / "verified.json").exists()
     assert (exported / "model.safetensors").read_bytes() == (run / "export" / "model.safetensors").read_bytes()
@@ -229,6 +233,6 @@ def test_bad_configuration_ends_at_once(jobs: Jobs) -> None:
 
 def test_outside_the_project_a_job_says_what_to_do(jobs: Jobs) -> None:
     job = jobs.cluster.submit(f"--output={jobs.sft.folder}/%j.out", "--ntasks-per-node=1", "--gpus-per-node=0",
-                              "--cpus-per-task=1", f"{PROJECT}/slurm/train.sbatch", cwd=jobs.sft.folder)  # fmt: skip
+                              "--cpus-per-task=1", f"{ROOT}/slurm/train.sbatch", cwd=jobs.sft.folder)  # fmt: skip
     jobs.cluster.wait(job, "FAILED")
     assert "submit from the project's folder" in jobs.log(job)

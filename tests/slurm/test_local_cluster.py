@@ -9,7 +9,7 @@ import pytest
 
 from cluster import Cluster, eventually
 
-pytestmark = [pytest.mark.xdist_group("slurm"), pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.xdist_group("slurm too"), pytest.mark.timeout(600)]
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,59 @@
+"""Made-up models and batches, for tests that compute with them."""
+
+import weakref
+from itertools import accumulate
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sft.data.mask import IGNORE
+
+NUM_PROMPT = 2  # tokens without loss at the start of each of a pack's samples
+# A small model of any family.
+SIZE: dict[str, Any] = {
+    "vocab_size": 264,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+}
+
+
+def pack(lengths: list[int]) -> dict:
+    """Random samples of these lengths in one row, the first NUM_PROMPT tokens of each without loss."""
+    generator = torch.Generator().manual_seed(1)
+    bounds = [0, *accumulate(lengths)]
+    ids = torch.randint(0, 264, (1, bounds[-1]), generator=generator)
+    labels = ids.clone()
+    for start in bounds[:-1]:
+        labels[0, start : start + NUM_PROMPT] = IGNORE
+    return {
+        "input_ids": ids,
+        "labels": labels,
+        "position_ids": torch.cat([torch.arange(length) for length in lengths])[None],
+        "predicting": (labels[0, 1:] != IGNORE).nonzero()[:, 0],
+        "cu_seqlens": torch.tensor(bounds, dtype=torch.int32),
+        "max_seqlen": max(lengths),
+        "num_supervised": sum(length - NUM_PROMPT for length in lengths),
+        "num_tokens": bounds[-1],
+    }
+
+
+class Weights:
+    """A model's weights, read as a checkpoint's are, counting the bytes of those that somebody still holds."""
+
+    def __init__(self, model: Any) -> None:
+        self.tensors = {name: parameter.detach() for name, parameter in model.named_parameters()}
+        self.layout = {name: (tensor.dtype, list(tensor.shape)) for name, tensor in self.tensors.items()}
+        self.held: dict[int, int] = {}
+        self.most_held = 0
+
+    def read(self, name: str) -> Tensor:
+        tensor = self.tensors[name].clone()
+        self.held[id(tensor)] = tensor.nbytes
+        weakref.finalize(tensor, self.held.pop, id(tensor))
+        self.most_held = max(self.most_held, sum(self.held.values()))
+        return tensor
