@@ -33,6 +33,7 @@ COMMANDS = {
     "certify": "prove that every way of training gives the numbers of a plain loop",
 }
 BATCH = ("job",)  # called by batch scripts alone
+ON_A_RUN = ("score", "generate", "export")
 
 
 def main() -> None:
@@ -86,6 +87,10 @@ def _run(command: str, arguments: list[str]) -> None:
         sys.argv = typed
         with submitit_rank.rank() if submitit_rank.is_submitted() else nullcontext():
             try:
+                if command in ON_A_RUN:
+                    from sft.runs.run import Run
+
+                    Run.find(config.run, config.runs_dir)  # a mistake in it is reported before torch is imported
                 return import_module(f"sft.commands.{command}").main(config)
             except signals.Interrupted as stopped:
                 if submitit_rank.is_submitted():

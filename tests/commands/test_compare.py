@@ -78,10 +78,15 @@ def test_a_folder_that_is_no_run(runs: Sft, capsys: pytest.CaptureFixture[str]) 
     assert capsys.readouterr().err == "sft: there is no run runs/thesis=1: runs/ holds a, b, c, d\n"
 
 
-def test_nothing_heavy_is_imported(runs: Sft) -> None:
-    code = (
-        "import sys; from sft import cli; sys.argv = ['sft', 'compare', 'runs/a']; cli.main(); "
-        "print({'torch', 'lightning', 'optuna', 'submitit'} & set(sys.modules))"
-    )
+@pytest.mark.parametrize("command", ["compare runs/a", "generate run=none --prompt x"])
+def test_nothing_heavy_is_imported(runs: Sft, command: str) -> None:
+    code = f"""
+import contextlib, sys
+from sft import cli
+sys.argv = ["sft", *{command.split()}]
+with contextlib.suppress(SystemExit):
+    cli.main()
+print({{"torch", "lightning", "optuna", "submitit"}} & set(sys.modules))
+"""
     shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert shown.splitlines()[-1] == "set()"

@@ -73,7 +73,8 @@ def examine(folder: Path, restart: int, exit_code: int, step: int, log: str) -> 
         return Death("hung", step, error, details=min(stacks).read_text(errors="replace")[-4000:])
     # The first rank that failed, as srun reports it: "srun: error: n2: task 3: Killed".
     line = re.search(r"srun: error: (\S+): tasks? (\d+)[\d,-]*: (.+)", log)
-    host, rank, end = (line[1], int(line[2]), line[3]) if line else (None, None, _signal_name(exit_code - 128))
+    by_signal = signal.strsignal(exit_code - 128) if 128 < exit_code < 128 + signal.NSIG else None
+    host, rank, end = (line[1], int(line[2]), line[3]) if line else (None, None, by_signal or "")
     if re.search("oom.kill event|Out Of Memory", log):
         return Death("out_of_memory", step, "the kernel killed a process for lack of memory", rank, host)
     cause = next((cause for name, cause in CAUSE_OF_SIGNAL.items() if end.startswith(name)), None)
@@ -88,10 +89,6 @@ def _reported(report: failure.Report) -> Death:
     return Death(
         report["cause"], report["step"], report["error"], report["rank"], report["host"], details=report["traceback"]
     )
-
-
-def _signal_name(number: int) -> str:
-    return (signal.strsignal(number) if 0 < number < signal.NSIG else None) or ""
 
 
 def _last_lines(folder: Path, rank: int | None, restart: int) -> str:

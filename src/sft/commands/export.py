@@ -88,14 +88,9 @@ def export_run(
     if output.exists():
         shutil.rmtree(output)
     staging.rename(output)
-    difference = f"are within {verdict['largest_difference']:.1e} of the trained model's"
-    if "rms_of_bf16" in verdict:
-        difference = (
-            f"differ from the trained model's by {verdict['rms_difference']:.1e} (root mean square), and bf16 alone "
-            f"makes {verdict['rms_of_bf16']:.1e}"
-        )
     log(
-        f"export {output}: step {checkpoint.step}; the log-probabilities of {verdict['num_tokens']} tokens {difference}"
+        f"export {output}: step {checkpoint.step}; the log-probabilities of {verdict['num_tokens']} tokens differ from "
+        f"the trained model's by {verdict[verdict['compared']]:.1e} (tolerance {verdict['tolerance']:.1e})"
     )
 
 

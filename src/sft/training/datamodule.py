@@ -44,11 +44,6 @@ class SFTDataModule(L.LightningDataModule):
         self.steps_per_epoch = self.epoch(0).num_steps
         self.num_steps = min(epochs * self.steps_per_epoch, max_steps or epochs * self.steps_per_epoch)
 
-    @property
-    def probed(self) -> SampleSet:
-        """The samples that prove an export."""
-        return self.val if self.val is not None and len(self.val) else self.train
-
     def epoch(self, epoch: int) -> EpochPlan:
         """The plan of one epoch; the last one asked for is kept."""
         if self._plan is None or self._plan[0] != epoch:

@@ -18,13 +18,13 @@ def measure(module: SFTModule, data: SFTDataModule) -> list[Probe]:
 
     The model runs in evaluation mode and in the precision of the training steps; no random number is drawn.
     """
-    training = module.model.training
+    training, samples = module.model.training, data.val or data.train
     module.model.eval()
     try:
         with torch.no_grad(), module.trainer.precision_plugin.forward_context():
             probes: list[Probe] = []
-            for index in range(min(NUM_PROBES, len(data.probed))):
-                batch = to_device(make_batch(data.probed, np.array([index]), 1), module.device)
+            for index in range(min(NUM_PROBES, len(samples))):
+                batch = to_device(make_batch(samples, np.array([index]), 1), module.device)
                 log_probs = token_log_probs(module.model, batch, plain_head=module.plain_head)
                 ids = batch["input_ids"][0, :MAX_TOKENS].tolist()
                 probes.append({"input_ids": ids, "log_probs": log_probs[:MAX_TOKENS].tolist()})

@@ -116,9 +116,7 @@ class DeepSpeed(Placement, DeepSpeedStrategy):
             **config,
         }
         super().__init__(config=config, **options)
-
-        devices = config.get("zero_optimization", {})
-        self.offloads_optimizer = "offload_optimizer" in devices
+        self.offloads_optimizer = "offload_optimizer" in config.get("zero_optimization", {})
 
     @property
     def layout(self) -> type[Whole]:  # type: ignore[override]  # the stage is a setting
