@@ -10,7 +10,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from rich import box
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 from transformers import AutoConfig
 
 from sft.proof.cells import NUM_STEPS, CellResult
@@ -19,7 +19,7 @@ from sft.proof.reference import Reference
 from sft.runs import provenance
 from sft.runs.files import write_json, write_text
 
-HEAD = ("strategy", "ranks", "pass", "loss", "gradient norm", "weights", "tolerance", "seconds")
+HEAD = ("strategy", "ranks", "pass", "loss", "gradient", "weights", "tolerance", "seconds")
 
 
 @dataclass(frozen=True)
@@ -80,10 +80,17 @@ class Certificate:
             "provenance": provenance.collect(),
         }
 
-    def show(self, console: Console, style: box.Box | None = None) -> None:
-        """Prints a row for each strategy and number of ranks, with the largest differences of its cells, a line for
-        each of the first cells that fail, and the verdict."""
-        table = Table(*HEAD, box=style, padding=(0, 2, 0, 0))
+    def show(self, console: Console) -> None:
+        """Prints the table, a line for each of the first cells that fail, and the verdict."""
+        console.print(self.table())
+        for line in self.failures()[:10]:
+            console.print(line, style="red", markup=False)
+        console.print(self.verdict, style="bold green" if self.passed else "bold red")
+
+    def table(self, style: box.Box | None = None) -> Table:
+        """A row for each strategy and number of ranks, with the largest differences of its cells."""
+        # A log is 80 columns wide, and a name that is cut says nothing.
+        table = Table(*(Column(name, no_wrap=True) for name in HEAD), box=style, padding=(0, 2, 0, 0))
         for (num_ranks, strategy), group in groupby(self.results, lambda result: result.cell.group):
             results = list(group)
             table.add_row(
@@ -94,26 +101,26 @@ class Certificate:
                 f"{results[0].cell.tolerance:.0e}",
                 f"{sum(result.seconds for result in results):.0f}",
             )
-        console.print(table)
-        for line in self.failures()[:10]:
-            console.print(f"\n{line}", style="red", markup=False)
-        console.print(f"\n{self.verdict}", style="bold green" if self.passed else "bold red")
+        return table
 
     def page(self) -> str:
-        console = Console(file=io.StringIO(), record=True, width=1000)
-        self.show(console, box.MARKDOWN)
+        text = io.StringIO()
+        Console(file=text, width=1000).print(self.table(box.MARKDOWN))
+        failures = "".join(f"- {line}\n" for line in self.failures())
         cell, about = self.results[0].cell, provenance.collect()
         model = AutoConfig.for_model(**self.model)  # by the names that all families have
         weights = "each weight" if cell.exact else "all weights, as a share of their change,"
         versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items())
-        table = "\n".join(line.rstrip() for line in console.export_text().splitlines())
         return f"""# Certificate {self.verdict}
 
 Each cell is a fit by the code of `sft train`, compared with a plain PyTorch loop in fp32 that shares no code with it: \
 the loss of each of {NUM_STEPS} steps (tolerance {cell.loss_tolerance:g}) and {weights} in the last checkpoint. A row \
 shows the largest differences of its cells, which certificate.json lists.
 
-{table}
+{text.getvalue().strip()}
+
+{failures}
+## What was trained
 
 - model: `{model.model_type}` with {model.num_hidden_layers} layers of {model.hidden_size} channels and \
 {model.vocab_size} tokens, random weights, dropout off
