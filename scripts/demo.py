@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from demo_assets import write_assets
-from sft.mistakes import CONF
+from sft.config import CONF
 from sft.runs.files import write_json
 from sft.runs.metrics_file import Metrics
 from sft.runs.run import Run

@@ -5,7 +5,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from sft.mistakes import CONF
+from sft.config import CONF
 from sft.model.adapter import Adapter
 from sft.model.loading import ModelSource
 

@@ -8,7 +8,7 @@ from hydra import compose, initialize_config_dir
 from hydra.utils import get_method, instantiate
 from omegaconf import OmegaConf
 
-from sft.mistakes import CONF
+from sft.config import CONF
 
 # How sweeps are launched and drawn is tested by sweeps: tests/commands/test_sweep.py, tests/slurm/test_sweep.py
 GROUPS = sorted(path.name for path in CONF.iterdir() if path.is_dir() and path.name != "hydra")

@@ -8,7 +8,8 @@ from hydra.errors import HydraException
 from safetensors import SafetensorError
 
 from sft.errors import UserError
-from sft.mistakes import CONF, one_line
+from sft.config import CONF
+from sft.mistakes import one_line
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ from omegaconf import OmegaConf
 
 from pages import COMMANDS, DOCS, PAGES, ROOT
 from running import Sft
-from sft.mistakes import CONF
+from sft.config import CONF
 from sft.proof import cells
 from warm import python
 

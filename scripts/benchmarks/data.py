@@ -22,7 +22,7 @@ from sft.data.packing import pack
 from sft.data.rows import Source
 from sft.data.step_plan import epoch_plan, share
 from sft.data.store import Store
-from sft.mistakes import CONF
+from sft.config import CONF
 
 VOCAB = 8000  # of the tokenizer that is trained here
 GLOBAL_BATCH = 16  # packs an optimizer step

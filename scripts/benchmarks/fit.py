@@ -11,7 +11,7 @@ from lightning.pytorch.callbacks import Callback
 from sft.data.rows import Source
 from sft.data.step_plan import check_division
 from sft.data.store import Store
-from sft.mistakes import CONF
+from sft.config import CONF
 from sft.training.datamodule import SFTDataModule
 from sft.training.module import SFTModule
 from sft.training.prepare import model_source, quiet

@@ -15,7 +15,7 @@ from sft.proof.cells import Cell, CellResult
 def composed(place: Place, precision: str, *overrides: str) -> Any:
     from hydra import compose, initialize_config_dir
 
-    from sft.mistakes import CONF
+    from sft.config import CONF
     from sft.training.prepare import quiet
 
     quiet()

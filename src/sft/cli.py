@@ -4,17 +4,18 @@ line. Nothing heavy is imported before the configuration is known to be right.""
 import difflib
 import faulthandler
 import os
-import re
 import socket
 import sys
 import traceback
 from contextlib import nullcontext, suppress
-from importlib import import_module
+from importlib import import_module, metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from sft.cluster import submitit_rank
-from sft.mistakes import CONF, CONFIGURATION, one_line
+from sft.config import CONF, arguments
+from sft.errors import UserError
+from sft.mistakes import CONFIGURATION, one_line
 from sft.runs import failure, signals
 from sft.runs.process import leave
 
@@ -39,27 +40,34 @@ ON_A_RUN = ("score", "generate", "export")
 def main() -> None:
     """Entry point of the `sft` script. Exit code 2 for a user's mistake, 75 for a run stopped by a signal, 1 for a
     failure of ours."""
-    arguments = sys.argv[1:]
-    command = arguments[0] if arguments else "--help"
-    if command in ("-h", "--help", "help"):
-        print(_usage())
-        return
-    if command not in (*COMMANDS, *BATCH):
-        nearest = difflib.get_close_matches(command, COMMANDS, n=1)
-        _fail(f"there is no command {command}: " + (f"did you mean {nearest[0]}?" if nearest else "see sft --help"))
-    if "-h" in arguments or "--help" in arguments:
-        print(_command_help(command))
-        return
+    typed = sys.argv[1:]
+    command = typed[0] if typed else "--help"
+    try:
+        if command in ("-h", "--help", "help"):
+            print(_command_help(typed[1]) if typed[1:] and typed[1] in COMMANDS else _usage())
+        elif command in ("--version", "version"):
+            print(f"sft {metadata.version('sft')}")
+        elif command in ("-sc", "--shell-completion"):
+            _complete(typed[1:])
+        elif command not in (*COMMANDS, *BATCH):
+            raise UserError(_unknown_command(command))
+        elif {"-h", "--help"} & set(typed) or typed[1:] == ["help"]:
+            print(_command_help(command))
+        else:
+            _start(command, typed[1:])
+        sys.stdout.flush()  # sft --help | head
+    except Exception as error:
+        _end_with(error, command)
+    _leave_ranks(0)
+
+
+def _start(command: str, typed: list[str]) -> None:
     if command in ("train", "job"):
         signals.install()  # before anything slow, during which a signal would be fatal
         faulthandler.enable(sys.__stderr__ or sys.stderr)
         if command == "train" and "SFT_JOB_FOLDER" in os.environ:  # a rank's file holds all attempts of a job
             print(f"restart {os.environ.get('SLURM_RESTART_COUNT', 0)} on {socket.gethostname()}", file=sys.stderr)
-    try:
-        _run(command, arguments[1:])
-    except Exception as error:
-        _end_with(error, command)
-    _leave_ranks(0)
+    _run(command, typed)
 
 
 def _leave_ranks(code: int) -> None:
@@ -71,26 +79,25 @@ def _leave_ranks(code: int) -> None:
             leave(code)
 
 
-def _run(command: str, arguments: list[str]) -> None:
-    if command == "job" and arguments[:1] != ["begin"]:
+def _run(command: str, typed: list[str]) -> None:
+    if command == "job" and typed[:1] != ["begin"]:
         from sft.commands import job
 
-        job.without_configuration(arguments)
+        job.without_configuration(typed)
         return
     import hydra
 
     # Hydra reads sys.argv; Lightning's launcher of further ranks needs it as the user typed it.
-    typed = list(sys.argv)
+    argv = list(sys.argv)
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises its errors instead of printing them
+    parsed = _parsed(command, typed)
 
     def task(config: "DictConfig") -> object:  # pickled for a job: it must not refer to anything that lives only here
-        sys.argv = typed
+        sys.argv = argv
+        _find_own_code()
         with submitit_rank.rank() if submitit_rank.is_submitted() else nullcontext():
             try:
-                if command in ON_A_RUN:
-                    from sft.runs.run import Run
-
-                    Run.find(config.run, config.runs_dir)  # a mistake in it is reported before torch is imported
+                _check(command, config, parsed.names)
                 return import_module(f"sft.commands.{command}").main(config)
             except signals.Interrupted as stopped:
                 if submitit_rank.is_submitted():
@@ -102,9 +109,59 @@ def _run(command: str, arguments: list[str]) -> None:
                 message, _ = _report(error, command)
             raise RuntimeError(message)  # not from the error, which would keep alive all that its frames hold
 
-    sys.argv = [f"sft {command}", *_hydra_arguments(command, arguments)]
+    sys.argv = [f"sft {command}", *parsed.all()]
     name = CONFIGURATION.get(command, command)
     hydra.main(version_base="1.3", config_path=str(CONF), config_name=name)(task)()
+
+
+def _parsed(command: str, typed: list[str]) -> arguments.Typed:
+    """The arguments in Hydra's grammar."""
+    if command == "job":
+        return arguments.parse("train", typed[1:])
+    if command == "submit":
+        from sft.commands.submit import request
+
+        return arguments.parse("train", request(typed)[1].overrides)
+    return arguments.parse(command, typed)
+
+
+def _check(command: str, config: "DictConfig", typed: set[str]) -> None:
+    """What can be known to be wrong before torch is imported."""
+    from sft.training.settings import check_inputs, check_schema
+
+    check_schema(config, CONFIGURATION.get(command, command), typed)
+    if command in ON_A_RUN:
+        from sft.runs.run import Run
+
+        Run.find(config.run, config.runs_dir)
+    elif command in ("preview", "rehearse"):
+        check_inputs(config)
+
+
+def _find_own_code() -> None:
+    """A `_target_` may be in the folder of the command, or in src/ there."""
+    for folder in (Path.cwd(), Path.cwd() / "src"):
+        if str(folder) not in sys.path:
+            sys.path.append(str(folder))
+
+
+def _complete(options: list[str]) -> None:
+    """Hydra's completion by the shell, of a command line whose first word is a command: `eval "$(sft -sc
+    install=bash)"`."""
+    import hydra
+
+    command = "train"
+    if options[:1] and options[0].startswith("query="):
+        line = os.environ["COMP_LINE"]
+        words = line.split()
+        if len(words) < 2 or (len(words) == 2 and not line.endswith(" ")):
+            print(" ".join(COMMANDS))
+            return
+        command = words[1]
+        os.environ["COMP_LINE"] = line.replace(f" {command}", "", 1)
+    sys.argv = ["sft", "-sc", *options]
+    name = CONFIGURATION.get(command, command)
+    hydra.main(version_base="1.3", config_path=str(CONF), config_name=name)(lambda config: None)()
 
 
 def _is_one_of_several(command: str) -> bool:
@@ -139,39 +196,6 @@ def _end_with(error: Exception, command: str) -> NoReturn:
     sys.exit(_report(error, command)[1])
 
 
-def _hydra_arguments(command: str, arguments: list[str]) -> list[str]:
-    """The arguments in Hydra's grammar, which has no `--prompt TEXT` (with commas, braces or `=` in it), no `data=FILE`
-    (`data` is a configuration group too) and no list of folders, as `compare` takes."""
-    if command == "job":
-        return arguments[1:]
-    if command == "submit":
-        from sft.commands.submit import request
-
-        return request(arguments)[1].overrides
-    if command == "score":
-        return [re.sub("^data=", "path=", argument) for argument in arguments]
-    if command == "compare":
-        folders: list[str] = []
-        settings: list[str] = []
-        for before, argument in zip(["", *arguments], arguments, strict=False):
-            is_setting = "=" in argument and not Path(argument).is_dir()
-            is_folder = not (is_setting or argument.startswith("-") or before == "--cfg")
-            (folders if is_folder else settings).append(argument)
-        return [*settings, f"runs=[{','.join(map(_quoted, folders))}]"] if folders else settings
-    if command != "generate" or "--prompt" not in arguments:
-        return arguments
-    flag = arguments.index("--prompt")
-    if flag + 1 == len(arguments):
-        _fail('--prompt needs a text: sft generate run=NAME --prompt "..."')
-    return [*arguments[:flag], f"prompt={_quoted(arguments[flag + 1])}", *arguments[flag + 2 :]]
-
-
-def _quoted(text: str) -> str:
-    """A text in Hydra's grammar, in which it means only itself."""
-    escaped = text.replace("\\", "\\\\").replace('"', '\\"').replace("${", "\\${")
-    return f'"{escaped}"'
-
-
 def _usage() -> str:
     width = max(map(len, COMMANDS))
     commands = "\n".join(f"  {name:<{width}}  {purpose}" for name, purpose in COMMANDS.items())
@@ -197,6 +221,12 @@ def _command_help(command: str) -> str:
     return (ast.get_docstring(ast.parse(source)) or "").strip()
 
 
-def _fail(message: str) -> NoReturn:
-    print(f"sft: {message}", file=sys.stderr, flush=True)
-    sys.exit(2)
+def _unknown_command(command: str) -> str:
+    nearest = difflib.get_close_matches(command, COMMANDS, n=1)
+    if "=" in command:
+        return f"the command is missing: sft train {command}"
+    return f"there is no command {command}: " + (f"did you mean {nearest[0]}?" if nearest else "see sft --help")
+
+
+if __name__ == "__main__":
+    main()

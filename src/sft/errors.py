@@ -13,6 +13,14 @@ class UserError(ValueError):
     """
 
 
+class UnknownSetting(UserError):
+    """A setting that a command doesn't have. The command line adds what it may be called here."""
+
+    def __init__(self, name: str, command: str) -> None:
+        super().__init__(f"there is no setting {name}: see sft {command} --cfg job")
+        self.name = name
+
+
 class NotFinite(UserError):
     """The loss or the gradient of a step is infinite or not a number."""
 

@@ -3,12 +3,13 @@
 import difflib
 import errno
 import re
+import sys
 from pathlib import Path
 
-from sft.errors import UserError, chain, disk_is_full
-from sft.runs.identity import flatten
+from sft.config import arguments
+from sft.config.known_as import known_as
+from sft.errors import UnknownSetting, UserError, chain, disk_is_full
 
-CONF = Path(__file__).resolve().parents[2] / "conf"
 CONFIGURATION = {"job": "train", "submit": "train"}  # of the commands that have none of their own
 
 
@@ -19,6 +20,8 @@ def one_line(error: BaseException, command: str) -> str | None:
 
     links = chain(error)
     for link in links:
+        if isinstance(link, UnknownSetting):
+            return unknown(link.name, command)
         if isinstance(link, UserError):
             return str(link)
     for link in links:
@@ -29,34 +32,58 @@ def one_line(error: BaseException, command: str) -> str | None:
             return f"{link.filename or 'a file'} can't be written: set runs_dir or data.cache_dir to another folder"
     for link in links:
         if isinstance(link, HydraException | OmegaConfBaseException):
-            return _of_hydra(" ".join(str(link).split()), command)
+            return _of_hydra(link, command)
     return None
 
 
-def _of_hydra(message: str, command: str) -> str:
-    """Hydra's message, with the nearest setting or the options if a name is unknown."""
-    configuration = CONFIGURATION.get(command, command)
-    if unknown := re.search(r"Could not override '([^']+)'", message):
-        nearest = _nearest(unknown[1], configuration)
-        advice = f"did you mean {nearest}?" if nearest else f"see sft {configuration} --cfg job"
-        return f"there is no setting {unknown[1]}: {advice}"
+def unknown(name: str, command: str) -> str:
+    """The line for a setting that isn't there: what it is called here, the nearest one, or where it belongs."""
+    command = CONFIGURATION.get(command, command)
+    names = arguments.names(command)
+    group = name.partition(".")[0]
+    if name in names and (options := arguments.groups().get(group)):
+        return f"there is no setting {name} with the {group} that is chosen: choose another of {', '.join(options)}"
+    if here := known_as(name):
+        return f"there is no setting {name}; in its place: {here}"
+    parts = [part.split(".") for part in [*names, *arguments.groups()]]
+    parents = list(dict.fromkeys(".".join(part[:end]) for part in parts for end in range(1, len(part) + 1)))
+    same_leaf = [setting for setting in parents if setting.rpartition(".")[2] == name.rpartition(".")[2]]
+    nearest = [*same_leaf, *difflib.get_close_matches(name, parents, n=1)]
+    advice = f"did you mean {nearest[0]}?" if nearest else f"see sft {command} --cfg job"
+    own = "; settings of your own go under extra, as extra.NAME=VALUE" if "extra" in names and not nearest else ""
+    return f"there is no setting {name}: {advice}{own}"
+
+
+def _of_hydra(error: BaseException, command: str) -> str:
+    """Hydra's message in the words of a user of this project."""
+    message = " ".join(str(error).split())
+    if override := re.search(r"Could not override '([^']+)'", message):
+        return unknown(override[1], command)
     if missing := re.search(r"Could not find '([^']+)/([^'/]+)'", message):
         group, option = missing.groups()
-        options = sorted(path.stem for path in (CONF / group).glob("*.yaml") if path.stem != "base")
+        options = arguments.groups(_config_dir()).get(group)
         return f"there is no {group}={option}: choose {', '.join(options)}" if options else message
     if mandatory := re.search(r"Missing mandatory value: (\S+)", message):
         return f"{mandatory[1]} must be given: see sft {command} --help"
-    return message
+    if deleted := re.search(r"Could not delete from config\. '([^']+)'", message):
+        return f"there is no {deleted[1]} to leave out"
+    if primary := re.search(
+        r"(?:Cannot find primary config|Primary config directory not found)[^']*'?([^'.]*)", message
+    ):
+        return f"there is no configuration {primary[1].strip()}: see --config-dir and --config-name"
+    setting = re.search(r" full_key: (\S+)$", message)
+    place = f"{setting[1]}: " if setting else ""
+    if target := re.search(r"Error locating target '([^']+)'", message):
+        return f"{place}_target_={target[1]} is not found"
+    if called := re.search(r"Error in call to target '([^']+)': (.*?)( full_key: \S+)?$", message):
+        said = re.sub(r"^\w+\(['\"](.*)['\"],?\)$", r"\1", called[2])
+        return f"{place}{called[1]} refuses its settings: {said}"
+    return re.sub(r"( full_key: \S+| See https://hydra\.cc/\S+( for details)?)$", "", message)
 
 
-def _nearest(name: str, configuration: str) -> str | None:
-    """The setting or group most like an unknown one: with the same last part, or else with nearly the same spelling."""
-    from hydra import compose, initialize_config_dir
-    from omegaconf import OmegaConf
-
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        settings = [name.split(".") for name in flatten(OmegaConf.to_container(compose(configuration), resolve=False))]
-    names = [".".join(parts[:end]) for parts in settings for end in range(1, len(parts) + 1)]
-    names += [path.name for path in CONF.iterdir() if path.is_dir()]
-    same_leaf = [setting for setting in names if setting.rpartition(".")[2] == name.rpartition(".")[2]]
-    return next(iter(same_leaf or difflib.get_close_matches(name, names, n=1)), None)
+def _config_dir() -> Path | None:
+    """The user's own folder of configuration, as it was typed."""
+    for before, value in zip(sys.argv, sys.argv[1:], strict=False):
+        if before in ("--config-dir", "-cd"):
+            return Path(value).expanduser()
+    return None

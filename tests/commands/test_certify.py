@@ -15,7 +15,7 @@ import warm
 from faults import FAULTS, cell
 from running import Sft
 from sft.commands import certify
-from sft.mistakes import CONF
+from sft.config import CONF
 from sft.proof import cells
 from sft.proof.cells import STRATEGIES, Cell, all_cells
 from sft.proof.certificate import Certificate

@@ -7,7 +7,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_token
 from transformers import PreTrainedTokenizerFast
 
 from sft.data.dataset import DataConfig
-from sft.mistakes import CONF
+from sft.config import CONF
 
 # fmt: off
 SPECIAL = [

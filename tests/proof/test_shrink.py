@@ -15,7 +15,7 @@ from sft.commands import certify, rehearse
 from sft.data.mask import IGNORE
 from sft.data.step_plan import epoch_plan
 from sft.errors import UserError
-from sft.mistakes import CONF
+from sft.config import CONF
 from sft.proof import shrink
 from sft.proof.cells import steps
 from sft.proof.excerpt import LAST_STEP_PACKS, excerpt, made_up

@@ -6,7 +6,7 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 from sft.errors import UserError
-from sft.mistakes import CONF
+from sft.config import CONF
 from sft.runs.identity import identity
 from sft.runs.run import Run
 

@@ -7,7 +7,7 @@ import torch
 from hydra import compose, initialize_config_dir
 
 from sft.errors import UserError
-from sft.mistakes import CONF
+from sft.config import CONF
 from sft.training.settings import check, check_devices
 
 

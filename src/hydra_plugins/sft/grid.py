@@ -86,7 +86,7 @@ class Grid(BasicSweeper):
 
     def setting(self, number: int, overrides: list[str], varied: Collection[str]) -> Setting:
         """A setting after its checks; `UserError` if it has a mistake."""
-        from sft.training.settings import check
+        from sft.training.settings import check, check_schema
 
         shown = " ".join(item for item in overrides if item.partition("=")[0] in varied) or "this setting"
         if self.queued:
@@ -95,6 +95,7 @@ class Grid(BasicSweeper):
         HydraConfig.instance().set_config(config)  # `check` looks up there which options were chosen
         with open_dict(config):
             del config["hydra"]
+        check_schema(config, typed={item.partition("=")[0].lstrip("+") for item in overrides})
         num_ranks, _ = check(config, here=not self.queued)
         if num_ranks > 1 and not self.queued:
             raise UserError(

@@ -37,9 +37,12 @@ def notes(paths: Mapping[str, Path]) -> list[str]:
     return [f"on this machine's own disk, which the nodes may not see: {', '.join(local)}"] if local else []
 
 
-def check_hub(setting: str, name: str, kind: str) -> list[str]:
-    """A note if there is no copy of a Hub repository yet; refuses that if the environment, which the job inherits,
-    forbids the download. `kind`: models or datasets."""
+def check_hub(setting: str, name: str, kind: str, offline: str = "HF_HUB_OFFLINE is set") -> list[str]:
+    """A note if there is no copy of a Hub repository yet; refuses that if the environment, which a job inherits,
+    forbids the download.
+
+    `kind`: models or datasets; `offline`: why there is no download.
+    """
     from huggingface_hub import constants
 
     hub = Path(constants.HF_HUB_CACHE)
@@ -50,7 +53,7 @@ def check_hub(setting: str, name: str, kind: str) -> list[str]:
         return []
     if constants.HF_HUB_OFFLINE:
         raise UserError(
-            f"{setting}={name} is neither here nor in {hub}, and HF_HUB_OFFLINE is set: give a folder, or download it "
+            f"{setting}={name} is neither in {Path.cwd()} nor in {hub}, and {offline}: give a folder, or download it "
             "first"
         )
     return [f"{setting}={name} comes from the Hub: the nodes need the network, or download it first"]

@@ -32,7 +32,7 @@ from sft.runs.files import write_json
 from sft.runs.metrics_file import Metrics
 from sft.runs.results import Result
 from sft.runs.run import Run
-from sft.training.settings import check, check_devices
+from sft.training.settings import check, check_devices, check_gpu, check_inputs, check_targets
 
 if TYPE_CHECKING:
     from lightning.pytorch.loggers import Logger
@@ -42,10 +42,13 @@ def main(config: DictConfig) -> float | None:
     """Trains; the final validation loss, which a sweep compares, on the first rank."""
     settings: Any = OmegaConf.to_container(config, resolve=True)
     _, accumulation = check(config)
+    check_gpu(config.trainer.accelerator)
     run = Run.of(settings)
     if run.status.get("state") == "finished":
         print(f"{run.folder} is finished: nothing to do (another run: run=NAME; anew: remove the folder)")
         return Result.read(run).last
+
+    check_inputs(config)
 
     from sft.checkpoint import checkpoint as checkpoints
     from sft.commands.export import export_run
@@ -58,6 +61,7 @@ def main(config: DictConfig) -> float | None:
     from sft.training.trackers import tracking
 
     quiet()
+    check_targets(config)
     check_devices(config.trainer.accelerator, config.trainer.devices)
     resume = checkpoints.latest(run.checkpoints)
     prepared = setup(config, start_step=resume.step if resume else 0)
@@ -98,7 +102,7 @@ def trackers(config: DictConfig, run: Run, history: list[dict[str, str]]) -> "li
     """The tracker that `logger=` names, in addition to the metrics.csv of every run."""
     from hydra.utils import instantiate
 
-    if not config.logger:
+    if not config.get("logger"):
         return []
     return [instantiate(config.logger)(run=run.folder.name, folder=run.folder, group=config.name, history=history)]
 

@@ -42,11 +42,19 @@ ROLES = {
     **{"human": "user", "gpt": "assistant", "observation": "tool"},
 }
 
+# Names of prompt and response in use.
+PAIRS = (
+    *(("question", "answer"), ("instruction", "output"), ("instruction", "response"), ("input", "output")),
+    *(("input", "target"), ("query", "response"), ("prompt", "completion"), ("prompt", "answer"), ("source", "target")),
+)
+
 
 def prompt_response(
     row: Row, *, prompt: str = "prompt", response: str = "response", system: str | None = None, chat: bool
 ) -> Conversation | Empty:
     """Two columns: a chat of [system, user, assistant], or plain text, concatenated unchanged."""
+    if prompt not in row or response not in row:
+        raise UserError(f"no column {prompt if prompt not in row else response!r}: {_other_columns(row)}")
     prompt_text, response_text = _string(row, prompt), _string(row, response)
     if not prompt_text.strip():
         return Empty("empty_prompt")
@@ -90,6 +98,20 @@ def text(row: Row, *, column: str = "text") -> Conversation | Empty:
     """One column of plain text, all of it learned."""
     response = _string(row, column)
     return Conversation(response=response) if response.strip() else Empty("empty_response")
+
+
+def _other_columns(row: Row) -> str:
+    """The columns that a row has, and what to set to read them."""
+    columns = f"the columns are {', '.join(map(repr, row))}"
+    (first, *others) = row
+    for sign, word in ((";", "semicolons"), ("\t", "tabs")):
+        if not others and sign in first:
+            return f"{columns}: the file is separated by {word}: save it with commas"
+    for name, shape in (("messages", "messages"), ("conversations", "sharegpt"), ("text", "text")):
+        if name in row:
+            return f"{columns}: set data={shape}"
+    pair = next((pair for pair in PAIRS if set(pair) <= row.keys()), (first, others[-1] if others else "COLUMN"))
+    return f"{columns}: set data.conversation.prompt={pair[0]} data.conversation.response={pair[1]}"
 
 
 def _value(row: Row, column: str) -> object:

@@ -58,18 +58,6 @@ class DataConfig:
     num_workers: int
     cache_dir: str
 
-    def __post_init__(self) -> None:
-        for name, options in (
-            ("supervise", ("response", "all")),
-            ("overlong", ("drop", "truncate_prompt", "error")),
-        ):
-            if getattr(self, name) not in options:
-                raise UserError(f"data.{name}={getattr(self, name)} is unknown: set {', '.join(options)}")
-        for name, least in (("max_length", 2), ("num_workers", 1)):
-            value = getattr(self, name)
-            if not isinstance(value, int) or value < least:
-                raise UserError(f"data.{name}={value} is not a whole number from {least} on")
-
     def sources(self) -> tuple[list[Source], list[Source]]:
         """The sources of training and of validation; the latter empty if validation samples are held out, or off."""
         train = _sources(self.path, self.name, self.split)

@@ -1,5 +1,6 @@
 """Files, folders, saved data sets and Hub data sets → rows."""
 
+import csv
 import json
 import re
 from dataclasses import dataclass
@@ -84,11 +85,18 @@ def _load(source: Source, files: list[Path] | None, cache_dir: Path) -> "Dataset
         return datasets.load_dataset(source.path, source.name, split=source.split)
     if Path(source.path).expanduser().is_dir() and any(file.name == SAVED for file in files):
         return datasets.load_from_disk(str(files[0].parent))
+    options = {}
+    if files[0].suffix == ".csv":  # text as it stands there: 007 is no number, and NA not a missing value
+        with files[0].open(newline="", encoding="utf-8-sig") as file:
+            columns = next(csv.reader(file))
+        features = datasets.Features({column: datasets.Value("string") for column in columns})
+        options = {"features": features, "keep_default_na": False}
     return datasets.load_dataset(
         LOADERS[files[0].suffix],
         data_files={_base(source.split): [str(file) for file in files]},
         split=source.split,
         cache_dir=str(cache_dir),
+        **options,
     )
 
 

@@ -1,5 +1,7 @@
 """A model and its tokenizer, by folder or Hub name, checked against each other before any weight is read."""
 
+import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +17,13 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
     from sft.model.sharded_loading import Sharding
+
+
+# Architectures without a causal mask or a head over the vocabulary.
+NOT_CAUSAL = re.compile(
+    r"For(MaskedLM|PreTraining|\w*Classification|QuestionAnswering|MultipleChoice|NextSentencePrediction)$"
+    r"|^(Bert|Roberta|XLMRoberta|DistilBert|Albert|Electra|Deberta|MPNet)\w*Model$"
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,14 +44,54 @@ class ModelSource:
     adapter: Adapter | None = None  # of conf/adapter/*.yaml; None: every weight is trained
 
     def __post_init__(self) -> None:
-        if self.init not in ("pretrained", "random"):
-            raise UserError(f"model.init={self.init} is unknown: set pretrained or random")
         if self.init == "pretrained" and not self.path:
             raise UserError("no model is named: set model.path to a folder or a Hub name, e.g. Qwen/Qwen3-0.6B")
         if self.init == "random" and not self.tokenizer:
             raise UserError("model.init=random needs model.tokenizer: a folder or a Hub name")
         if self.init == "random" and self.adapter:
             raise UserError("model.init=random leaves an adapter nothing to adapt: set adapter=none, or model.path")
+
+    def check_files(self) -> None:
+        """Refuses folders that hold no causal language model or no tokenizer; a Hub name isn't looked up."""
+        for setting, source in (("model.path", self.path), ("model.tokenizer", self.tokenizer)):
+            if source:
+                check_folder(source, setting)
+        if self.chat_template and not Path(self.chat_template).expanduser().is_file():
+            raise UserError(f"model.chat_template={self.chat_template}: there is no such file (looked in {Path.cwd()})")
+        self._check_tokenizer()
+        folder = Path(self.path or "").expanduser()
+        if self.init == "random" or not folder.is_dir():
+            return
+        if (folder / "config.yaml").is_file() and (folder / "checkpoints").is_dir():
+            raise UserError(f"model.path={self.path} is a run's folder: set model.path={self.path}/export")
+        if (folder / "adapter_config.json").is_file():
+            raise UserError(f"model.path={self.path} holds an adapter alone: export the run with merge=true")
+        if not (folder / "config.json").is_file():
+            raise UserError(f"model.path={self.path}: the folder holds no model (config.json)")
+        try:
+            config = json.loads((folder / "config.json").read_text())
+        except ValueError as error:
+            raise UserError(f"model.path={self.path}: its config.json can't be read: {error}") from error
+        kinds = config.get("architectures") or []
+        if any(NOT_CAUSAL.search(kind) for kind in kinds) and not config.get("is_decoder"):
+            raise UserError(
+                f"model.path={self.path} is a {kinds[0]}, no causal language model: choose a model whose config.json "
+                "names one, such as LlamaForCausalLM"
+            )
+        weights = [path for pattern in ("*.safetensors", "*.bin") for path in folder.glob(pattern)]
+        if not any("training_args" not in path.name for path in weights):
+            raise UserError(f"model.path={self.path}: the folder holds no weights (model.safetensors)")
+
+    def _check_tokenizer(self) -> None:
+        source = self.tokenizer or self.path
+        assert source is not None
+        folder = Path(source).expanduser()
+        known = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt")
+        if folder.is_dir() and not any((folder / name).exists() for name in known):
+            raise UserError(
+                f"the folder {source} holds no tokenizer ({', '.join(known[:2])}): set model.tokenizer to the "
+                "folder or Hub name of the one that the model was trained with"
+            )
 
     def load_tokenizer(self) -> Any:
         """The tokenizer, with the chat template of `chat_template` where one is given."""
@@ -51,13 +100,7 @@ class ModelSource:
         source = self.tokenizer or self.path
         assert source is not None
         check_folder(source, "model.tokenizer" if self.tokenizer else "model.path")
-        folder = Path(source).expanduser()
-        known = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt")
-        if folder.is_dir() and not any((folder / name).exists() for name in known):
-            raise UserError(
-                f"the folder {source} holds no tokenizer ({', '.join(known[:2])}): set model.tokenizer to the "
-                "folder or Hub name of the one that the model was trained with"
-            )
+        self._check_tokenizer()
         try:
             tokenizer = AutoTokenizer.from_pretrained(
                 source, revision=self.revision, trust_remote_code=self.trust_remote_code
@@ -183,7 +226,8 @@ def check_folder(source: str, setting: str) -> None:
     """A source that looks like a path must exist: never ask the Hub for a mistyped folder."""
     looks_local = source.startswith((".", "/", "~")) or source.count("/") > 1
     if looks_local and not Path(source).expanduser().is_dir():
-        raise UserError(f"{setting}={source}: there is no such folder")
+        made = ": make demo trains it" if source.endswith("demo-base/export") else ""
+        raise UserError(f"{setting}={source}: there is no such folder (looked in {Path.cwd()}){made}")
 
 
 def _not_loaded(what: str, source: str, error: Exception) -> UserError:

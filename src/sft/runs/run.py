@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import socket
+import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -90,8 +91,12 @@ class Run:
         elif names - {"logs", "events.jsonl", unfinished(run.folder / "config.yaml").name}:
             raise UserError(f"{run.folder} exists and is not a run: move it away, or name the run with run=NAME")
         existing = nearest_existing(run.folder)
-        if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
-            raise UserError(f"{run.folder} can't be written, because {existing} can't: set runs_dir to another folder")
+        try:
+            tempfile.TemporaryDirectory(prefix=".sft-", dir=existing).cleanup()
+        except OSError as error:
+            raise UserError(
+                f"{run.folder} can't be written ({existing}: {error.strerror}): set runs_dir to another folder"
+            ) from error
         return run
 
     @classmethod

@@ -75,10 +75,17 @@ def fit(
         )
     except Exception as error:  # whatever Lightning has against the settings
         raise UserError(f"the trainer refuses its settings: {' '.join(str(error).split())}") from error
+    schedule = instantiate(config.schedule)
+    try:
+        schedule(0, data.num_steps)
+    except TypeError as error:
+        raise UserError(
+            f"schedule {config.schedule._target_} refuses (step, num_steps) or its settings: {error}"
+        ) from error
     module = SFTModule(
         source,
         instantiate(config.optimizer, _convert_="all"),
-        instantiate(config.schedule),
+        schedule,
         data.num_steps,
         config.seed,
         resumed=resume is not None,

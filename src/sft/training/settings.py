@@ -1,22 +1,42 @@
 """Refuses settings of a run that contradict each other or this machine, before anything is loaded."""
 
 import os
+import socket
+import sys
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlparse
 
 from hydra.core.hydra_config import HydraConfig
-from omegaconf import DictConfig, OmegaConf
+from hydra.utils import get_object, instantiate
+from omegaconf import DictConfig, OmegaConf, open_dict
 
+from sft.config import schema
 from sft.data.step_plan import check_division
 from sft.errors import UserError
+
+
+def check_schema(config: DictConfig, command: str = "train", typed: Collection[str] = ()) -> None:
+    """Refuses settings that are unknown or out of range. Drops those that an experiment has set for another option of a
+    group than the one that was chosen, and says so.
+
+    `typed`: names of the settings on the command line, which are never dropped.
+    """
+    settings: Any = OmegaConf.to_container(config, resolve=True)
+    for name in schema.check(settings, command, typed):
+        group, _, last = name.rpartition(".")
+        target = str(OmegaConf.select(config, f"{group}._target_") or "none").rpartition(".")[2]
+        with open_dict(config):
+            del OmegaConf.select(config, group)[last]
+        if os.environ.get("LOCAL_RANK", "0") == os.environ.get("SLURM_PROCID", "0") == "0":
+            note = f"note: {name} of the experiment is left out: {group} {target} has no such setting"
+            print(note, file=sys.stderr, flush=True)
 
 
 def check(config: DictConfig, here: bool = True) -> tuple[int, int]:
     """The number of ranks, and of micro-batches of a rank in a step; `UserError` for settings that contradict.
     `here`: on this machine; otherwise on others, which may have GPUs."""
-    optional = ("max_steps", "val_every", "checkpoint.save_every")
-    for name in ("epochs", "global_batch_size", "micro_batch_size", "checkpoint.keep_last", *optional):
-        value = OmegaConf.select(config, name)
-        if not (isinstance(value, int) and value > 0) and not (value is None and name in optional):
-            raise UserError(f"{name}={value} is not a whole number from 1 on")
     num_ranks = world_size(config)
     accumulation = check_division(config.global_batch_size, num_ranks, config.micro_batch_size)
     if num_ranks > 1 and not config.strategy:
@@ -39,6 +59,54 @@ def check(config: DictConfig, here: bool = True) -> tuple[int, int]:
     return num_ranks, accumulation
 
 
+def check_inputs(config: DictConfig) -> None:
+    """Refuses a model and data that aren't there, before anything heavy is imported."""
+    from sft.data.rows import local_files
+
+    check_targets(config, only_own=True)
+    model = instantiate(config.model, _convert_="all")
+    model.check_files()
+    training, validation = instantiate(config.data, _convert_="all").sources()
+    names = [("data.path", source.path) for source in (*training, *validation) if local_files(source) is None]
+    models = [("model.path", model.path), ("model.tokenizer", model.tokenizer)]
+    names += [(setting, name) for setting, name in models if name and not Path(name).expanduser().exists()]
+    _check_hub(names)
+
+
+def check_targets(config: DictConfig, only_own: bool = False) -> None:
+    """Refuses a `_target_` that can't be imported. `only_own` leaves out those of Lightning and torch, which take
+    seconds to import."""
+    for name, target in schema.targets(config):
+        if only_own and target.startswith(schema.OURS):
+            continue
+        try:
+            get_object(target)
+        except (ImportError, AttributeError, ValueError) as error:
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            places = f"the installed packages, {Path.cwd()} and {Path.cwd() / 'src'}"
+            raise UserError(f"{name}={target} is not found ({reason}): looked in {places}") from error
+
+
+def _check_hub(names: list[tuple[str, str]]) -> None:
+    """Leaves the Hub alone if it can't be reached, since each of its files would be asked for some ten seconds."""
+    if (
+        not names
+        or os.environ.get("HF_HUB_OFFLINE")
+        or any(os.environ.get(f"{p}_proxy".upper()) for p in ("https", "all"))
+    ):
+        return
+    host = urlparse(os.environ.get("HF_ENDPOINT", "https://huggingface.co"))
+    try:
+        socket.create_connection((host.hostname or "", host.port or 443), timeout=5).close()
+    except OSError as error:
+        os.environ["HF_HUB_OFFLINE"] = "1"  # read when the Hub's package is imported
+        from sft.cluster.storage import check_hub
+
+        for setting, name in names:
+            kind = "datasets" if setting.startswith("data") else "models"
+            check_hub(setting, name, kind, f"{host.hostname} can't be reached ({error.strerror or error})")
+
+
 def world_size(config: DictConfig) -> int:
     """The number of ranks that the trainer's settings ask for."""
     devices = config.trainer.devices
@@ -49,6 +117,16 @@ def world_size(config: DictConfig) -> int:
     elif not isinstance(devices, int):
         devices = len(devices)
     return int(devices) * int(config.trainer.num_nodes)
+
+
+def check_gpu(accelerator: str) -> None:
+    """Refuses a GPU on a machine without any, by its device files: torch takes seconds to say so."""
+    files = ("/dev/nvidiactl", "/dev/dxg", "/dev/kfd")
+    if accelerator in ("gpu", "cuda") and sys.platform == "linux" and not any(map(os.path.exists, files)):
+        raise UserError(
+            f"trainer.accelerator={accelerator}, and this machine shows no GPU (none of {', '.join(files)}): set "
+            "trainer=cpu, or start it where a GPU is"
+        )
 
 
 def check_devices(accelerator: str, devices: int | str | list[int]) -> None:

@@ -1,0 +1,475 @@
+"""Every setting's type and range. A configuration is checked in this one place, before anything is loaded.
+
+Defaults and explanations are in `conf/`. A group's option is known by its `_target_`; what a class or function of the
+user's own takes is for it to say.
+"""
+
+from collections.abc import Collection, Iterator, Mapping
+from typing import Annotated, Any, Literal, NamedTuple, get_args
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, create_model
+
+from sft.errors import UnknownSetting, UserError
+
+
+def whole(least: int, most: int | None = None) -> Any:
+    """The type of a whole number."""
+    words = f"a whole number from {least} {'on' if most is None else f'to {most}'}"
+    return Annotated[int, Field(ge=least, le=most, description=words)]
+
+
+def number(words: str, **bounds: Any) -> Any:
+    """The type of a number, whole or not."""
+    return Annotated[float, Field(allow_inf_nan=False, **bounds), Field(description=f"a number {words}".rstrip())]
+
+
+def one_of(*options: str) -> Any:
+    return Annotated[Literal[options], Field(description=f"one of {', '.join(options)}")]
+
+
+def _share_or_whole(value: float) -> float:
+    if value >= 1 and value != int(value):
+        raise ValueError
+    return value
+
+
+def _legal(name: str) -> str:
+    if set(name) & set("/\\#?%:") or name.startswith((".", "-")) or name != name.strip() or len(name) > 120:
+        raise ValueError
+    return name
+
+
+def described(words: str, kind: Any) -> Any:
+    """A type with what a setting must be, as a sentence goes on with it."""
+    return Annotated[kind, Field(description=words)]
+
+
+Yes = described("true or false", bool)
+Text = Annotated[str, Field(min_length=1, description="a text")]
+Texts = Annotated[list[Text], Field(min_length=1)]
+Paths = described("a path or a name, or a list of them", Text | Texts)
+Open = described("a mapping of names of your own choice", dict[str, Any])
+# Of a folder, and of the run in W&B.
+Name = described(
+    "a name of at most 120 characters, none of them one of / \\ # ? % : and no . or - at its start",
+    Annotated[Text, AfterValidator(_legal)],
+)
+Fraction = Annotated[float, Field(ge=0, allow_inf_nan=False), AfterValidator(_share_or_whole)]
+Size = described("0, a share below 1, or a whole number from 1 on", Fraction)
+Steps = described("a share of the run from 0 to below 1, or a whole number of steps", Fraction)
+Share = number("from 0 to 1", ge=0, le=1)
+BelowOne = number("from 0 to below 1", ge=0, lt=1)
+Positive = number("above 0", gt=0)
+NotNegative = number("from 0 on", ge=0)
+Seed = whole(0, 2**32 - 1)
+
+
+class Settings(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, protected_namespaces=())
+
+
+def maybe(kind: Any) -> Any:
+    """The type of a setting that may be null."""
+    return kind | None
+
+
+def rare(kind: Any) -> Any:
+    """A setting that may be left out, and that conf/ leaves out."""
+    return kind, None
+
+
+def table(title: str, base: type[Settings] = Settings, /, **settings: Any) -> type[Settings]:
+    """A class with these settings: a type each, or a `rare` one."""
+    fields = {key: kind if isinstance(kind, tuple) else (kind, ...) for key, kind in settings.items()}
+    return create_model(title, __base__=base, **fields)  # type: ignore[call-overload]
+
+
+Train = table(  # conf/train.yaml; its groups are checked by the tables below
+    "Train",
+    name=Name,
+    run=maybe(Name),
+    runs_dir=Text,
+    seed=Seed,
+    epochs=whole(1),
+    max_steps=maybe(whole(1)),
+    max_time=rare(maybe(Text)),
+    global_batch_size=whole(1),
+    micro_batch_size=whole(1),
+    val_every=maybe(whole(1)),
+    checkpoint=table("Checkpoint", save_every=maybe(whole(1)), keep_last=whole(1)),
+    export=Yes,
+    extra=rare(Open),
+    data=Open,
+    model=Open,
+    adapter=rare(maybe(Open)),
+    strategy=rare(maybe(Open)),
+    trainer=Open,
+    optimizer=Open,
+    schedule=Open,
+    logger=rare(maybe(Open)),
+    callbacks=rare(maybe(Open)),
+    cluster=Open,
+)
+COMMANDS: dict[str, type[Settings]] = {
+    "preview": table("Preview", Train, preview=table("PreviewOptions", packs=whole(0), dump=maybe(Text))),
+    "rehearse": table("Rehearse", Train, rehearse=table("RehearseOptions", num_rows=whole(1), timeout=Positive)),
+    "certify": table(
+        "Certify",
+        Train,
+        quick=Yes,
+        output=maybe(Text),
+        device=one_of("cpu", "gpu"),
+        precision=one_of("32-true", "bf16-mixed"),
+        cell_timeout=Positive,
+        optimizers=Open,
+        strategies=Open,
+    ),
+    "score": table("Score", run=Text, path=maybe(Paths), split=maybe(Text), output=maybe(Text), runs_dir=Text),
+    "generate": table(
+        "Generate",
+        run=Text,
+        prompt=maybe(described("a text", str)),
+        file=maybe(Text),
+        max_new_tokens=whole(1),
+        temperature=NotNegative,
+        top_p=number("above 0, at most 1", gt=0, le=1),
+        seed=Seed,
+        batch_size=whole(1),
+        runs_dir=Text,
+    ),
+    "export": table(
+        "Export",
+        run=Text,
+        checkpoint=described("last, best or a step", Literal["last", "best"] | whole(0)),
+        output=maybe(Text),
+        dtype=maybe(one_of("float32", "bfloat16")),
+        merge=maybe(Yes),
+        max_shard_size=described("a number of bytes, or a size like 500MB", int | Text),
+        runs_dir=Text,
+    ),
+    "compare": table("Compare", runs=list[Text], output=maybe(Text), runs_dir=Text),
+}
+
+Data = table(
+    "Data",
+    conversation=Open,
+    path=maybe(Paths),
+    name=maybe(Text),
+    split=Text,
+    val_path=maybe(Paths),
+    val_split=maybe(Text),
+    val_size=Size,
+    max_length=whole(2),
+    supervise=one_of("response", "all"),
+    overlong=one_of("drop", "truncate_prompt", "error"),
+    max_lost=Share,
+    packing=Yes,
+    num_workers=whole(1),
+    cache_dir=Text,
+)
+Messages = table(
+    "Messages",
+    column=Text,
+    role=Text,
+    content=Text,
+    roles=maybe(described("a mapping of role names", dict[str, Text])),
+    tools=maybe(Text),
+)
+Model = table(
+    "Model",
+    path=maybe(Text),
+    revision=maybe(Text),
+    tokenizer=maybe(Text),
+    chat_template=maybe(Text),
+    init=one_of("pretrained", "random"),
+    config=Open,
+    attention=Text,
+    gradient_checkpointing=Yes,
+    activation_offload=Yes,
+    compile=Yes,
+    trust_remote_code=Yes,
+)
+Adapter = table(
+    "Adapter",
+    r=whole(1),
+    alpha=Positive,
+    dropout=BelowOne,
+    target_modules=described("all-linear, a list of names, or one regular expression for whole names", Text | Texts),
+    use_rslora=Yes,
+    quantize=Yes,
+    merge=Yes,
+)
+Trainer = table(
+    "Trainer",
+    accelerator=one_of("auto", "cpu", "gpu", "cuda", "mps"),
+    devices=described(
+        "a whole number from 1 on, auto (all), or a list of GPUs like [0,2]",
+        whole(1) | Literal[-1, "auto"] | Annotated[list[whole(0)], Field(min_length=1)],  # type: ignore[misc]
+    ),
+    num_nodes=described("a whole number from 1 on, or auto", whole(1) | Literal["auto"]),
+    precision=one_of("32-true", "bf16-mixed", "bf16-true"),
+    deterministic=described("true, false or warn", bool | Literal["warn"]),
+    gradient_clip_val=maybe(Positive),
+    profiler=rare(
+        maybe(
+            described(
+                "one of simple, advanced, pytorch, or a profiler's _target_",
+                Literal["simple", "advanced", "pytorch"] | dict[str, Any],
+            )
+        )
+    ),
+    detect_anomaly=rare(Yes),
+    benchmark=rare(maybe(Yes)),
+)
+
+Backend = rare(maybe(one_of("nccl", "gloo")))
+DDP = table(
+    "DDP",
+    find_unused_parameters=Yes,
+    gradient_as_bucket_view=Yes,
+    static_graph=rare(Yes),
+    bucket_cap_mb=rare(Positive),
+    process_group_backend=Backend,
+)
+Offload = table(
+    "Offload",
+    device=one_of("cpu"),
+    pin_memory=Yes,
+    ratio=rare(Share),
+    buffer_count=rare(whole(0)),
+    buffer_size=rare(whole(0)),
+    max_in_cpu=rare(whole(0)),
+)
+# DeepSpeed's own names.
+ZERO_YES = """
+    contiguous_gradients reduce_scatter use_multi_rank_bucket_allreduce allgather_partitions overlap_comm
+    round_robin_gradients parameter_alignment stage3_use_all_reduce_for_fetch_params stage3_allgather_sequential
+    zero_quantized_weights zero_quantized_nontrainable_weights zero_quantized_gradients memory_efficient_linear
+    log_trace_cache_warnings enable_sanity_checks ignore_unused_parameters override_module_apply
+"""
+ZERO_WHOLE = """
+    reduce_bucket_size allgather_bucket_size sub_group_size stage3_prefetch_bucket_size
+    stage3_param_persistence_threshold stage3_model_persistence_threshold stage3_max_live_parameters
+    stage3_max_reuse_distance stage3_module_granularity_threshold
+"""
+Zero = table(
+    "Zero",
+    stage=whole(0, 3),
+    offload_optimizer=rare(maybe(Offload)),
+    offload_param=rare(maybe(Offload)),
+    zero_hpz_partition_size=rare(whole(1)),
+    **dict.fromkeys(ZERO_YES.split(), rare(Yes)),
+    **dict.fromkeys(ZERO_WHOLE.split(), rare(whole(0))),
+)
+DeepSpeed = table(
+    "DeepSpeed",
+    config=table(
+        "DeepSpeedConfig",
+        zero_optimization=Zero,
+        data_types=table("DataTypes", grad_accum_dtype=one_of("fp32", "bf16")),
+        communication_data_type=rare(maybe(one_of("fp32", "bf16"))),
+        zero_force_ds_cpu_optimizer=rare(Yes),
+        wall_clock_breakdown=rare(Yes),
+        comms_logger=rare(Open),
+        flops_profiler=rare(Open),
+        timers=rare(Open),
+    ),
+    process_group_backend=Backend,
+)
+AdamW = table(
+    "AdamW",
+    lr=Positive,
+    betas=described(
+        "two numbers from 0 to below 1",
+        Annotated[list[BelowOne], Field(min_length=2, max_length=2)],  # type: ignore[valid-type]
+    ),
+    eps=NotNegative,
+    fused=maybe(Yes),
+    foreach=rare(maybe(Yes)),
+    weight_decay=NotNegative,
+)
+SGD = table(
+    "SGD",
+    lr=Positive,
+    momentum=BelowOne,
+    weight_decay=NotNegative,
+    nesterov=rare(Yes),
+    fused=rare(maybe(Yes)),
+    foreach=rare(maybe(Yes)),
+)
+Decay = table("Decay", warmup=Steps, final=Share)
+Wandb = table(
+    "Wandb",
+    project=Text,
+    mode=one_of("auto", "online", "offline"),
+    entity=rare(maybe(Text)),
+    group=rare(maybe(Text)),
+    job_type=rare(maybe(Text)),
+    tags=rare(maybe(described("a list of texts", list[Text]))),
+    notes=rare(maybe(Text)),
+)
+EarlyStopping = table(
+    "EarlyStopping",
+    monitor=Text,
+    mode=one_of("min", "max"),
+    patience=whole(1),
+    min_delta=rare(NotNegative),
+    verbose=rare(Yes),
+    strict=rare(Yes),
+    check_finite=rare(Yes),
+    stopping_threshold=rare(maybe(number(""))),
+    divergence_threshold=rare(maybe(number(""))),
+    log_rank_zero_only=rare(Yes),
+)
+CAUSES = "signal lost timeout killed hung out_of_memory not_finite failed disk_full misconfigured"
+Cluster = table(
+    "Cluster",
+    hang_after=NotNegative,
+    max_requeues=table("MaxRequeues", **dict.fromkeys(CAUSES.split(), whole(0))),
+)
+Nothing = table("Nothing")
+
+# The option of a group, by the last part of its `_target_`; "" where it has none.
+OPTIONS: dict[str, dict[str, type[Settings]]] = {
+    "data": {"DataConfig": Data},
+    "data.conversation": {
+        "prompt_response": table("PromptResponse", prompt=Text, response=Text, system=maybe(Text), chat=Yes),
+        "messages": Messages,
+        "text": table("PlainText", column=Text),
+    },
+    "model": {"ModelSource": Model},
+    "adapter": {"": Nothing, "Adapter": Adapter},
+    "strategy": {
+        "": Nothing,
+        "DDP": DDP,
+        "DeepSpeed": DeepSpeed,
+        "FSDP2": table("FSDP2", reshard_after_forward=Yes, process_group_backend=Backend),
+    },
+    "trainer": {"Trainer": Trainer},
+    "optimizer": {"AdamW": AdamW, "SGD": SGD},
+    "schedule": {
+        "constant": table("Constant", warmup=Steps),
+        "linear": Decay,
+        "cosine": Decay,
+        "warmup_stable_decay": table("WarmupStableDecay", Decay, decay=Steps),
+    },
+    "logger": {"": Nothing, "wandb_logger": Wandb, "tensorboard_logger": Nothing},
+    "cluster": {"": Cluster},
+}
+CALLBACKS = {"EarlyStopping": EarlyStopping}
+OURS = ("sft.", "lightning.", "torch.optim.")  # a `_target_` elsewhere is the user's own, whatever its last part
+
+
+class Fault(NamedTuple):
+    """A setting that isn't as it should be: unknown if `expected` is None."""
+
+    name: str
+    value: object
+    expected: str | None
+
+
+def check(config: Mapping[str, Any], command: str = "train", typed: Collection[str] = ()) -> list[str]:
+    """The settings that are left over: of another option of a group than the one that was chosen, and not among those
+    that were typed. They are to be dropped. `UserError` for the first setting that is unknown, missing or out of its
+    range.
+
+    Args:
+        config: a command's resolved configuration.
+        typed: names that were given on the command line.
+    """
+    left_over = []
+    for fault in faults(config, command):
+        if fault.expected is not None:
+            raise UserError(f"{fault.name}={shown(fault.value)} is not {fault.expected}")
+        group, _, name = fault.name.rpartition(".")
+        others = OPTIONS.get(group, {}).values()
+        if fault.name in typed or not any(name in option.model_fields for option in others):
+            raise UnknownSetting(fault.name, command)
+        left_over.append(fault.name)
+    return left_over
+
+
+def faults(config: Mapping[str, Any], command: str) -> Iterator[Fault]:
+    """All faults of a command's resolved configuration."""
+    model = COMMANDS.get(command, Train)
+    yield from _faults(config, model, "")
+    if not issubclass(model, Train):
+        return
+    for group in OPTIONS:
+        node: Any = config
+        for part in group.split("."):
+            node = node.get(part) if isinstance(node, Mapping) else None
+        if isinstance(node, Mapping) and (option := option_of(group, node)):
+            yield from _faults(node, option, f"{group}.")
+    for name, callback in (config.get("callbacks") or {}).items():
+        target = callback.get("_target_") if isinstance(callback, Mapping) else None
+        if not isinstance(target, str):
+            yield Fault(f"callbacks.{name}", callback, "a callback: a mapping with its class as _target_")
+        elif target.startswith(OURS) and (option := CALLBACKS.get(target.rpartition(".")[2])):
+            yield from _faults(callback, option, f"callbacks.{name}.")
+
+
+def option_of(group: str, node: Mapping[str, Any]) -> type[Settings] | None:
+    """The class of a group's option; None for one of the user's own."""
+    target = str(node.get("_target_", ""))
+    return OPTIONS[group].get(target.rpartition(".")[2]) if not target or target.startswith(OURS) else None
+
+
+def targets(node: Any, name: str = "") -> Iterator[tuple[str, str]]:
+    """The name and the value of each `_target_`."""
+    for key, value in node.items() if isinstance(node, Mapping) else ():
+        place = f"{name}.{key}".lstrip(".")
+        if key == "_target_":
+            yield place, str(value)
+        yield from targets(value, place)
+
+
+def _faults(node: Mapping[str, Any], model: type[BaseModel], prefix: str) -> Iterator[Fault]:
+    try:
+        model.model_validate({name: value for name, value in node.items() if name not in ("_target_", "_partial_")})
+    except ValidationError as errors:
+        seen = set()
+        for error in errors.errors():
+            name, value, expected = _place(error["loc"], node, model)
+            if name not in seen:
+                is_unknown = error["type"] == "extra_forbidden"
+                yield Fault(prefix + name, value, None if is_unknown else expected)
+            seen.add(name)
+
+
+def _place(location: tuple[int | str, ...], node: Any, model: type[BaseModel]) -> tuple[str, object, str]:
+    """The name, the value and the description of the setting at a location, which goes on into lists and unions."""
+    names: list[str] = []
+    for part in location:
+        field = model.model_fields.get(str(part))
+        node = node.get(part) if isinstance(node, Mapping) else None
+        names.append(str(part))
+        inner = nested(field.annotation) if field else None
+        if field is None or inner is None or not isinstance(node, Mapping):
+            break
+        model = inner
+    return ".".join(names), node, description(field.annotation, field.description) if field else "known"
+
+
+def nested(annotation: Any) -> type[BaseModel] | None:
+    """The class of a setting that has settings of its own."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    return next(filter(None, map(nested, get_args(annotation))), None)
+
+
+def description(annotation: Any, words: str | None = None) -> str:
+    """What a setting must be, in words, as a sentence goes on with it."""
+    parts = get_args(annotation)
+    if words is None:
+        described = [getattr(item, "description", None) for item in reversed(getattr(annotation, "__metadata__", ()))]
+        described += [description(part) for part in parts if part is not type(None)]
+        words = next(filter(None, described), "a mapping of settings" if nested(annotation) else "")
+    return f"{words} (or null)" if words and type(None) in parts and "null" not in words else words
+
+
+def shown(value: object) -> str:
+    """A value as it is typed."""
+    if isinstance(value, list):
+        return f"[{','.join(map(shown, value))}]"
+    return str(value).lower() if isinstance(value, bool) else "null" if value is None else str(value)
