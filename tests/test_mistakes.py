@@ -5,6 +5,8 @@ import errno
 import pytest
 from hydra import compose, initialize_config_dir
 from hydra.errors import HydraException
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 from safetensors import SafetensorError
 
 from sft.errors import UserError
@@ -16,16 +18,17 @@ from sft.mistakes import one_line
     ("override", "line"),
     [
         ("optimizer.lrr=1", "there is no setting optimizer.lrr: did you mean optimizer.lr?"),
-        ("globl_batch_size=1", "there is no setting globl_batch_size: did you mean global_batch_size?"),
-        ("lr=1", "there is no setting lr: did you mean optimizer.lr?"),
-        ("model.config.hidden_sise=3", "there is no setting model.config.hidden_sise: did you mean model.config?"),
-        ("xyzzy=1", "there is no setting xyzzy: see sft train --cfg job"),
         ("schedule=cosinus", "there is no schedule=cosinus: choose constant, cosine, linear, warmup_stable_decay"),
+        ("~xyzzy", "there is no xyzzy to leave out"),
+        ("model.path=${nowhere}", "model.path: Interpolation key 'nowhere' not found"),
     ],
 )
-def test_a_name_that_is_unknown(override: str, line: str) -> None:
-    with initialize_config_dir(str(CONF), version_base="1.3"), pytest.raises(HydraException) as refused:
-        compose("train", overrides=[override])
+def test_what_hydra_refuses(override: str, line: str) -> None:
+    with (
+        initialize_config_dir(str(CONF), version_base="1.3"),
+        pytest.raises((HydraException, OmegaConfBaseException)) as refused,
+    ):
+        OmegaConf.to_container(compose("train", overrides=[override]), resolve=True)
     assert one_line(refused.value, "train") == line
 
 

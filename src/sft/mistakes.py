@@ -71,14 +71,15 @@ def _of_hydra(error: BaseException, command: str) -> str:
         r"(?:Cannot find primary config|Primary config directory not found)[^']*'?([^'.]*)", message
     ):
         return f"there is no configuration {primary[1].strip()}: see --config-dir and --config-name"
-    setting = re.search(r" full_key: (\S+)$", message)
+    setting = re.search(r" full_key: (\S+)", message)
     place = f"{setting[1]}: " if setting else ""
     if target := re.search(r"Error locating target '([^']+)'", message):
         return f"{place}_target_={target[1]} is not found"
     if called := re.search(r"Error in call to target '([^']+)': (.*?)( full_key: \S+)?$", message):
         said = re.sub(r"^\w+\(['\"](.*)['\"],?\)$", r"\1", called[2])
         return f"{place}{called[1]} refuses its settings: {said}"
-    return re.sub(r"( full_key: \S+| See https://hydra\.cc/\S+( for details)?)$", "", message)
+    message = re.sub(r" (full_key: \S+( object_type=\S+)?|See https://hydra\.cc/\S+( for details)?)$", "", message)
+    return f"{place}{message}"
 
 
 def _config_dir() -> Path | None:

@@ -109,12 +109,12 @@ def not_installed(slurm: FalseSlurm) -> None:
             "the job has 2 tasks and 1 GPUs a node, and each task is a rank that drives one: set --ntasks-per-node and "
             "--gpus-per-node to the same number",
         ),
-        (nothing, [], ["model.path=./missing"], "model.path=./missing: there is no such folder"),
+        (nothing, [], ["model.path=./missing"], f"model.path=./missing: there is no such folder (looked in {PROJECT})"),
         (
             nothing,
             [],
             ["model.path=org/missing"],
-            "model.path=org/missing is neither here nor in CACHE, and HF_HUB_OFFLINE is set: give a folder, or "
+            f"model.path=org/missing is neither in {PROJECT} nor in CACHE, and HF_HUB_OFFLINE is set: give a folder, or "
             "download it first",
         ),
         (nothing, [], ["model.path=FOLDER/slurm"], "model.path=FOLDER/slurm: the folder holds no model (config.json)"),

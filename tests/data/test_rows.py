@@ -40,11 +40,15 @@ def cache(tmp_path: Path) -> Path:
         ("blank lines.jsonl", jsonl(ROWS).replace("\n", "\n\n")),
         ("d.json", jsonl(ROWS)),
         ("list.json", json.dumps(ROWS, indent=1)),
-        ("d.csv", "q,n\na,1\nb,2\n"),
     ],
 )
 def test_a_file(tmp_path: Path, cache: Path, name: str, content: str) -> None:
     assert load(write(tmp_path / name, content), cache) == ROWS
+
+
+def test_a_csv_file_is_text_as_it_stands_there(tmp_path: Path, cache: Path) -> None:
+    file = write(tmp_path / "d.csv", 'q,n\na,007\n"b\n""c""",NA\nd,\n')
+    assert load(file, cache) == [{"q": "a", "n": "007"}, {"q": 'b\n"c"', "n": "NA"}, {"q": "d", "n": ""}]
 
 
 def test_a_parquet_file(tmp_path: Path, cache: Path) -> None:

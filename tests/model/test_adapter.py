@@ -210,10 +210,6 @@ def test_wrong_targets_are_refused(model_folder: Path, targets: Any, message: st
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"r": 0}, "adapter.r=0"),
-        ({"dropout": 1.0}, "adapter.dropout=1.0"),
-        ({"target_modules": []}, "adapter.target_modules is empty"),
-        ({"merge": "whole"}, "adapter.merge=whole is unknown"),
         ({"quantize": True}, "set adapter.merge=false"),
     ],
     ids=str,

@@ -118,8 +118,8 @@ def _setting(command: str, match: re.Match[str], word: str, config_dir: Path | N
     if options is not None and issubclass(schema.COMMANDS.get(command, schema.Train), schema.Train):
         return _choice(prefix, name, value, options, is_sweep)
     kind = _kind(command, name)
-    if kind is None and not prefix and _is_open(command, name):
-        prefix = "++"
+    if prefix or (kind is None and _is_open(command, name)):
+        prefix = "++"  # whether it is there already or not
     if value.startswith("~/"):
         value = str(Path(value).expanduser())
     from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -171,7 +171,8 @@ def _choice(prefix: str, group: str, value: str, options: list[str], is_sweep: b
 
 
 def _refuse_option(command: str, word: str, rest: list[str]) -> NoReturn:
-    name, _, value = word.lstrip("-").replace("-", "_").partition("=")
+    name, _, value = word.lstrip("-").partition("=")
+    name = name.replace("-", "_")
     value = value or (rest[0] if rest and not rest[0].startswith("-") else "VALUE")
     known = [setting for setting in names(command) if name in (setting, setting.rpartition(".")[2])]
     written = f"{known[0] if known else name}={value}"

@@ -5,7 +5,7 @@ NONE = "there is none"
 # Project → its setting → what to set here, with this project's settings between backticks.
 KNOWN_AS: dict[str, dict[str, str]] = {
     "Lightning's `Trainer`": {
-        "accumulate_grad_batches": "follows from `global_batch_size`, `micro_batch_size` and the number of ranks",
+        "accumulate_grad_batches": "nothing; it follows from `global_batch_size`, `micro_batch_size` and the number of ranks",
         "max_epochs": "`epochs`",
         "min_epochs": NONE,
         "max_steps": "`max_steps`",
@@ -23,7 +23,7 @@ KNOWN_AS: dict[str, dict[str, str]] = {
         "strategy": "`strategy`, a file of conf/strategy/",
         "logger": "`logger`, a file of conf/logger/",
         "callbacks": "`callbacks`, a file of conf/callbacks/",
-        "plugins": "follow from `trainer.precision` and the launcher",
+        "plugins": "nothing; they follow from `trainer.precision` and the launcher",
         "enable_checkpointing": "`checkpoint.save_every`; the last step is always saved",
         "enable_progress_bar": "a progress bar on a terminal, lines in a log",
         "enable_model_summary": "the callback `lightning.pytorch.callbacks.ModelSummary`",
@@ -71,7 +71,7 @@ KNOWN_AS: dict[str, dict[str, str]] = {
         "per_device_eval_batch_size": "`micro_batch_size`, in packs",
         "train_batch_size": "`global_batch_size`, in packs",
         "batch_size": "`global_batch_size`, in packs",
-        "gradient_accumulation_steps": "follows from `global_batch_size`, `micro_batch_size` and the number of ranks",
+        "gradient_accumulation_steps": "nothing; it follows from `global_batch_size`, `micro_batch_size` and the number of ranks",
         "num_train_epochs": "`epochs`",
         "learning_rate": "`optimizer.lr`",
         "weight_decay": "`optimizer.weight_decay`",
@@ -163,7 +163,7 @@ KNOWN_AS: dict[str, dict[str, str]] = {
     "DeepSpeed's JSON": {
         "train_batch_size": "`global_batch_size`, in packs",
         "train_micro_batch_size_per_gpu": "`micro_batch_size`, in packs",
-        "gradient_accumulation_steps": "follows from `global_batch_size`, `micro_batch_size` and the number of ranks",
+        "gradient_accumulation_steps": "nothing; it follows from `global_batch_size`, `micro_batch_size` and the number of ranks",
         "gradient_clipping": "`trainer.gradient_clip_val`",
         "optimizer": "`optimizer`, a file of conf/optimizer/",
         "scheduler": "`schedule`, a file of conf/schedule/",
