@@ -9,8 +9,8 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from safetensors import SafetensorError
 
-from sft.errors import UserError
 from sft.config import CONF
+from sft.errors import UserError
 from sft.mistakes import one_line
 
 

@@ -40,7 +40,7 @@ def nothing(folder: Path) -> None:
     [
         (nothing, ["optimizer.lrr=1"], "there is no setting optimizer.lrr: did you mean optimizer.lr?"),
         (nothing, ["epochs=many"], "epochs=many is not a whole number from 1 on"),
-        (nothing, ["data.path=no.jsonl"], "no.jsonl: no such file or folder (looking from {folder})"),
+        (nothing, ["data.path=no.jsonl"], "no.jsonl: no such file or folder (looked in {folder})"),
         (
             a_bad_row,
             ["data.path=data.jsonl"],

@@ -114,15 +114,15 @@ def not_installed(slurm: FalseSlurm) -> None:
             nothing,
             [],
             ["model.path=org/missing"],
-            f"model.path=org/missing is neither in {PROJECT} nor in CACHE, and HF_HUB_OFFLINE is set: give a folder, or "
-            "download it first",
+            f"model.path=org/missing is neither in {PROJECT} nor in CACHE, and HF_HUB_OFFLINE is set: give a folder, "
+            "or download it first",
         ),
         (nothing, [], ["model.path=FOLDER/slurm"], "model.path=FOLDER/slurm: the folder holds no model (config.json)"),
         (
             nothing,
             [],
             ["data.path=missing.jsonl"],
-            f"missing.jsonl: no such file or folder (looking from {PROJECT})",
+            f"missing.jsonl: no such file or folder (looked in {PROJECT})",
         ),
         (nothing, ["-p", "gpu"], [], "there is no partition gpu: there are main, short"),
         (

@@ -8,7 +8,7 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 from sft.config import CONF, schema
-from sft.config.arguments import groups, names
+from sft.config.arguments import groups
 from sft.errors import UserError
 from sft.mistakes import one_line
 
@@ -130,8 +130,8 @@ def test_a_value_out_of_its_range(setting: str, line: str) -> None:
         ("trainer.overfit_batches=1", "there is no setting trainer.overfit_batches; in its place: debug=overfit"),
         (
             "trainer.accumulate_grad_batches=4",
-            "there is no setting trainer.accumulate_grad_batches; in its place: nothing; it follows from global_batch_size, "
-            "micro_batch_size and the number of ranks",
+            "there is no setting trainer.accumulate_grad_batches; in its place: nothing; it follows from "
+            "global_batch_size, micro_batch_size and the number of ranks",
         ),
         ("learning_rate=1", "there is no setting learning_rate; in its place: optimizer.lr"),
         ("optimizer.momentun=1", "there is no setting optimizer.momentun: did you mean optimizer.momentum?"),
@@ -194,7 +194,7 @@ def test_what_an_experiment_sets_for_another_option_is_left_over() -> None:
     assert schema.check(config) == ["schedule.final"]
     with pytest.raises(UserError, match=r"no setting schedule\.final"):  # but not what was typed
         schema.check(config, typed=["schedule.final"])
-    with pytest.raises(UserError, match="no setting schedule.fnal"):  # nor what no schedule has
+    with pytest.raises(UserError, match=r"no setting schedule\.fnal"):  # nor what no schedule has
         schema.check({**config, "schedule": {**config["schedule"], "fnal": 1}})
 
 

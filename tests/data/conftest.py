@@ -6,8 +6,8 @@ from omegaconf import OmegaConf
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from sft.data.dataset import DataConfig
 from sft.config import CONF
+from sft.data.dataset import DataConfig
 
 # fmt: off
 SPECIAL = [

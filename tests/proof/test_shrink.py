@@ -12,10 +12,10 @@ from omegaconf import OmegaConf
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from sft.commands import certify, rehearse
+from sft.config import CONF
 from sft.data.mask import IGNORE
 from sft.data.step_plan import epoch_plan
 from sft.errors import UserError
-from sft.config import CONF
 from sft.proof import shrink
 from sft.proof.cells import steps
 from sft.proof.excerpt import LAST_STEP_PACKS, excerpt, made_up

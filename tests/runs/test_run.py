@@ -5,8 +5,8 @@ import pytest
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
-from sft.errors import UserError
 from sft.config import CONF
+from sft.errors import UserError
 from sft.runs.identity import identity
 from sft.runs.run import Run
 

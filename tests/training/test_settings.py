@@ -6,8 +6,8 @@ import pytest
 import torch
 from hydra import compose, initialize_config_dir
 
-from sft.errors import UserError
 from sft.config import CONF
+from sft.errors import UserError
 from sft.training.settings import check, check_devices
 
 

@@ -120,8 +120,11 @@ def _setting(command: str, match: re.Match[str], word: str, config_dir: Path | N
     kind = _kind(command, name)
     if prefix or (kind is None and _is_open(command, name)):
         prefix = "++"  # whether it is there already or not
-    if value.startswith("~/"):
-        value = str(Path(value).expanduser())
+    if kind == "text" and value.startswith("~"):
+        try:
+            value = str(Path(value).expanduser())
+        except RuntimeError as error:
+            raise UserError(f"{word}: there is no user {value[1:].partition('/')[0]}") from error
     from hydra.core.override_parser.overrides_parser import OverridesParser
     from hydra.errors import HydraException
 

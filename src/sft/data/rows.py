@@ -72,7 +72,7 @@ def local_files(source: Source) -> list[Path] | None:
             return sorted(file for file in saved.iterdir() if file.is_file())
         return _split_files(path, _base(source.split))
     if source.path.startswith((".", "/", "~")) or path.suffix in LOADERS:
-        raise UserError(f"{source.path}: no such file or folder (looking from {Path.cwd()})")
+        raise UserError(f"{source.path}: no such file or folder (looked in {Path.cwd()})")
     return None
 
 

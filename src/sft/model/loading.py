@@ -58,10 +58,11 @@ class ModelSource:
                 check_folder(source, setting)
         if self.chat_template and not Path(self.chat_template).expanduser().is_file():
             raise UserError(f"model.chat_template={self.chat_template}: there is no such file (looked in {Path.cwd()})")
+        if self.init == "pretrained" and Path(self.path or "").expanduser().is_dir():
+            self._check_model(Path(self.path or "").expanduser())
         self._check_tokenizer()
-        folder = Path(self.path or "").expanduser()
-        if self.init == "random" or not folder.is_dir():
-            return
+
+    def _check_model(self, folder: Path) -> None:
         if (folder / "config.yaml").is_file() and (folder / "checkpoints").is_dir():
             raise UserError(f"model.path={self.path} is a run's folder: set model.path={self.path}/export")
         if (folder / "adapter_config.json").is_file():

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
 
+from hydra._internal.utils import _locate
 from hydra.core.hydra_config import HydraConfig
-from hydra.utils import get_object, instantiate
+from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from sft.config import schema
@@ -80,11 +81,10 @@ def check_targets(config: DictConfig, only_own: bool = False) -> None:
         if only_own and target.startswith(schema.OURS):
             continue
         try:
-            get_object(target)
+            _locate(target)
         except (ImportError, AttributeError, ValueError) as error:
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             places = f"the installed packages, {Path.cwd()} and {Path.cwd() / 'src'}"
-            raise UserError(f"{name}={target} is not found ({reason}): looked in {places}") from error
+            raise UserError(f"{name}={target} is not found ({error.__cause__ or error}): looked in {places}") from error
 
 
 def _check_hub(names: list[tuple[str, str]]) -> None:
