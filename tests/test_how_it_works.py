@@ -1,11 +1,16 @@
 """docs/how-it-works.md prints the way from the command to the cross-entropy as it is."""
 
+import csv
 import inspect
+import re
+import warnings
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 import sft as package
+from pages import DOCS, PAGES
 from running import Sft
 from sft.model import loss
 
@@ -42,3 +47,21 @@ def test_way_to_the_cross_entropy(sft: Sft, monkeypatch: pytest.MonkeyPatch) -> 
         rows.append(f"| [`{file}`](../src/sft/{file}) | {num_lines} | {functions[file]} |")
     table = "\n".join(["| file | lines | calls |", "|---|---|---|", *rows])
     assert table in (ROOT / "docs" / "how-it-works.md").read_text(), f"docs/how-it-works.md should print\n\n{table}"
+
+
+def test_notebook(sft: Sft, model_folder: Path, data_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (page,) = (PAGES[path] for path in DOCS if path.name == "how-it-works.md")
+    (code,) = re.findall(r"```python\n(.*?)```", page, re.S)
+    assert len(code[code.index("with ") :].splitlines()) <= 10
+    code = code.replace("Qwen/Qwen3-0.6B", str(model_folder)).replace("my.jsonl", str(data_file))
+    code = code.replace('"global_batch_size=4"', '"global_batch_size=4", "data.max_length=256", "epochs=1"')
+    names: dict[str, Any] = {}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Lightning's hints to a notebook
+        exec(code, names)
+    assert names["trainer"].global_step == names["made"].data.num_steps == 3
+    # The same numbers as those of the command.
+    assert sft.train("epochs=1", "run=run", "optimizer.lr=2e-5", "trainer.gradient_clip_val=null", "export=false") == 0
+    with (sft.run_folder() / "metrics.csv").open() as file:
+        *_, last = csv.DictReader(file)
+    assert float(names["module"].val_loss) == pytest.approx(float(last["val/loss"]), abs=1e-6)

@@ -102,8 +102,8 @@ ROWS = [
     (
         nothing,
         ["train", *HERE, "+callbacks.a._target_=own_code.Nope"],
-        "callbacks.a._target_=own_code.Nope is not found (No module named 'own_code.Nope'; 'own_code' is not a package): looked in the installed "
-        "packages, {folder} and {folder}/src",
+        "callbacks.a._target_=own_code.Nope is not found (No module named 'own_code.Nope'; 'own_code' is not a "
+        "package): looked in the installed packages, {folder} and {folder}/src",
     ),
     (
         nothing,

@@ -1,11 +1,12 @@
 """Settings by the names that they have elsewhere: for docs/known-as.md, and for the line on an unknown name."""
 
 NONE = "there is none"
+FOLLOWS = "nothing; it follows from `global_batch_size`, `micro_batch_size` and the number of ranks"
 
 # Project → its setting → what to set here, with this project's settings between backticks.
 KNOWN_AS: dict[str, dict[str, str]] = {
     "Lightning's `Trainer`": {
-        "accumulate_grad_batches": "nothing; it follows from `global_batch_size`, `micro_batch_size` and the number of ranks",
+        "accumulate_grad_batches": FOLLOWS,
         "max_epochs": "`epochs`",
         "min_epochs": NONE,
         "max_steps": "`max_steps`",
@@ -71,7 +72,7 @@ KNOWN_AS: dict[str, dict[str, str]] = {
         "per_device_eval_batch_size": "`micro_batch_size`, in packs",
         "train_batch_size": "`global_batch_size`, in packs",
         "batch_size": "`global_batch_size`, in packs",
-        "gradient_accumulation_steps": "nothing; it follows from `global_batch_size`, `micro_batch_size` and the number of ranks",
+        "gradient_accumulation_steps": FOLLOWS,
         "num_train_epochs": "`epochs`",
         "learning_rate": "`optimizer.lr`",
         "weight_decay": "`optimizer.weight_decay`",
@@ -163,7 +164,7 @@ KNOWN_AS: dict[str, dict[str, str]] = {
     "DeepSpeed's JSON": {
         "train_batch_size": "`global_batch_size`, in packs",
         "train_micro_batch_size_per_gpu": "`micro_batch_size`, in packs",
-        "gradient_accumulation_steps": "nothing; it follows from `global_batch_size`, `micro_batch_size` and the number of ranks",
+        "gradient_accumulation_steps": FOLLOWS,
         "gradient_clipping": "`trainer.gradient_clip_val`",
         "optimizer": "`optimizer`, a file of conf/optimizer/",
         "scheduler": "`schedule`, a file of conf/schedule/",
