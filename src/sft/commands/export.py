@@ -24,6 +24,7 @@ from omegaconf import DictConfig, OmegaConf
 from transformers import AutoConfig, AutoTokenizer
 
 from sft.checkpoint.checkpoint import Checkpoint, best, complete
+from sft.cluster.storage import check_writable
 from sft.errors import UserError, disk_is_full
 from sft.export.folder import Read, Specs, empty_model, generation_config, verify, write_model
 from sft.export.merge import adapter_config, merged, write_adapter
@@ -39,6 +40,8 @@ def main(config: DictConfig) -> None:
     output = Path(config.output).expanduser() if config.output else run.export
     if config.output and output.exists():
         raise UserError(f"{output} exists: name another folder with output=, or remove it")
+    if config.output:
+        check_writable(output, "output")
     checkpoint = choose(run, str(config.checkpoint))
     export_run(run, checkpoint, output, config.dtype, config.merge, config.max_shard_size)
 

@@ -118,7 +118,7 @@ class Run:
             yield
             return
         status = self.status
-        process = _process(status["pid"]) if status.get("state") == "running" else None
+        process = live_process(status["pid"]) if status.get("state") == "running" else None
         if process and process == status["process"] and status["pid"] != os.getpid():
             raise UserError(
                 f"{self.folder} is being trained by process {status['pid']} of this machine: wait for it or stop it"
@@ -164,7 +164,7 @@ class Run:
             "state": state,
             "host": socket.gethostname(),
             "pid": os.getpid(),
-            "process": _process(os.getpid()),
+            "process": live_process(os.getpid()),
             "time": now(),
             "num_steps": num_steps,
             "step": self._step(),
@@ -184,7 +184,7 @@ def _listed(runs_dir: str) -> str:
     return ", ".join(names[:8]) + (", ..." if len(names) > 8 else "") if names else "none yet"
 
 
-def _process(pid: int) -> str | None:
+def live_process(pid: int) -> str | None:
     """Tells a live process from earlier ones of the same number; None where there is no such process, or no /proc."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
