@@ -16,7 +16,7 @@ from hydra.errors import InstantiationException
 
 from sft.errors import NotFinite, UserError
 from sft.runs import events, provenance, watchdog
-from sft.runs.failure import cause
+from sft.runs.failure import by_hand, cause
 from sft.runs.files import unfinished, write_json, write_text
 from sft.runs.identity import Config, deciding, identity
 from sft.runs.provenance import now
@@ -141,6 +141,9 @@ class Run:
             self._mark("interrupted", num_steps)
             raise
         except BaseException as error:
+            if by_hand(error):
+                self._mark("interrupted", num_steps)
+                raise
             mistake = isinstance(error, UserError | InstantiationException) and not isinstance(error, NotFinite)
             if new and mistake and not self.checkpoints.exists():
                 shutil.rmtree(self.folder)
