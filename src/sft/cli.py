@@ -4,6 +4,7 @@ line. Nothing heavy is imported before the configuration is known to be right.""
 import difflib
 import faulthandler
 import os
+import select
 import socket
 import sys
 import traceback
@@ -55,8 +56,14 @@ def main() -> None:
             print(_command_help(command))
         else:
             _start(command, typed[1:])
-        sys.stdout.flush()  # sft --help | head
-    except Exception as error:
+        sys.stdout.flush()
+    except BaseException as error:
+        if failure.by_hand(error):
+            failure.interrupted(command)
+            _leave_ranks(130)
+            sys.exit(130)
+        if not isinstance(error, Exception):
+            raise
         _end_with(error, command)
     _leave_ranks(0)
 
@@ -105,8 +112,8 @@ def _run(command: str, typed: list[str]) -> None:
                 _end_with(stopped, command)
             except Exception as error:  # here, because Hydra would print a line of its own
                 if not _is_one_of_several(command):
-                    _end_with(error, command)
-                message, _ = _report(error, command)
+                    _end_with(error, command, config)
+                message, _ = _report(error, command, config)
             raise RuntimeError(message)  # not from the error, which would keep alive all that its frames hold
 
     sys.argv = [f"sft {command}", *parsed.all()]
@@ -172,28 +179,41 @@ def _is_one_of_several(command: str) -> bool:
     return command == "train" and not OmegaConf.is_missing(HydraConfig.get().job, "num")
 
 
-def _report(error: Exception, command: str) -> tuple[str, int]:
-    """Prints the line for a user's mistake, or the traceback for an error of ours. Returns a line and the exit code."""
-    message = None if os.environ.get("SFT_TRACEBACK") else one_line(error, command)
-    if message is None:
+def _report(error: Exception, command: str, config: "DictConfig | None" = None) -> tuple[str, int]:
+    """Prints the line for a user's mistake, or those for an error of ours; with SFT_TRACEBACK in the environment the
+    traceback, too. Returns a line and the exit code."""
+    message = one_line(error, command)
+    if os.environ.get("SFT_TRACEBACK"):
         traceback.print_exception(error)
-        return f"{type(error).__name__}: {error}", 1
+    if message is None:
+        return failure.crash(error, config), 1
     print(f"sft: {message}", file=sys.stderr, flush=True)
     return message, 2
 
 
-def _end_with(error: Exception, command: str) -> NoReturn:
+def _end_with(error: Exception, command: str, config: "DictConfig | None" = None) -> NoReturn:
     """Ends the process with a report of the error; a run that a signal stopped has already reported it."""
     if isinstance(error, signals.Interrupted):
         _leave_ranks(error.exit_code)
         sys.exit(error.exit_code)
+    if isinstance(error, BrokenPipeError) and _is_unread():
+        _end_unread()
     if folder := os.environ.get("SFT_JOB_FOLDER"):
         with suppress(OSError):  # a full disk must not hide the error that filled it
             failure.write(Path(folder), error)
-    if isinstance(error, BrokenPipeError):  # sft preview ... | head
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(1)
-    sys.exit(_report(error, command)[1])
+    sys.exit(_report(error, command, config)[1])
+
+
+def _is_unread() -> bool:
+    """Whether the reader of standard output has gone, as in sft preview ... | head."""
+    poll = select.poll()
+    poll.register(1, 0)
+    return any(event & select.POLLERR for _, event in poll.poll(0))
+
+
+def _end_unread() -> NoReturn:
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what is left to print at the interpreter's end
+    sys.exit(1)
 
 
 def _usage() -> str:

@@ -9,7 +9,7 @@ class UserError(ValueError):
     """A mistake in the user's data, configuration or files.
 
     The message is one line: what was wrong, where, and what to do. The command line prints it alone and
-    exits with 2; any other exception is a bug of ours and keeps its traceback.
+    exits with 2; any other exception is a bug of ours and ends in a crash report.
     """
 
 

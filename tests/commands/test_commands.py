@@ -96,6 +96,66 @@ def test_generate(there: Sft, capsys: pytest.CaptureFixture[str], monkeypatch: p
     assert alone == lines[1]["response"]
 
 
+def test_generate_from_rows(there: Sft, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    prompts = ["Reverse abc (1).", 'Reverse "x, y" (2).']
+    (tmp_path / "prompts.txt").write_text("".join(f"{prompt}\n" for prompt in prompts))
+    rows = Dataset.from_list([{"prompt": prompt, "response": "cba"} for prompt in prompts])
+    rows.to_json(tmp_path / "rows.jsonl")
+    rows.to_parquet(tmp_path / "rows.parquet")
+    rows.remove_columns("response").to_csv(tmp_path / "questions.csv")
+    made = {}
+    for file in ("prompts.txt", "rows.jsonl", "rows.parquet", "questions.csv"):
+        assert there("generate", "run=run", f"file={tmp_path / file}", "max_new_tokens=6") == 0
+        made[file] = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [list(line) for line in made["prompts.txt"]] == [["prompt", "response"]] * 2
+    assert [line["prompt"] for line in made["prompts.txt"]] == prompts
+    assert made["questions.csv"] == made["prompts.txt"]
+    with_reference = [line | {"reference": "cba"} for line in made["prompts.txt"]]
+    assert made["rows.jsonl"] == made["rows.parquet"] == with_reference
+
+
+def test_files_that_generate_refuses(there: Sft, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "empty.txt").write_text("\n")
+    (tmp_path / "empty.csv").write_text("")
+    (tmp_path / "other.csv").write_text("question,answer\na,b\n")
+    (tmp_path / "blank.jsonl").write_text('{"prompt": "a"}\n{"prompt": ""}\n')
+    for name, line in {
+        "none.csv": f"file={tmp_path}/none.csv: there is no such file (looked in {tmp_path})",
+        ".": f"file={tmp_path}/. is a folder: name a file of prompts, or of rows (.jsonl, .json, .csv, .parquet)",
+        "empty.txt": f"file={tmp_path}/empty.txt holds no prompt: it has one on each line",
+        "empty.csv": f"{tmp_path}/empty.csv: the file is empty",
+        "other.csv": f"file={tmp_path}/other.csv has no column 'prompt', only 'question', 'answer': rename the one "
+        "with the prompts, because the run was trained with data.conversation.prompt=prompt",
+        "blank.jsonl": f"row 1 of {tmp_path}/blank.jsonl: there is nothing to answer (empty_prompt)",
+    }.items():
+        assert there("generate", "run=run", f"file={tmp_path}/{name}") == 2
+        assert capsys.readouterr() == ("", f"sft: {line}\n")
+
+
+@pytest.mark.parametrize(
+    ("command", "setting"),
+    [("score", "output"), ("compare", "output"), ("export", "output"), ("preview", "preview.dump")],
+)
+def test_an_output_that_can_not_be_written_is_refused_first(
+    there: Sft, command: str, setting: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = {"compare": [], "preview": there.settings}.get(command, ["run=run"])
+    Path("a file").touch()
+    if command == "export":  # which makes folders
+        outputs = {
+            "a file/x": f"a file/x can't be written ({Path.cwd()}/a file: Not a directory): set output to another "
+            "folder"
+        }
+    else:
+        outputs = {
+            "none/x": f"{setting}=none/x: there is no folder {Path.cwd()}/none: make it, or name another file",
+            "runs": f"{setting}=runs is a folder: name a file",
+        }
+    for output, line in outputs.items():
+        assert there(command, *arguments, f"{setting}={output}") == 2
+        assert capsys.readouterr() == ("", f"sft: {line}\n")
+
+
 def test_score_against_a_plain_forward_pass(there: Sft, capsys: pytest.CaptureFixture[str]) -> None:
     rows = [{"prompt": "Reverse abc.", "response": "cba"}, {"prompt": "Reverse x.", "response": "xylophone"}]
     data = there.folder / "new.jsonl"

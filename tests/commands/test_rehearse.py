@@ -183,7 +183,7 @@ def test_the_reason_of_a_failure() -> None:
         f"step 1\n{own}RuntimeError: rank 1 has failed: OSError\n{own}OSError: no\n{own}ValueError: x\n", 1
     )
     assert (str(failed), type(failed)) == ("OSError: no (/home/me/mine.py, line 1, in f)", Failed)
-    mistake = failure(f"sft: the optimizer refuses\n{own}RuntimeError: x\nsft: the optimizer refuses\n", 1)
+    mistake = failure(f"sft: the optimizer refuses\n{own}RuntimeError: x\nsft: the optimizer refuses\n", 2)
     assert (str(mistake), type(mistake)) == ("the optimizer refuses", Mistaken)
     assert str(failure("step 1\n", -9)) == "it was killed by SIGKILL"
     assert str(failure("step 1\nwent wrong\n\n", 3)) == "it ended with exit code 3: went wrong"

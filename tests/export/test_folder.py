@@ -1,6 +1,7 @@
 """The Hugging Face folder of a model that is read one weight at a time."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +77,74 @@ def test_reloads_in_another_dtype(tmp_path: Path, tokenizer: PreTrainedTokenizer
     assert reloaded.lm_head.weight is reloaded.model.embed_tokens.weight
     for name, parameter in reloaded.named_parameters():
         assert torch.equal(parameter, weights.tensors[name].bfloat16())
+
+
+def base_with(model_folder: Path, folder: Path, **generation: object) -> ModelSource:
+    shutil.copytree(model_folder, folder)
+    (folder / "generation_config.json").write_text(json.dumps(generation))
+    return settings.model_source(path=str(folder))
+
+
+@pytest.mark.parametrize(
+    ("base", "left_out", "said"),
+    [
+        (
+            {"do_sample": False, "temperature": 0.7, "top_p": 0.9, "repetition_penalty": 1.1},
+            ["temperature", "top_p"],
+            "temperature=0.7, top_p=0.9 without effect (do_sample=False, num_beams=1)",
+        ),
+        ({"top_k": 20, "min_p": 0.1}, ["min_p", "top_k"], "min_p=0.1, top_k=20 without effect"),
+        (
+            {"early_stopping": True, "length_penalty": 2.0},
+            ["early_stopping", "length_penalty"],
+            "early_stopping=True, length_penalty=2.0 without effect",
+        ),
+        ({"use_cache": False, "cache_implementation": "static"}, ["cache_implementation"], "=static without effect"),
+        ({"output_scores": True}, ["output_scores"], "output_scores=True without effect"),
+        ({"do_sample": True, "temperature": 0.7, "top_p": 0.9}, [], None),
+        ({"num_beams": 2, "early_stopping": True, "num_return_sequences": 2}, [], None),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, dict) else "",
+)
+def test_generation_settings_without_effect_are_left_out(
+    base: dict[str, object],
+    left_out: list[str],
+    said: str | None,
+    model_folder: Path,
+    tmp_path: Path,
+    tokenizer: PreTrainedTokenizerFast,
+) -> None:
+    source, lines = base_with(model_folder, tmp_path / "base", **base), []
+    generation_config(source, tokenizer, [258], lines.append).save_pretrained(tmp_path)
+    stored = json.loads((tmp_path / "generation_config.json").read_text())
+    del stored["transformers_version"]
+    kept = {name: value for name, value in base.items() if name not in left_out}
+    assert stored == kept | {"eos_token_id": [258], "pad_token_id": 256}
+    assert len(lines) == (said is not None)
+    if said:
+        assert f"the generation config of {source.path} sets " in lines[0] and said in lines[0]
+
+
+@pytest.mark.parametrize(
+    ("base", "reason"),
+    [
+        ('{"num_return_sequences": 3}', "Greedy methods (do_sample != True) without beam search do not support"),
+        ('{"num_return_sequences": 3, "num_beams": 2}', "(3) has to be smaller or equal to `num_beams` (2)"),
+        ('{"cache_implementation": "nope"}', "Invalid `cache_implementation` (nope)"),
+        ('{"max_new_tokens": "many"}', "'<=' not supported between instances of 'str' and 'int'"),
+        ("{", "is not a valid JSON file"),
+    ],
+)
+def test_generation_settings_that_can_not_be_used(
+    base: str, reason: str, model_folder: Path, tmp_path: Path, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    source = base_with(model_folder, tmp_path / "base")
+    (tmp_path / "base" / "generation_config.json").write_text(base)
+    with pytest.raises(UserError) as refused:
+        generation_config(source, tokenizer, [258])
+    assert str(refused.value).startswith(f"the generation config of {source.path} can't be used: ")
+    assert reason in str(refused.value)
+    assert "\n" not in str(refused.value)
 
 
 def test_a_size_that_is_none(tmp_path: Path) -> None:

@@ -14,19 +14,24 @@ samples with those that the model had in training: verified.json.
 
 import json
 import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from omegaconf import DictConfig, OmegaConf
+from transformers import AutoConfig, AutoTokenizer
 
 from sft.checkpoint.checkpoint import Checkpoint, best, complete
-from sft.errors import UserError
-from sft.export.folder import Read, Specs, generation_config, verify, write_model
-from sft.export.merge import merged, write_adapter
+from sft.cluster.storage import check_writable
+from sft.errors import UserError, disk_is_full
+from sft.export.folder import Read, Specs, empty_model, generation_config, verify, write_model
+from sft.export.merge import adapter_config, merged, write_adapter
 from sft.runs.identity import Config
 from sft.runs.run import Run
 from sft.training.log import log
-from sft.training.prepare import model_source, quiet
+from sft.training.prepare import Prepared, model_source, quiet
 
 
 def main(config: DictConfig) -> None:
@@ -35,6 +40,8 @@ def main(config: DictConfig) -> None:
     output = Path(config.output).expanduser() if config.output else run.export
     if config.output and output.exists():
         raise UserError(f"{output} exists: name another folder with output=, or remove it")
+    if config.output:
+        check_writable(output, "output")
     checkpoint = choose(run, str(config.checkpoint))
     export_run(run, checkpoint, output, config.dtype, config.merge, config.max_shard_size)
 
@@ -70,7 +77,7 @@ def export_run(
     specs: Specs = {name: (checkpoint.dtype(name), shape) for name, shape in checkpoint.shapes.items()}
     read: Read = checkpoint.tensor
     tokenizer = source.load_tokenizer()
-    generation = generation_config(source, tokenizer, checkpoint.state["stop_token_ids"])
+    generation = generation_config(source, tokenizer, checkpoint.state["stop_token_ids"], log)
     if merge is False:
         write_adapter(staging, source, specs, read, dtypes[dtype])
     else:
@@ -81,7 +88,7 @@ def export_run(
         )
     generation.save_pretrained(staging)
     tokenizer.save_pretrained(staging)
-    (staging / "README.md").write_text(model_card(run, checkpoint, merge))
+    (staging / "README.md").write_text(model_card(run, checkpoint.step, checkpoint.state, merge))
     probes = json.loads((checkpoint.path / "probes.json").read_text())
     precision = "bf16-true" if dtype == "bfloat16" else settings["trainer"]["precision"]
     verdict = verify(staging, probes, str(precision), quantized=bool(source.adapter and source.adapter.quantize))
@@ -94,16 +101,61 @@ def export_run(
     )
 
 
-def model_card(run: Run, checkpoint: Checkpoint, merge: bool | None) -> str:
-    """README.md of the exported folder: base model, data and settings. `merge` is None without an adapter."""
-    settings, state = run.config, checkpoint.state
+def try_export(prepared: Prepared, run: Run | None = None) -> None:
+    """Writes all of an export that needs no trained weights to a temporary folder and loads it, so that a fault is
+    found before training. The model card is left out without a `run`. UserError for a fault."""
+    source, tokenizer = prepared.source, prepared.tokenizer
+    merge = source.adapter.merge if source.adapter else None
+    generation = generation_config(source, tokenizer, prepared.stop_token_ids, log)
+    with tempfile.TemporaryDirectory(prefix="sft-export-") as folder:
+        with _tried("tokenizer", source.tokenizer or source.path):
+            tokenizer.save_pretrained(folder)
+            AutoTokenizer.from_pretrained(folder, trust_remote_code=False)  # as `verify` does: without asking
+        with _tried("adapter's configuration" if merge is False else "model's configuration", source.path):
+            generation.save_pretrained(folder)
+            if merge is False:
+                adapter_config(source).save_pretrained(folder)
+                AutoConfig.from_pretrained(
+                    str(source.path), revision=source.revision or "main", trust_remote_code=False
+                )
+            else:
+                model = empty_model(source)
+                model.generation_config = generation
+                model.save_pretrained(folder, state_dict={})
+                AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    if run is not None:
+        with _tried("model card", None):
+            model_card(run, 0, {"num_steps": prepared.data.num_steps, "val_loss": None}, merge)
+
+
+@contextmanager
+def _tried(part: str, of: str | None) -> Iterator[None]:
+    """A fault of a part of the export as a UserError that names it."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:  # libraries and models' own code may raise anything
+        if disk_is_full(error):
+            raise
+        message = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        raise UserError(
+            f"the run could not be exported after training, because the {part}{f' of {of}' if of else ''} can't be "
+            f"saved and loaded again ({message}): correct it, or set export=false to train without an export"
+        ) from error
+
+
+def model_card(run: Run, step: int, state: Mapping[str, object], merge: bool | None) -> str:
+    """README.md of the exported folder: base model, data and settings. `state` is a checkpoint's; `merge` is None
+    without an adapter."""
+    settings, val_loss = run.config, state["val_loss"]
     data = settings["data"]
     base = settings["model"]["path"]
     provenance = json.loads((run.folder / "provenance.json").read_text())
     sources = json.loads((run.folder / "data.json").read_text())["train"]["sources"]
     num_samples = sum(source["samples"] for source in sources)
     num_supervised = sum(source["supervised_tokens"] for source in sources)
-    loss = "not measured" if state["val_loss"] is None else f"{state['val_loss']:.4f}"
+    loss = "not measured" if val_loss is None else f"{val_loss:.4f}"
     recipe = {
         "base model": base or "random weights",
         **({"adapter": _adapter_line(settings["adapter"], merge)} if merge is not None else {}),
@@ -114,7 +166,7 @@ def model_card(run: Run, checkpoint: Checkpoint, merge: bool | None) -> str:
         "schedule": json.dumps({k: v for k, v in settings["schedule"].items() if k != "_partial_"}),
         "precision": settings["trainer"]["precision"],
         "seed": settings["seed"],
-        "step": f"{checkpoint.step} of {state['num_steps']}",
+        "step": f"{step} of {state['num_steps']}",
         "validation loss": loss,
         "commit": provenance["commit"],
     }

@@ -3,14 +3,18 @@
   sft generate run=gsm8k-1a2b3c4d --prompt "How many legs have 3 cats?"
   sft generate run=gsm8k-1a2b3c4d file=prompts.txt max_new_tokens=512 > answers.txt
       a file with one prompt a line
+  sft generate run=gsm8k-1a2b3c4d file=test.jsonl > answers.jsonl
+      rows (.jsonl, .json, .csv, .parquet) with the columns of the run's data, of which the answer may be missing
   echo "How many legs have 3 cats?" | sft generate run=gsm8k-1a2b3c4d temperature=0.7 seed=1
 
---prompt prints the response alone; a file or standard input gives JSON lines with `prompt` and `response`.
+--prompt prints the response alone; a file or standard input gives JSON lines with `prompt` and `response`, and with
+`reference` if the row has an answer. The prompt of a row of messages is all before the last assistant message.
 """
 
 import json
 import sys
-from collections.abc import Iterator
+import tempfile
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -18,8 +22,9 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig
 from transformers import AutoTokenizer
 
-from sft.data.conversation import RowFunction
-from sft.data.prompt import served_ids
+from sft.data.conversation import Row, RowFunction
+from sft.data.prompt import prompt_column, served, served_ids, shown
+from sft.data.rows import LOADERS, Source, load_rows
 from sft.errors import UserError
 from sft.export.folder import load_exported
 from sft.runs.run import Run
@@ -29,24 +34,34 @@ from sft.training.prepare import quiet
 def main(config: DictConfig) -> None:
     run = Run.find(config.run, config.runs_dir)
     folder = run.exported()
-    prompts = read_prompts(config)
-    if not prompts:
-        raise UserError("no prompt: give --prompt TEXT, file=FILE, or lines on standard input")
     quiet()
-    responses = answers(folder, instantiate(run.config["data"]["conversation"], _convert_="all"), prompts, config)
-    for prompt, response in zip(prompts, responses, strict=True):
-        line = json.dumps({"prompt": prompt, "response": response}, ensure_ascii=False)
-        print(line if config.prompt is None else response, flush=True)
+    row_function = instantiate(run.config["data"]["conversation"], _convert_="all")
+    asked = read(config, row_function)
+    lines = list(known(asked, row_function, config.file))
+    for line, response in zip(lines, answers(folder, row_function, asked, config), strict=True):
+        made = json.dumps({"prompt": line.pop("prompt"), "response": response, **line}, ensure_ascii=False)
+        print(made if config.prompt is None else response, flush=True)
 
 
-def answers(folder: Path, row_function: RowFunction, prompts: list[str], config: DictConfig) -> Iterator[str]:
-    """Responses of an exported model to prompts, in their order, without the stop token.
+def known(asked: Sequence[Row | str], row_function: RowFunction, file: str | None) -> Iterator[dict[str, object]]:
+    """`prompt` and, if there is one, `reference` of each line; UserError for a row that can't be answered."""
+    for number, one in enumerate(asked):
+        try:
+            given, reference = served(row_function, one)
+        except UserError as error:
+            raise UserError(f"row {number} of {file}: {error}" if file else str(error)) from error
+        text = one if isinstance(one, str) else shown(given)
+        yield {"prompt": text} if reference is None else {"prompt": text, "reference": reference}
 
-    The run's row function decides what the model sees of a prompt; `config` has the settings of conf/generate.yaml.
+
+def answers(folder: Path, row_function: RowFunction, asked: Sequence[Row | str], config: DictConfig) -> Iterator[str]:
+    """Responses of an exported model to prompts or rows, in their order, without the stop token.
+
+    The run's row function decides what the model sees of each; `config` has the settings of conf/generate.yaml.
     """
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = load_exported(folder)
-    token_ids = [served_ids(tokenizer, row_function, prompt) for prompt in prompts]
+    token_ids = [served_ids(tokenizer, row_function, one) for one in asked]
     sampling = {"do_sample": False}
     if config.temperature:
         sampling = {"do_sample": True, "temperature": config.temperature, "top_p": config.top_p}
@@ -62,6 +77,8 @@ def answers(folder: Path, row_function: RowFunction, prompts: list[str], config:
             input_ids=padded.to(model.device),
             attention_mask=mask.to(model.device),
             max_new_tokens=config.max_new_tokens,
+            num_beams=1,  # the model's own generation config may say otherwise
+            num_return_sequences=1,
             **sampling,
         )
         for new_ids in generated[:, longest:].tolist():
@@ -69,16 +86,45 @@ def answers(folder: Path, row_function: RowFunction, prompts: list[str], config:
             yield str(tokenizer.decode(new_ids[:end], skip_special_tokens=True))
 
 
-def read_prompts(config: DictConfig) -> list[str]:
+def read(config: DictConfig, row_function: RowFunction) -> Sequence[Row | str]:
+    """The prompts, or the rows of a file that holds rows."""
     if config.prompt is not None:
         return [str(config.prompt)]
     if config.file is not None:
+        path = Path(str(config.file)).expanduser()
+        if path.is_dir():
+            raise UserError(
+                f"file={config.file} is a folder: name a file of prompts, or of rows ({', '.join(LOADERS)})"
+            )
+        if not path.exists():
+            raise UserError(f"file={config.file}: there is no such file (looked in {path.absolute().parent})")
+        if path.suffix in LOADERS:
+            return read_rows(path, row_function)
         try:
-            lines = Path(config.file).expanduser().read_text().splitlines()
+            text = path.read_text()
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"file={config.file} can't be read: {error}") from error
     else:
         if sys.stdin.isatty():
             print("one prompt a line, then Ctrl-D:", file=sys.stderr)
-        lines = sys.stdin.read().splitlines()
-    return [line for line in lines if line.strip()]
+        text = sys.stdin.read()
+    prompts = [line for line in text.splitlines() if line.strip()]
+    if not prompts and config.file is not None:
+        raise UserError(f"file={config.file} holds no prompt: it has one on each line")
+    if not prompts:
+        raise UserError("no prompt: give --prompt TEXT, file=FILE, or lines on standard input")
+    return prompts
+
+
+def read_rows(path: Path, row_function: RowFunction) -> list[Row]:
+    """The rows as training reads them; UserError without the column that it takes the prompt from."""
+    with tempfile.TemporaryDirectory(prefix="sft-generate-") as cache:
+        data = load_rows(Source(str(path)), Path(cache))
+        rows: list[Row] = [dict(row) for row in data]
+    setting, column = prompt_column(row_function) or (None, None)
+    if column is not None and column not in rows[0]:
+        raise UserError(
+            f"file={path} has no column {column!r}, only {', '.join(map(repr, rows[0]))}: rename the one with the "
+            f"prompts, because the run was trained with data.conversation.{setting}={column}"
+        )
+    return rows

@@ -25,18 +25,20 @@ from transformers import PreTrainedTokenizerFast
 from sft.data.ledger import Ledger
 from sft.data.mask import IGNORE
 from sft.data.step_plan import check_division
+from sft.runs.files import output_file
 from sft.training.prepare import Prepared, quiet, setup
 from sft.training.settings import world_size
 
 
 def main(config: DictConfig) -> None:
     quiet()
+    path = output_file(config.preview.dump, "preview.dump") if config.preview.dump else None
     check_division(config.global_batch_size, world_size(config), config.micro_batch_size)
     prepared = setup(config)
     console = Console(highlight=False, soft_wrap=True)
     show(console, prepared, config.preview.packs, colour=console.is_terminal)
-    if config.preview.dump:
-        dump(Path(config.preview.dump).expanduser(), prepared)
+    if path:
+        dump(path, prepared)
         console.print(f"{len(prepared.splits.train)} samples written: {config.preview.dump}", markup=False)
 
 

@@ -23,6 +23,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from sft.cluster.storage import check_writable
+from sft.commands.export import try_export
 from sft.data.chat_template import special_ids
 from sft.data.mask import IGNORE
 from sft.errors import UserError
@@ -112,6 +113,8 @@ def _check(config: DictConfig, folder: Path, num_rows: int) -> str:
     cut_data(small.data, folder, num_rows)
     prepared = setup(small)
     stops = check_stops(prepared)
+    if config.export:
+        try_export(prepared)
     shrink_job(small, prepared, folder)
     (folder / "conf").mkdir()
     OmegaConf.save({"defaults": ["quiet", "_self_"], **small}, folder / "conf" / "rehearsed.yaml")

@@ -13,7 +13,6 @@ import sys
 from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import replace
-from pathlib import Path
 
 from hydra.utils import instantiate
 from omegaconf import DictConfig
@@ -27,12 +26,14 @@ from sft.errors import UserError
 from sft.export.folder import load_exported
 from sft.model import attention
 from sft.model.loss import head_is_plain_matrix, token_log_probs
+from sft.runs.files import output_file
 from sft.runs.run import Run
 from sft.training.prepare import quiet
 
 
 def main(config: DictConfig) -> None:
     quiet()
+    path = output_file(config.output, "output") if config.output else None
     run = Run.find(config.run, config.runs_dir)
     folder = run.exported()
     settings = run.config
@@ -46,7 +47,7 @@ def main(config: DictConfig) -> None:
     if samples is None:
         raise UserError(f"{run.folder} has no validation data: name what to score with data=")
     model = load_exported(folder, attention.NAME)
-    opened = Path(config.output).expanduser().open("w") if config.output else nullcontext(sys.stdout)
+    opened = path.open("w") if path else nullcontext(sys.stdout)
     with opened as output:
         for line in scores(model, samples, data_config.max_length):
             print(json.dumps(line), file=output)

@@ -51,7 +51,7 @@ def main(config: DictConfig) -> float | None:
     check_inputs(config)
 
     from sft.checkpoint import checkpoint as checkpoints
-    from sft.commands.export import export_run
+    from sft.commands.export import export_run, try_export
     from sft.commands.preview import write_html
     from sft.ranks import disband
     from sft.training.fit import fit
@@ -75,6 +75,8 @@ def main(config: DictConfig) -> float | None:
         file = MetricsFile(run.folder / "metrics.csv")
         file.resume(data.start_step)
         if not (resume and resume.last):  # killed after its last step, only the export is missing
+            if is_main() and config.export:
+                try_export(prepared, run)
             fit(
                 config,
                 prepared.source,

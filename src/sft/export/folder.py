@@ -1,10 +1,10 @@
 """A Hugging Face folder: a model is written to it one weight at a time, proves itself by reloading, and is loaded."""
 
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -106,13 +106,17 @@ def write_shards(folder: Path, specs: Specs, read: Read, names: Mapping[str, str
         (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
 
 
-def generation_config(source: ModelSource, tokenizer: PreTrainedTokenizerFast, stop_ids: list[int]) -> GenerationConfig:
-    """The base model's, ending at `stop_ids`. It keeps a sampling temperature, which is its author's advice."""
-    generation = GenerationConfig()
-    if source.init == "pretrained":
-        assert source.path is not None
-        with suppress(OSError):
-            generation = GenerationConfig.from_pretrained(source.path, revision=source.revision or "main")
+def generation_config(
+    source: ModelSource,
+    tokenizer: PreTrainedTokenizerFast,
+    stop_ids: list[int],
+    log: Callable[[str], None] = print,
+) -> GenerationConfig:
+    """The base model's, ending at `stop_ids`. It keeps a sampling temperature, which is its author's advice.
+
+    `log` gets a line if settings are left out. UserError if transformers can't use the base model's.
+    """
+    generation = _base_generation_config(source, log) if source.init == "pretrained" else GenerationConfig()
     base_ids = generation.eos_token_id if isinstance(generation.eos_token_id, list) else [generation.eos_token_id]
     # A configuration's default may name a token that means something else to this tokenizer.
     base_ids = [token for token in base_ids if token in tokenizer.all_special_ids and token not in stop_ids]
@@ -120,6 +124,44 @@ def generation_config(source: ModelSource, tokenizer: PreTrainedTokenizerFast, s
     if generation.pad_token_id is None:
         generation.pad_token_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else stop_ids[0]
     return generation
+
+
+def _base_generation_config(source: ModelSource, log: Callable[[str], None]) -> GenerationConfig:
+    """Without the settings that its other settings leave without effect, such as a temperature with do_sample=false:
+    transformers loads them and refuses to save them."""
+    assert source.path is not None
+    try:
+        generation = GenerationConfig.from_pretrained(source.path, revision=source.revision or "main")
+        if idle := _without_effect(generation):
+            values = ", ".join(f"{name}={getattr(generation, name)}" for name in idle)
+            log(
+                f"the generation config of {source.path} sets {values} without effect (do_sample="
+                f"{bool(generation.do_sample)}, num_beams={generation.num_beams or 1}): left out of the export"
+            )
+            for name in idle:
+                setattr(generation, name, None)
+            generation.validate(strict=True)
+    except Exception as error:
+        broken = isinstance(error.__context__, json.JSONDecodeError | UnicodeDecodeError)
+        if isinstance(error, OSError) and not broken:  # the model has none
+            return GenerationConfig()
+        message = " ".join(str(error).split())[:300]
+        raise UserError(
+            f"the generation config of {source.path} can't be used: {message}: correct generation_config.json in a "
+            "copy of the model's folder, and name that in model.path"
+        ) from error
+    return generation
+
+
+def _without_effect(generation: GenerationConfig) -> list[str]:
+    """The settings that transformers calls invalid because of others; ValueError for any other fault."""
+    try:
+        generation.validate(strict=True)
+    except ValueError as error:
+        if names := re.findall(r"^- `(\w+)`: ", str(error), re.MULTILINE):
+            return names
+        raise
+    return []
 
 
 def verify(folder: Path, probes: list[Probe], precision: str, quantized: bool = False) -> Verdict:

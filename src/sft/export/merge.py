@@ -4,6 +4,7 @@ import tempfile
 import warnings
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -16,10 +17,25 @@ from sft.model.adapter import NAME
 from sft.model.loading import ModelSource
 from sft.model.sharded_loading import weight_reader
 
+if TYPE_CHECKING:
+    from peft import PeftConfig
+
 
 def write_adapter(folder: Path, source: ModelSource, specs: Specs, read: Read, dtype: torch.dtype | None) -> None:
     """Writes the weights and configuration that peft and transformers load over the base model; `dtype` None keeps
     each weight's own."""
+    adapter_config(source).save_pretrained(str(folder))
+    names = {f"base_model.model.{name.replace(f'.{NAME}.', '.')}": name for name in specs}
+    stored_specs = {stored: (dtype or specs[name][0], specs[name][1]) for stored, name in names.items()}
+    safetensors_file.write(
+        folder / "adapter_model.safetensors",
+        stored_specs,
+        lambda stored: read(names[stored]).to(stored_specs[stored][0]),
+    )
+
+
+def adapter_config(source: ModelSource) -> "PeftConfig":
+    """The adapter's configuration, which names the base model."""
     from peft import PeftConfig
 
     config = empty_model(source, adapter=True).peft_config[NAME]
@@ -29,14 +45,7 @@ def write_adapter(folder: Path, source: ModelSource, specs: Specs, read: Read, d
     # A folder's whole path means the same wherever the adapter is loaded.
     config.base_model_name_or_path = str(local.resolve()) if local.is_dir() else source.path
     config.revision = source.revision
-    config.save_pretrained(str(folder))
-    names = {f"base_model.model.{name.replace(f'.{NAME}.', '.')}": name for name in specs}
-    stored_specs = {stored: (dtype or specs[name][0], specs[name][1]) for stored, name in names.items()}
-    safetensors_file.write(
-        folder / "adapter_model.safetensors",
-        stored_specs,
-        lambda stored: read(names[stored]).to(stored_specs[stored][0]),
-    )
+    return config
 
 
 def merged(source: ModelSource, specs: Specs, read: Read) -> tuple[Specs, Read]:

@@ -15,6 +15,7 @@ import lightning as L
 from lightning.pytorch.callbacks import Callback
 
 from sft.proof.rank_pool import LAUNCHERS
+from sft.runs.failure import is_library
 
 
 @dataclass(eq=False)
@@ -48,7 +49,7 @@ def run_command(
         Failed: it did not end within `timeout` seconds, or not with `exit_code`.
     """
     environment = {name: value for name, value in os.environ.items() if not name.startswith(LAUNCHERS)}
-    environment |= {"WANDB_MODE": "offline", "CUDA_VISIBLE_DEVICES": "", "PYTHONUNBUFFERED": "1"}
+    environment |= {"WANDB_MODE": "offline", "CUDA_VISIBLE_DEVICES": "", "PYTHONUNBUFFERED": "1", "SFT_TRACEBACK": "1"}
     script = Path(sys.executable).with_name("sft")
     with log.open("wb") as file:
         process = subprocess.Popen(
@@ -85,7 +86,7 @@ def failure(output: str, exit_code: int) -> Failed:
     """Why a command failed, by its output: the line for a user's mistake, or the first exception and its place."""
     lines = output.splitlines()
     mistakes = [line for line in lines if line.startswith("sft: ")]
-    if mistakes:
+    if mistakes and exit_code == 2:
         return Mistaken(mistakes[0].removeprefix("sft: "))
     frames: list[tuple[str, str, str]] = []
     for line in lines:
@@ -94,13 +95,9 @@ def failure(output: str, exit_code: int) -> Failed:
             frames.append((file, number, function))
         # Other ranks may only report that this one has failed.
         elif frames and re.match(r"[\w.]+(: |$)", line) and not re.search(r"rank \d+ has failed", line):
-            file, number, function = ([frame for frame in frames if not _is_library(frame[0])] or frames)[-1]
+            file, number, function = ([frame for frame in frames if not is_library(frame[0])] or frames)[-1]
             return Failed(f"{line[:500]} ({file}, line {number}, in {function})")
     if exit_code < 0:
         return Failed(f"it was killed by {signal.Signals(-exit_code).name}")
     last = next((line for line in reversed(lines) if line.strip()), "it printed nothing")
     return Failed(f"it ended with exit code {exit_code}: {last[:500]}")
-
-
-def _is_library(file: str) -> bool:
-    return file.startswith((sys.prefix, sys.base_prefix, "<")) or "site-packages" in file

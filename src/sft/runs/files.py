@@ -4,6 +4,8 @@ import json
 import os
 from pathlib import Path
 
+from sft.errors import UserError
+
 
 def write_text(path: Path, text: str) -> None:
     """Writes the text beside `path` and renames it: a reader never sees half of it, nor does a kill leave half."""
@@ -14,6 +16,19 @@ def write_text(path: Path, text: str) -> None:
 
 def write_json(path: Path, value: object) -> None:
     write_text(path, json.dumps(value, indent=2) + "\n")
+
+
+def output_file(path: str, setting: str) -> Path:
+    """A file that a command will write; UserError before its work where that can't be done."""
+    file = Path(path).expanduser()
+    folder = file.absolute().parent
+    if file.is_dir():
+        raise UserError(f"{setting}={path} is a folder: name a file")
+    if not folder.is_dir():
+        raise UserError(f"{setting}={path}: there is no folder {folder}: make it, or name another file")
+    if not os.access(file if file.exists() else folder, os.W_OK):
+        raise UserError(f"{setting}={path} can't be written: name another file")
+    return file
 
 
 def unfinished(path: Path) -> Path:

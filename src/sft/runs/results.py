@@ -1,12 +1,17 @@
 """A run's figures, read from its folder."""
 
 import math
+import socket
+import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 
 from sft.runs.identity import deciding
 from sft.runs.metrics_file import Metrics
-from sft.runs.run import Run
+from sft.runs.run import Run, live_process
+
+HANG_AFTER = 900  # seconds, as conf/cluster/default.yaml
+SLACK = 120  # seconds in which a rank that hangs is ended, and a file's time may be off
 
 
 @dataclass(frozen=True)
@@ -15,7 +20,7 @@ class Result:
 
     name: str
     settings: dict[str, object]  # those that decide the numbers, by dotted name
-    state: str = "new"
+    state: str = "new"  # that of `status.json`; died, or silent with a time, where its process didn't end it
     step: int = 0  # the last in `metrics.csv`
     num_steps: int | None = None  # of the whole run; None before its start
     best: float = math.nan  # validation loss
@@ -29,7 +34,7 @@ class Result:
         return cls(
             name=run.folder.name,
             settings=deciding(run.config),
-            state=status.get("state", "new"),
+            state=_state(run),
             step=metrics.step,
             num_steps=status.get("num_steps"),
             best=metrics.lowest("val/loss"),
@@ -39,14 +44,44 @@ class Result:
         )
 
 
+def _state(run: Run) -> str:
+    """The state of a run. One whose process is gone without a trace, as after SIGKILL, has died; of a process on
+    another machine only its files can tell."""
+    status = run.status
+    state = status.get("state", "new")
+    if state != "running" or "pid" not in status:
+        return state
+    if status["host"] == socket.gethostname() and status["process"]:
+        return state if live_process(status["pid"]) == status["process"] else "died"
+    files = [run.folder / name for name in ("status.json", "metrics.csv", "events.jsonl")]
+    silent = time.time() - max(file.stat().st_mtime for file in files if file.exists())
+    longest = (run.config.get("cluster") or {}).get("hang_after") or HANG_AFTER
+    return f"silent {_duration(silent)}" if silent > longest + SLACK else state
+
+
+def _duration(seconds: float) -> str:
+    for unit, length in (("d", 86_400), ("h", 3_600)):
+        if seconds >= 1.5 * length:
+            return f"{seconds / length:.0f} {unit}"
+    return f"{seconds / 60:.0f} min"
+
+
 def best_first(results: Iterable[Result]) -> list[Result]:
     """In order of the last validation loss; runs without one at the end."""
     return sorted(results, key=lambda result: (math.isnan(result.last), result.last))
 
 
 def differing(results: list[Result]) -> dict[str, str]:
-    """The settings in which some runs differ, each with the last part of its name, or all where two end alike."""
+    """The settings in which some runs differ, each with the last part of its name, or all where two end alike. Those
+    that tell most come first: with more values, numbers, the optimizer's."""
+
+    def telling(name: str) -> tuple[int, bool, bool]:
+        values = [result.settings.get(name) for result in results]
+        numeric = all(isinstance(value, int | float) and not isinstance(value, bool) for value in values)
+        return -len({repr(value) for value in values}), not numeric, not name.startswith("optimizer.")
+
     names = sorted({name for result in results for name in result.settings})
     varied = [name for name in names if len({repr(result.settings.get(name)) for result in results}) > 1]
+    varied.sort(key=telling)
     last = {name: name.rpartition(".")[2] for name in varied}
     return {name: name if list(last.values()).count(part) > 1 else part for name, part in last.items()}

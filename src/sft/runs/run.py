@@ -17,7 +17,7 @@ from hydra.errors import InstantiationException
 
 from sft.errors import NotFinite, UserError
 from sft.runs import events, provenance, watchdog
-from sft.runs.failure import cause
+from sft.runs.failure import by_hand, cause
 from sft.runs.files import unfinished, write_json, write_text
 from sft.runs.identity import Config, deciding, identity
 from sft.runs.provenance import now
@@ -123,7 +123,7 @@ class Run:
             yield
             return
         status = self.status
-        process = _process(status["pid"]) if status.get("state") == "running" else None
+        process = live_process(status["pid"]) if status.get("state") == "running" else None
         if process and process == status["process"] and status["pid"] != os.getpid():
             raise UserError(
                 f"{self.folder} is being trained by process {status['pid']} of this machine: wait for it or stop it"
@@ -146,6 +146,9 @@ class Run:
             self._mark("interrupted", num_steps)
             raise
         except BaseException as error:
+            if by_hand(error):
+                self._mark("interrupted", num_steps)
+                raise
             mistake = isinstance(error, UserError | InstantiationException) and not isinstance(error, NotFinite)
             if new and mistake and not self.checkpoints.exists():
                 shutil.rmtree(self.folder)
@@ -169,7 +172,7 @@ class Run:
             "state": state,
             "host": socket.gethostname(),
             "pid": os.getpid(),
-            "process": _process(os.getpid()),
+            "process": live_process(os.getpid()),
             "time": now(),
             "num_steps": num_steps,
             "step": self._step(),
@@ -189,7 +192,7 @@ def _listed(runs_dir: str) -> str:
     return ", ".join(names[:8]) + (", ..." if len(names) > 8 else "") if names else "none yet"
 
 
-def _process(pid: int) -> str | None:
+def live_process(pid: int) -> str | None:
     """Tells a live process from earlier ones of the same number; None where there is no such process, or no /proc."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
