@@ -140,7 +140,9 @@ def _check(command: str, config: "DictConfig", typed: set[str]) -> None:
     if command in ON_A_RUN:
         from sft.runs.run import Run
 
-        Run.find(config.run, config.runs_dir)
+        run = Run.find(config.run, config.runs_dir)
+        if command != "export":
+            run.exported()
     elif command in ("preview", "rehearse"):
         check_inputs(config)
 

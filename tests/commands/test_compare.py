@@ -82,7 +82,8 @@ def test_all_runs_where_none_is_named(runs: Sft, capsys: pytest.CaptureFixture[s
 def test_a_folder_that_is_no_run(runs: Sft, capsys: pytest.CaptureFixture[str]) -> None:
     (runs.folder / "runs" / "thesis=1").mkdir()
     assert runs("compare", "runs/a", "runs/thesis=1") == 2
-    assert capsys.readouterr().err == "sft: there is no run runs/thesis=1: runs/ holds a, b, c, d\n"
+    line = f"sft: there is no run runs/thesis=1: runs/ holds a, b, c, d (looked in {runs.folder})\n"
+    assert capsys.readouterr().err == line
 
 
 @pytest.mark.parametrize("command", ["compare runs/a", "generate run=none --prompt x"])

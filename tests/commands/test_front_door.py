@@ -10,8 +10,10 @@ from pathlib import Path
 from textwrap import dedent
 
 import pytest
+from hydra import compose, initialize_config_dir
 
 from running import Sft
+from sft.config import CONF
 
 # Runs command lines, each in a folder of its own, and prints the code, the output and the errors of each.
 WITHOUT_TORCH = dedent("""
@@ -110,11 +112,16 @@ ROWS = [
         ["train", *HERE, "trainer.devices=2"],
         "strategy=single is for one device, and the trainer has 2: set strategy=ddp",
     ),
-    (nothing, ["generate", "none"], "there is no run none: runs/ holds done"),
-    (nothing, ["score", "run=none"], "there is no run none: runs/ holds done"),
+    (nothing, ["generate", "none"], "there is no run none: runs/ holds done (looked in {folder})"),
+    (nothing, ["score", "run=none"], "there is no run none: runs/ holds done (looked in {folder})"),
+    (
+        nothing,
+        ["generate", "done"],
+        "runs/done has no exported model: let sft train finish, or sft export run=done",
+    ),
     (nothing, ["export"], "run must be given: see sft export --help"),
     (nothing, ["generate", "done", "max_new_tokens=0"], "max_new_tokens=0 is not a whole number from 1 on"),
-    (nothing, ["compare", "none"], "there is no run none: runs/ holds done"),
+    (nothing, ["compare", "none"], "there is no run none: runs/ holds done (looked in {folder})"),
     (nothing, ["preview", *HERE, "data.path=none.jsonl"], "none.jsonl: no such file or folder (looked in {folder})"),
 ]
 
@@ -231,3 +238,14 @@ def test_what_a_project_keeps_apart(sft: Sft, tmp_path: Path, capsys: pytest.Cap
     assert sft.train("--config-dir", "mine", "experiment=mine", "export=false", "data.conversation.shout=true") == 0
     assert "ended after 2\n" in capsys.readouterr().out
     assert [path.name[:5] for path in (tmp_path / "runs").iterdir()] == ["mine-"]
+
+
+def test_settings_of_this_machine_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """conf/local/default.yaml, which git ignores."""
+    shutil.copytree(CONF, tmp_path / "conf")
+    (tmp_path / "conf" / "local").mkdir()
+    (tmp_path / "conf" / "local" / "default.yaml").write_text("# @package _global_\nruns_dir: /scratch/runs\n")
+    with initialize_config_dir(str(tmp_path / "conf"), version_base="1.3"):
+        assert compose("train").runs_dir == "/scratch/runs"
+        assert compose("train", ["runs_dir=here"]).runs_dir == "here"
+    assert "/conf/local/" in (CONF.parent / ".gitignore").read_text().split()

@@ -107,7 +107,8 @@ class Run:
         for folder in (Path(name).expanduser(), Path(runs_dir) / name):
             if (folder / "config.yaml").exists():
                 return cls(folder)
-        raise UserError(f"there is no run {name}: {runs_dir}/ holds {_listed(runs_dir)}")
+        looked = "" if Path(runs_dir).is_absolute() else f" (looked in {Path.cwd()})"
+        raise UserError(f"there is no run {name}: {runs_dir}/ holds {_listed(runs_dir)}{looked}")
 
     @contextmanager
     def attempt(
