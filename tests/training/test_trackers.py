@@ -122,10 +122,19 @@ def test_settings_that_wandb_refuses_are_the_users_mistake(tmp_path: Path, monke
         track(tmp_path, [])
 
 
-def test_disabled_wandb_holds_up_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tags_that_wandb_refuses_are_the_users_mistake(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"settings of logger.*64 characters"):
+        track(tmp_path, [], tags=["n" * 65])
+
+
+def test_disabled_wandb_gets_nothing_and_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    track(tmp_path, [], 0, 1, 2, 3)
+    import wandb
+
+    wandb.teardown()
     monkeypatch.setenv("WANDB_MODE", "disabled")
     track(tmp_path, HISTORY, 4, 5)
-    assert not (tmp_path / "wandb").exists()
+    assert len(offline.history(tmp_path)) == 4
 
 
 @pytest.mark.parametrize("had", [0, 2, 5])
@@ -200,7 +209,8 @@ def test_server_that_fails_at_any_moment_holds_up_nothing(
     monkeypatch.setenv("WANDB__FILE_STREAM_TRANSMIT_INTERVAL", "0.01")
     service.fault, service.at = fault, moment
     about = ("logger.entity=team", "logger.tags=[a,b]", "logger.notes=why", "logger.job_type=train")
-    assert sft.train(*SHORT, *about) == 0
+    group = ["logger.group=several"] if fault == "hang" else []
+    assert sft.train(*SHORT, *about, *group) == 0
     rows = Metrics.read(sft.run_folder() / "metrics.csv").rows
     assert [row["step"] for row in rows] == ["0", "1", "2", "3"]
     assert len(service.rows("run")) < len(rows)
@@ -208,7 +218,7 @@ def test_server_that_fails_at_any_moment_holds_up_nothing(
     (command,) = [line for line in out.splitlines() if "wandb sync" in line]
     run = service.buckets["run"]
     assert (run["entity"], run["tags"], run["notes"], run["jobType"]) == ("team", ["a", "b"], "why", "train")
-    assert run["groupName"] == "sft"
+    assert run["groupName"] == ("several" if group else "sft")
     assert json.loads(run["config"])["optimizer"]["value"]["lr"] == 0.01
 
     service.vanish()

@@ -50,7 +50,7 @@ def wandb_logger(
 
     `WANDB_MODE` in the environment takes precedence over `mode`. If the server can't be reached or refuses the key,
     the run is logged offline until it is started again. Raises UserError if `mode=online` without a key, and if wandb
-    can't read its own settings.
+    refuses its own settings or those given here.
     """
     if mode not in ("auto", "online", "offline"):
         raise UserError(f"logger.mode={mode} is unknown: set auto, online or offline")
@@ -117,7 +117,7 @@ def wandb_logger(
                 experiment = start(mode)
                 forget()
                 log(f"W&B run {experiment.url}")
-        except wandb.errors.Error as error:
+        except Exception as error:  # whatever it is: the run can be logged offline
             fault = f"{settings.base_url}: {_line(error)}"
             _within(ANSWER, _teardown, None)  # its process would still have this run's id in use
             _settings()
@@ -125,8 +125,12 @@ def wandb_logger(
             log(f"W&B can't be used, so this run is logged offline until it is started again: {fault}")
             mode = "offline"
     if mode != "online":
-        forget()
-        experiment = start(mode)
+        if mode == "offline":
+            forget()
+        try:
+            experiment = start(mode)
+        except (ValueError, wandb.errors.UsageError) as error:
+            raise UserError(f"wandb refuses the settings of logger: {_line(error)}") from error
     experiment.config.update(dict(config or {}), allow_val_change=True)  # a resumed W&B run keeps the earlier values
     experiment.define_metric("trainer/global_step")
     experiment.define_metric("*", step_metric="trainer/global_step")
