@@ -1,49 +1,239 @@
-"""W&B gets each step once, whatever it has had of the run's earlier attempts."""
+"""What W&B gets of a run, whoever holds its key and however its server fails. wandb is the real one."""
 
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+import offline
+from running import Sft
+from sft.errors import UserError
+from sft.runs.metrics_file import Metrics
 from sft.training import trackers
+from wandb_server import KEY, Service
 
-VALIDATED = {2: "0.5"}
-HISTORY = [{"step": str(k), "train/loss": str(9 - k), "val/loss": VALIDATED.get(k, "")} for k in range(4)]
+HISTORY = [{"step": str(k), "train/loss": str(9 - k), "val/loss": "0.5" if k == 2 else ""} for k in range(4)]
+STEPS = [0, 1, 2, 3, 4, 5]
+SHORT = ("run=run", "logger=wandb", "max_steps=3", "val_every=1", "export=false")
 
 
-@pytest.mark.parametrize(("had", "sent"), [(0, [0, 1, 2, 3, 4, 5]), (2, [2, 3, 4, 5]), (5, [5])])
-def test_only_what_is_missing_is_sent(had: int, sent: list[int], tmp_path: Path, monkeypatch: Any) -> None:
+@pytest.fixture(autouse=True)
+def alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """wandb without the settings, keys and process of whoever runs the tests."""
     import wandb
 
-    logged: list[tuple[int, dict[str, float]]] = []
+    for name in [name for name in os.environ if name.startswith("WANDB_") or name.lower().endswith("_proxy")]:
+        monkeypatch.delenv(name)
+    monkeypatch.delenv("NETRC", raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    (tmp_path / "home").mkdir()
+    monkeypatch.chdir(tmp_path)
+    wandb.teardown()
+    yield
+    wandb.teardown()
 
-    class Fake(wandb.Run):
-        starting_step = had
 
-        def __init__(self) -> None:
-            self._settings = SimpleNamespace()
+@pytest.fixture
+def service(monkeypatch: pytest.MonkeyPatch) -> Iterator[Service]:
+    """A server that works, and its key in the environment."""
+    service = Service()
+    monkeypatch.setenv("WANDB_BASE_URL", service.url)
+    monkeypatch.setenv("WANDB_API_KEY", KEY)
+    yield service
+    service.vanish()
 
-        def __del__(self) -> None:
-            pass
 
-        def define_metric(self, *_: Any, **__: Any) -> None:
-            pass
+def track(folder: Path, history: list[dict[str, str]], *steps: int, **options: Any) -> None:
+    """What a run does that has `history` already and makes `steps`."""
+    options = {"run": "r", "group": "g", "project": "sft", "mode": "auto"} | options
+    with trackers.tracking():
+        logger = trackers.wandb_logger(folder=folder, history=history, **options)
+        for step in steps:
+            logger.log_metrics({"train/loss": float(9 - step)}, step=step)
 
-        def log(self, metrics: dict[str, float], step: int) -> None:
-            logged.append((step, metrics))
 
-    asked: dict[str, Any] = {}
-    monkeypatch.setattr(wandb, "init", lambda **options: asked.update(options) or Fake())
-    monkeypatch.setenv("WANDB_API_KEY", "x" * 40)
-    monkeypatch.delenv("WANDB_MODE")
-    options: dict[str, Any] = {"group": "g", "project": "p", "mode": "auto"}
-    logger = trackers.wandb_logger(run="r", folder=tmp_path, history=HISTORY, **options)
-    for step in (4, 5):
-        logger.log_metrics({"train/loss": 1.0}, step=step)
-    assert (asked["id"], asked["resume"], asked["mode"], asked["group"]) == ("r", "allow", "online", "g")
-    assert [step for step, _ in logged] == sent
-    rows = dict(logged)
-    if had <= 2:
-        assert rows[2] == {"train/loss": 7.0, "val/loss": 0.5, "trainer/global_step": 2}
-        assert rows[3] == {"train/loss": 6.0, "trainer/global_step": 3}
+def kept(folder: Path, kind: str = "offline-run") -> int:
+    return len(list((folder / "wandb").glob(f"{kind}-*")))
+
+
+NETRC = "machine {} login user password " + KEY
+WAYS: dict[str, tuple[dict[str, str], dict[str, str], str]] = {
+    "nothing": ({}, {}, "offline"),
+    "variable": ({"WANDB_API_KEY": KEY}, {}, "online"),
+    "wandb login": ({}, {".netrc": "DEFAULT"}, "online"),
+    "wandb login of wandb < 0.31": ({}, {".netrc": NETRC.format("api.wandb.ai")}, "online"),
+    "wandb login at another server": ({}, {".netrc": NETRC.format("w.example.com")}, "offline"),
+    "wandb login at this server": (
+        {"WANDB_BASE_URL": "https://w.example.com"},
+        {".netrc": NETRC.format("w.example.com")},
+        "online",
+    ),
+    "wandb login --host": (
+        {},
+        {
+            ".netrc": NETRC.format("w.example.com"),
+            ".config/wandb/settings": "[default]\nbase_url = https://w.example.com",
+        },
+        "online",
+    ),
+    "settings": ({}, {".config/wandb/settings": f"[default]\napi_key = {KEY}"}, "online"),
+    "token": ({"WANDB_IDENTITY_TOKEN_FILE": "token.jwt"}, {"../token.jwt": "a.b.c"}, "online"),
+    "wandb offline": ({"WANDB_API_KEY": KEY}, {".config/wandb/settings": "[default]\nmode = offline"}, "offline"),
+    "WANDB_MODE=online": ({"WANDB_API_KEY": KEY, "WANDB_MODE": "online"}, {}, "online"),
+    "WANDB_MODE=offline": ({"WANDB_API_KEY": KEY, "WANDB_MODE": "offline"}, {}, "offline"),
+    "WANDB_MODE=disabled": ({"WANDB_API_KEY": KEY, "WANDB_MODE": "disabled"}, {}, "disabled"),
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_key_is_found_wherever_wandb_finds_one(way: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import wandb
+
+    class Asked(BaseException):
+        pass
+
+    def init(mode: str, **_: Any) -> None:
+        raise Asked(mode)
+
+    environment, files, expected = WAYS[way]
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    for name, text in files.items():
+        path = tmp_path / "home" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        default = wandb.Settings().base_url.removeprefix("https://")
+        path.write_text(NETRC.format(default) if text == "DEFAULT" else text)
+        path.chmod(0o600)
+    monkeypatch.setattr(wandb, "init", init)
+    monkeypatch.setattr(trackers, "_fault", lambda *_: None)
+    with pytest.raises(Asked, match=expected):
+        track(tmp_path, [])
+
+
+def test_settings_that_wandb_refuses_are_the_users_mistake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WANDB_BASE_URL", "w.example.com")
+    with pytest.raises(UserError, match=r"wandb's settings are wrong.*base_url"):
+        track(tmp_path, [])
+
+
+def test_tags_that_wandb_refuses_are_the_users_mistake(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"settings of logger.*64 characters"):
+        track(tmp_path, [], tags=["n" * 65])
+
+
+def test_disabled_wandb_gets_nothing_and_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    track(tmp_path, [], 0, 1, 2, 3)
+    import wandb
+
+    wandb.teardown()
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    track(tmp_path, HISTORY, 4, 5)
+    assert len(offline.history(tmp_path)) == 4
+
+
+@pytest.mark.parametrize("had", [0, 2, 5])
+def test_only_what_is_missing_is_sent(had: int, tmp_path: Path, service: Service) -> None:
+    if had:
+        track(tmp_path, [], *range(had), config={"optimizer": {"lr": 1.0}, "gone": True})
+    track(tmp_path, HISTORY, 4, 5, config={"optimizer": {"lr": 2.0, "name": None}}, tags="a", job_type="train")
+    rows = service.rows("r")
+    assert [row["_step"] for row in rows] == [row["trainer/global_step"] for row in rows] == STEPS
+    assert [row["train/loss"] for row in rows] == [9, 8, 7, 6, 5, 4]
+    assert had > 2 or rows[2]["val/loss"] == 0.5
+    assert "r" in service.complete
+    run = service.buckets["r"]
+    assert (run["project"], run["groupName"], run["jobType"], run["tags"]) == ("sft", "g", "train", ["a"])
+    assert json.loads(run["config"])["optimizer"] == {"value": {"lr": 2.0, "name": None}}
+
+
+FAULTS = {
+    "vanish": "can't be reached",
+    "hang": "doesn't answer|timed out",
+    "reset": "can't be reached",
+    500: "HTTP 500",
+    401: "refuses the key: run `wandb login",
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_run_begins_offline_and_is_online_when_started_again(
+    fault: str | int,
+    tmp_path: Path,
+    service: Service,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    import wandb
+
+    monkeypatch.setattr(trackers, "BEGIN", 2)
+    if fault == "vanish":
+        service.vanish()
+    service.fault = fault
+    begun = time.monotonic()
+    track(tmp_path, [], 0, 1, 2, 3, mode="online")
+    assert time.monotonic() - begun < 10
+    (line,) = capsys.readouterr().out.splitlines()
+    assert "this run is logged offline" in line
+    assert any(reason in line for reason in FAULTS[fault].split("|"))
+    wandb.teardown()  # the file is whole when wandb's process has ended
+    assert [row["_step"] for row in offline.history(tmp_path)] == [0, 1, 2, 3]
+
+    service.fault = None
+    again = Service(service.server_port) if fault == "vanish" else service
+    track(tmp_path, HISTORY, 4, 5)
+    assert [row["_step"] for row in again.rows("r")] == STEPS
+    assert kept(tmp_path) == 0
+    assert f"W&B run {service.url}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("moment", "fault"),
+    [("createRunFiles", "hang"), (r"_step\":1,", "vanish"), (r"_step\":3,", "hang"), (r"_step\":3,", "vanish")],
+    ids=["begun", "midway", "end, no answer", "end"],
+)
+def test_server_that_fails_at_any_moment_holds_up_nothing(
+    moment: str,
+    fault: str,
+    sft: Sft,
+    service: Service,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(trackers, "END", 1)
+    monkeypatch.setenv("WANDB__FILE_STREAM_TRANSMIT_INTERVAL", "0.01")
+    service.fault, service.at = fault, moment
+    about = ("logger.entity=team", "logger.tags=[a,b]", "logger.notes=why", "logger.job_type=train")
+    group = ["logger.group=several"] if fault == "hang" else []
+    assert sft.train(*SHORT, *about, *group) == 0
+    rows = Metrics.read(sft.run_folder() / "metrics.csv").rows
+    assert [row["step"] for row in rows] == ["0", "1", "2", "3"]
+    assert len(service.rows("run")) < len(rows)
+    out = capsys.readouterr().out
+    (command,) = [line for line in out.splitlines() if "wandb sync" in line]
+    run = service.buckets["run"]
+    assert (run["entity"], run["tags"], run["notes"], run["jobType"]) == ("team", ["a", "b"], "why", "train")
+    assert run["groupName"] == ("several" if group else "sft")
+    assert json.loads(run["config"])["optimizer"]["value"]["lr"] == 0.01
+
+    service.vanish()
+    later = Service()
+    _, _, words = command.partition("wandb sync ")
+    wandb = [sys.executable, "-m", "wandb", "sync", *words.split()]
+    synced = subprocess.run(wandb, env=os.environ | {"WANDB_BASE_URL": later.url}, capture_output=True, text=True)
+    assert "Finished syncing" in synced.stderr
+    assert [row["_step"] for row in later.rows("run")] == [0, 1, 2, 3]
+    later.vanish()
+
+
+def test_long_name_is_cut_to_an_id_of_its_own(tmp_path: Path, service: Service) -> None:
+    names = ["n" * 200 + end for end in "ab"]
+    for name in names:
+        track(tmp_path / name, [], 0, run=name)
+    assert len(service.complete) == 2
+    assert all(len(identity) == 128 for identity in service.complete)

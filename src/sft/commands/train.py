@@ -106,7 +106,10 @@ def trackers(config: DictConfig, run: Run, history: list[dict[str, str]]) -> "li
 
     if not config.get("logger"):
         return []
-    return [instantiate(config.logger)(run=run.folder.name, folder=run.folder, group=config.name, history=history)]
+    tracker = instantiate(config.logger)
+    group = config.logger.get("group") or config.name
+    resolved = OmegaConf.to_container(config, resolve=True)
+    return [tracker(run=run.folder.name, folder=run.folder, group=group, history=history, config=resolved)]
 
 
 def summarise(run: Run, metrics: Metrics) -> None:
