@@ -44,7 +44,7 @@ def test_a_mistake_with_its_traceback(
     assert sft("generate", "run=none") == 2
     *trace, line = capsys.readouterr().err.splitlines()
     assert trace[0] == "Traceback (most recent call last):"
-    assert line == "sft: there is no run none: runs/ holds none yet"
+    assert line == f"sft: there is no run none: runs/ holds none yet (looked in {sft.folder})"
 
 
 def interrupted_in_step_2() -> None:

@@ -52,8 +52,6 @@ def wandb_logger(
     the run is logged offline until it is started again. Raises UserError if `mode=online` without a key, and if wandb
     refuses its own settings or those given here.
     """
-    if mode not in ("auto", "online", "offline"):
-        raise UserError(f"logger.mode={mode} is unknown: set auto, online or offline")
     mode = os.environ.get("WANDB_MODE") or mode
     first_rank = rank_zero_only.rank == 0  # type: ignore[attr-defined]
     if first_rank or mode == "online":
