@@ -45,13 +45,18 @@ def unknown(name: str, command: str) -> str:
         return f"there is no setting {name} with the {group} that is chosen: choose another of {', '.join(options)}"
     if here := known_as(name):
         return f"there is no setting {name}; in its place: {here}"
-    parts = [part.split(".") for part in [*names, *arguments.groups()]]
-    parents = list(dict.fromkeys(".".join(part[:end]) for part in parts for end in range(1, len(part) + 1)))
-    same_leaf = [setting for setting in parents if setting.rpartition(".")[2] == name.rpartition(".")[2]]
-    nearest = [*same_leaf, *difflib.get_close_matches(name, parents, n=1)]
-    advice = f"did you mean {nearest[0]}?" if nearest else f"see sft {command} --cfg job"
-    own = "; settings of your own go under extra, as extra.NAME=VALUE" if "extra" in names and not nearest else ""
-    return f"there is no setting {name}: {advice}{own}"
+    inside, _, leaf = name.rpartition(".")
+    siblings = [setting for setting in names if setting.rpartition(".")[0] == inside]
+    same_leaf = [setting for setting in names if setting.rpartition(".")[2] == leaf]
+    alike = difflib.get_close_matches(leaf, [setting.rpartition(".")[2] for setting in siblings], n=1)
+    if nearest := same_leaf or [f"{inside}.{leaf}".lstrip(".") for leaf in alike]:
+        return f"there is no setting {name}: did you mean {nearest[0]}?"
+    if inside and siblings:
+        return f"there is no setting {name}: {inside} has {', '.join(s.rpartition('.')[2] for s in siblings)}"
+    if nearest := difflib.get_close_matches(name, [*names, *arguments.groups()], n=1):
+        return f"there is no setting {name}: did you mean {nearest[0]}?"
+    own = "; settings of your own go under extra, as extra.NAME=VALUE" if "extra" in names else ""
+    return f"there is no setting {name}: see sft {command} --cfg job{own}"
 
 
 def _of_hydra(error: BaseException, command: str) -> str:

@@ -74,6 +74,8 @@ READ = "a number is written like 1e-4, a list like [a,b], and a text with other 
         ("train --lr 1e-4", "--lr: settings are written without dashes: sft train optimizer.lr=1e-4"),
         ("train --lr=1e-4", "--lr=1e-4: settings are written without dashes: sft train optimizer.lr=1e-4"),
         ("generate --run demo", "--run: settings are written without dashes: sft generate run=demo"),
+        ("train --resume", "there is no option --resume; in its place: the same command resumes the run"),
+        ("train -x", "there is no option -x; settings are written NAME=VALUE; see sft train --help"),
         ("train --cfg", "--cfg needs a value"),
         (
             "train -m seed=1,2 --cfg job",

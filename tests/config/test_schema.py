@@ -139,7 +139,12 @@ def test_a_value_out_of_its_range(setting: str, line: str) -> None:
             "adapter.r=8",
             "there is no setting adapter.r with the adapter that is chosen: choose another of lora, none, qlora",
         ),
-        ("data.conversation.x=1", "there is no setting data.conversation.x: did you mean data.conversation?"),
+        (
+            "data.conversation.x=1",
+            "there is no setting data.conversation.x: data.conversation has prompt, response, system, chat, column, "
+            "role, content, roles, tools",
+        ),
+        ("schedule.foo=1", "there is no setting schedule.foo: schedule has warmup, final, decay"),
     ],
 )
 def test_a_name_that_is_unknown(setting: str, line: str) -> None:

@@ -10,6 +10,7 @@ from typing import Any, Literal, NamedTuple, NoReturn, Union, get_args, get_orig
 from pydantic import BaseModel
 
 from sft.config import CONF, schema
+from sft.config.known_as import known_as
 from sft.errors import UserError
 
 # Hydra's own options: with a value, and without.
@@ -176,10 +177,13 @@ def _choice(prefix: str, group: str, value: str, options: list[str], is_sweep: b
 def _refuse_option(command: str, word: str, rest: list[str]) -> NoReturn:
     name, _, value = word.lstrip("-").partition("=")
     name = name.replace("-", "_")
-    value = value or (rest[0] if rest and not rest[0].startswith("-") else "VALUE")
     known = [setting for setting in names(command) if name in (setting, setting.rpartition(".")[2])]
-    written = f"{known[0] if known else name}={value}"
-    raise UserError(f"{word}: settings are written without dashes: sft {command} {written}")
+    if known:
+        value = value or (rest[0] if rest and not rest[0].startswith("-") else "VALUE")
+        raise UserError(f"{word}: settings are written without dashes: sft {command} {known[0]}={value}")
+    here = known_as(name)
+    advice = f"in its place: {here}" if here else f"settings are written NAME=VALUE; see sft {command} --help"
+    raise UserError(f"there is no option {word}; {advice}")
 
 
 def _advice_on_word(command: str, word: str) -> str:

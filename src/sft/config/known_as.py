@@ -41,6 +41,7 @@ KNOWN_AS: dict[str, dict[str, str]] = {
         "auto_lr_find": "a search: `sft train -m hydra/sweeper=optuna`",
         "auto_scale_batch_size": "`micro_batch_size`, which never changes the result",
         "resume_from_checkpoint": "the same command resumes the run",
+        "resume": "the same command resumes the run",
     },
     "lightning-hydra-template": {
         "task_name": "`name`",
