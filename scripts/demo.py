@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from shutil import which
 
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
@@ -91,9 +92,15 @@ def report(rows: list[dict[str, str]]) -> tuple[float, float]:
     figures.add_row("metrics", f"{TUNED.folder / 'metrics.csv'}, W&B offline in {TUNED.folder / 'wandb'}")
     figures.add_row("what was trained", f"{TUNED.folder / 'preview.html'}, {TUNED.folder / 'data.json'}")
     figures.add_row("all answers", str(TUNED.folder / "answers.json"))
-    figures.add_row("try it", 'sft generate run=demo --prompt "Write tomato backwards."')
+    figures.add_row("try it", f'{script()} generate demo --prompt "Write tomato backwards."')
     console.print(figures)
     return base, tuned
+
+
+def script() -> str:
+    """`sft` as it is typed in this shell, whose environment may not be active."""
+    beside = Path(sys.executable).with_name("sft")
+    return "sft" if which("sft") == str(beside) else os.path.relpath(beside)
 
 
 def short(text: str) -> str:
