@@ -200,3 +200,7 @@ def _command_help(command: str) -> str:
 def _fail(message: str) -> NoReturn:
     print(f"sft: {message}", file=sys.stderr, flush=True)
     sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()
