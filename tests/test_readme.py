@@ -19,6 +19,8 @@ from pages import COMMANDS, DOCS, PAGES, ROOT
 from running import Sft
 from sft.config import CONF
 from sft.proof import cells
+from sft.training.launch import Launch
+from sft.training.settings import devices_and_nodes
 from warm import python
 
 LINKED = PAGES | {ROOT / name: (ROOT / name).read_text() for name in ("CONTRIBUTING.md", "CHANGELOG.md")}
@@ -26,6 +28,7 @@ LINKED = PAGES | {ROOT / name: (ROOT / name).read_text() for name in ("CONTRIBUT
 TRAIN = r"sft train (?!--cfg)"
 FINISHED = r"sft (generate|score|export|compare)\b"
 SLURM = r"sft submit|sft rehearse|sbatch |slurm/local-cluster "
+LAUNCHERS = r"(torchrun|srun) "
 # How a command is tested: run, if nothing else is said.
 KINDS = (
     r"make ",  # exists; run by CI
@@ -34,6 +37,7 @@ KINDS = (
     r"sft train --cfg job|sft preview ",
     FINISHED,
     r"sft certify",
+    LAUNCHERS,  # parsed; run by tests/training/test_launch.py and tests/slurm/test_launchers.py
     SLURM,  # parsed; run by tests/slurm/test_jobs.py, tests/commands/test_submit.py and test_rehearse.py
     r"scripts/bench ",
     r"scripts/gpu",  # parsed; run by CI with --cpu, and on a GPU by hand
@@ -206,6 +210,21 @@ def test_slurm(line: str) -> None:
         settings, name = rest[rest.index("--") + 1 if "--" in rest else 1 :], "train"
     with initialize_config_dir(str(CONF), version_base="1.3"):
         compose(name, [re.sub(",.*", "", setting) for setting in settings])  # of a sweep the first
+
+
+@pytest.mark.parametrize("line", commands(LAUNCHERS))
+def test_launcher(line: str) -> None:
+    launcher, *rest = words(line)
+    at = rest.index("sft")
+    assert rest[at + 1] == "train" and (launcher == "srun" or rest[at - 1] == "-m")
+    options = dict(option.split("=") for option in rest[:at] if "=" in option)
+    per_node, nodes = (("nproc-per-node", "nnodes"), ("ntasks-per-node", "nodes"))[launcher == "srun"]
+    num_nodes = int(options.get(f"--{nodes}", 1))
+    num_devices = int(options[f"--{per_node}"])
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        config = compose("train", rest[at + 2 :])
+    started = Launch(launcher, num_devices * num_nodes, num_nodes=num_nodes)
+    assert devices_and_nodes(config, started) == (num_devices, num_nodes)
 
 
 @pytest.mark.parametrize("command", sorted({words(line)[1] for line in commands("scripts/bench ")}))

@@ -153,8 +153,9 @@ def two_ranks(place: Place, name: str) -> tuple[str, dict[str, Any]]:
         port = str(free.getsockname()[1])
     settings += [f"strategy={name}", "trainer.num_nodes=2", "+strategy.process_group_backend=gloo"]
     shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2", "LOCAL_RANK": "0"}
-    ranks = [
-        lab.start(f"rank{rank}", "two", *settings, **shared, NODE_RANK=str(rank), RANK=str(rank)) for rank in (0, 1)
+    ranks = [  # each as on a node of its own: two ranks of one would be refused the same device
+        lab.start(f"rank{rank}", "two", *settings, **shared, SLURMD_NODENAME=f"n{rank}", RANK=str(rank))
+        for rank in (0, 1)
     ]
     wait_for(ranks)
     try:

@@ -21,6 +21,7 @@ and export/, the fine-tuned model.
 """
 
 import math
+import os
 from typing import TYPE_CHECKING, Any
 
 from hydra.core.hydra_config import HydraConfig
@@ -32,7 +33,8 @@ from sft.runs.files import write_json
 from sft.runs.metrics_file import Metrics
 from sft.runs.results import Result
 from sft.runs.run import Run
-from sft.training.settings import check, check_devices, check_gpu, check_inputs, check_targets
+from sft.training.launch import find
+from sft.training.settings import check, check_devices, check_gpu, check_inputs, check_targets, settle
 
 if TYPE_CHECKING:
     from lightning.pytorch.loggers import Logger
@@ -41,6 +43,8 @@ if TYPE_CHECKING:
 def main(config: DictConfig) -> float | None:
     """Trains; the final validation loss, which a sweep compares, on the first rank."""
     settings: Any = OmegaConf.to_container(config, resolve=True)
+    launch = find(os.environ)
+    settle(config, launch)
     _, accumulation = check(config)
     check_gpu(config.trainer.accelerator)
     run = Run.of(settings)
@@ -60,6 +64,7 @@ def main(config: DictConfig) -> float | None:
     from sft.training.prepare import quiet, setup
     from sft.training.trackers import tracking
 
+    cluster = launch.enter()
     quiet()
     check_targets(config)
     check_devices(config.trainer.accelerator, config.trainer.devices)
@@ -86,6 +91,7 @@ def main(config: DictConfig) -> float | None:
                 resume=resume,
                 loggers=[file, *trackers(config, run, file.metrics.rows)],
                 facts={"seed": config.seed, "stop_token_ids": prepared.stop_token_ids},
+                cluster=cluster,
             )
             if HydraConfig.get().mode is not RunMode.MULTIRUN:  # there the group is for the next setting, too
                 disband()

@@ -1,6 +1,7 @@
 """The callback that saves checkpoints during `fit`, resumes from one, and ends the run on a signal."""
 
 import math
+import os
 import signal
 import socket
 import time
@@ -18,6 +19,7 @@ from sft.checkpoint.checkpoint import Checkpoint
 from sft.checkpoint.layout import Whole
 from sft.checkpoint.save import save
 from sft.data.batch import Batch
+from sft.errors import UserError
 from sft.ranks import together
 from sft.runs import events, signals, watchdog
 from sft.training import probes
@@ -46,9 +48,12 @@ class Checkpoints(Callback):
     def on_fit_start(self, trainer: L.Trainer, module: SFTModule) -> None:
         if trainer.is_global_zero:
             checkpoints.discard_unfinished(self.folder)
-        steps = dict(together(lambda: (socket.gethostname(), self.resume.step if self.resume else 0)))
+        node = os.environ.get("SLURMD_NODENAME", socket.gethostname())
+        ranks = together(lambda: (node, trainer.local_rank, self.resume.step if self.resume else 0))
+        check_ranks([(node, local_rank) for node, local_rank, _ in ranks], trainer.world_size)
+        steps = {node: step for node, _, step in ranks}
         if len(set(steps.values())) > 1:
-            seen = ", ".join(f"{host}: {step}" for host, step in steps.items())
+            seen = ", ".join(f"{node}: {step}" for node, step in steps.items())
             raise RuntimeError(f"the ranks see different checkpoints in {self.folder}, of the steps {seen}")
         if self.resume is not None:
             self._resume(trainer, module, self.resume)
@@ -166,6 +171,23 @@ class Checkpoints(Callback):
         self._record(trainer, "save", step=step, seconds=round(time.perf_counter() - start, 3))
         trainer.strategy.barrier("checkpoint")
         watchdog.beat()
+
+
+def check_ranks(places: list[tuple[str, int]], meant: int) -> None:
+    """`UserError` unless the process group has the ranks that the trainer counts, each with a device of its own.
+    `places`: node and local rank of each rank."""
+    if len(places) != meant:
+        raise UserError(
+            f"{len(places)} ranks have met, and the trainer counts {meant}: set trainer.devices and trainer.num_nodes "
+            "to what the launcher starts"
+        )
+    shared = sorted({place for place in places if places.count(place) > 1})
+    if shared:
+        node, local_rank = shared[0]
+        raise UserError(
+            f"{places.count(shared[0])} ranks on {node} have LOCAL_RANK={local_rank}, and would share a device: give "
+            "the ranks of a node the numbers from 0 on"
+        )
 
 
 def layout(trainer: L.Trainer, module: SFTModule) -> Whole:

@@ -8,6 +8,7 @@ import torch
 
 from sft.data.batch import Batch, SampleSet, make_batch, to_device
 from sft.data.step_plan import EpochPlan, Step, check_division, epoch_plan, eval_plan, share
+from sft.errors import UserError
 
 
 class SFTDataModule(L.LightningDataModule):
@@ -64,6 +65,10 @@ class SFTDataModule(L.LightningDataModule):
         epoch, step = divmod(global_step, self.steps_per_epoch)  # all epochs have as many steps: see `packing`
         return self.epoch(epoch).step(step)
 
+    def setup(self, stage: str) -> None:
+        if stage == "fit":
+            self.accumulation()
+
     def train_dataloader(self) -> "_Batches":
         return _Batches((self.num_steps - self.start_step) * self.accumulation(), self._training)
 
@@ -101,8 +106,17 @@ class SFTDataModule(L.LightningDataModule):
         return to_device(batch, device)
 
     def accumulation(self) -> int:
+        """Micro-batches of a rank in a step; `UserError` if the trainer makes a step of another number."""
         assert self.trainer is not None
-        return check_division(self.global_batch_size, self.trainer.world_size, self.micro_batch_size)
+        num_ranks, made = self.trainer.world_size, self.trainer.accumulate_grad_batches
+        needed = check_division(self.global_batch_size, num_ranks, self.micro_batch_size)
+        if made != needed:  # each micro-batch is divided by the tokens of the whole step
+            raise UserError(
+                f"the trainer accumulates {made} micro-batches, and a step takes {needed}: {self.global_batch_size} "
+                f"packs on {num_ranks} ranks in micro-batches of {self.micro_batch_size}: set "
+                f"accumulate_grad_batches={needed}"
+            )
+        return needed
 
 
 @dataclass(frozen=True)

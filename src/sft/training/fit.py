@@ -5,6 +5,7 @@ from pathlib import Path
 
 import torch
 from hydra.utils import instantiate
+from lightning.fabric.plugins.environments.cluster_environment import ClusterEnvironment
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import Logger
@@ -18,6 +19,7 @@ from sft.training.checkpointing import Checkpoints
 from sft.training.datamodule import SFTDataModule
 from sft.training.metrics import StepMetrics
 from sft.training.module import SFTModule
+from sft.training.settings import devices_and_nodes, world_size
 from sft.training.strategies import build
 
 
@@ -31,6 +33,7 @@ def fit(
     resume: Checkpoint | None,
     loggers: list[Logger],
     facts: dict[str, object],
+    cluster: ClusterEnvironment | None = None,
 ) -> None:
     """Trains to the run's last step, from `resume` on where there is one.
 
@@ -38,6 +41,7 @@ def fit(
         accumulation: micro-batches of a rank in a step.
         checkpoints: folder of the checkpoints.
         facts: about the run, saved in each checkpoint.
+        cluster: how the ranks were started; None: Lightning finds out.
     """
     # With deterministic kernels torch would fill what it allocates: GBs of DeepSpeed's buffers in each step.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
@@ -54,6 +58,7 @@ def fit(
             facts,
         ),
     ]
+    rank = rank_zero_only.rank  # type: ignore[attr-defined]
     strategy = build(config.strategy, config.trainer.accelerator)
     try:
         # In two calls: `instantiate` takes a callback that is a dataclass for settings.
@@ -72,9 +77,19 @@ def fit(
             enable_progress_bar=False,
             enable_model_summary=False,
             log_every_n_steps=1,
+            plugins=cluster,
         )
     except Exception as error:  # whatever Lightning has against the settings
         raise UserError(f"the trainer refuses its settings: {' '.join(str(error).split())}") from error
+    meant = (*devices_and_nodes(config), world_size(config), rank)
+    real = (trainer.num_devices, trainer.num_nodes, trainer.world_size, trainer.global_rank)
+    if meant != real:
+        parts = ("devices", "nodes", "world size", "rank")
+        differing = [f"{part} {m}, not {r}" for part, m, r in zip(parts, meant, real, strict=True) if m != r]
+        raise UserError(
+            f"the settings mean {', '.join(differing)} as the trainer has it: set trainer.devices and "
+            "trainer.num_nodes to what the launcher starts"
+        )
     schedule = instantiate(config.schedule)
     try:
         schedule(0, data.num_steps)

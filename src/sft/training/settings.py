@@ -11,11 +11,14 @@ from urllib.parse import urlparse
 from hydra._internal.utils import _locate
 from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
-from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict
 
 from sft.config import schema
 from sft.data.step_plan import check_division
 from sft.errors import UserError
+from sft.training.launch import Launch
+
+AUTO = ("auto", -1)  # all devices that there are
 
 
 def check_schema(config: DictConfig, command: str = "train", typed: Collection[str] = ()) -> None:
@@ -109,14 +112,43 @@ def _check_hub(names: list[tuple[str, str]]) -> None:
 
 def world_size(config: DictConfig) -> int:
     """The number of ranks that the trainer's settings ask for."""
-    devices = config.trainer.devices
-    if devices in ("auto", -1, "-1"):
-        import torch
+    num_devices, num_nodes = devices_and_nodes(config)
+    return num_devices * num_nodes
 
-        devices = max(1, torch.cuda.device_count())
-    elif not isinstance(devices, int):
-        devices = len(devices)
-    return int(devices) * int(config.trainer.num_nodes)
+
+def devices_and_nodes(config: DictConfig, launch: Launch | None = None) -> tuple[int, int]:
+    """Devices of each node, and nodes. Where the settings leave them open, they are those of the launch, or else this
+    machine's devices and one node."""
+    launch = launch or Launch()
+    num_devices, num_nodes = _count(config.trainer.devices), config.trainer.num_nodes
+    if num_nodes == "auto":
+        num_nodes = launch.num_nodes or max(1, launch.world_size // (num_devices or launch.world_size))
+    if num_devices is None and launch.by:
+        num_devices = max(1, launch.world_size // num_nodes)
+    elif num_devices is None:
+        num_devices = 1 if config.trainer.accelerator == "cpu" else _num_gpus()
+    return num_devices, num_nodes
+
+
+def settle(config: DictConfig, launch: Launch) -> None:
+    """Puts numbers where the trainer's settings leave devices or nodes open; `UserError` if this process wasn't
+    started as the settings mean."""
+    num_devices, num_nodes = devices_and_nodes(config, launch)
+    launch.check(num_devices, num_nodes)
+    if _count(config.trainer.devices) is None:
+        config.trainer.devices = num_devices
+    config.trainer.num_nodes = num_nodes
+
+
+def _count(devices: int | str | ListConfig) -> int | None:
+    """How many devices `trainer.devices` names; None if it leaves that open."""
+    return None if devices in AUTO else len(devices) if isinstance(devices, ListConfig) else int(devices)
+
+
+def _num_gpus() -> int:
+    import torch
+
+    return max(1, torch.cuda.device_count())
 
 
 def check_gpu(accelerator: str) -> None:
