@@ -7,7 +7,7 @@ import lightning as L
 import torch
 
 from sft.data.batch import Batch, SampleSet, make_batch, to_device
-from sft.data.step_plan import EpochPlan, Step, check_division, epoch_plan, eval_plan, share
+from sft.data.step_plan import EpochPlan, Step, accumulation, epoch_plan, eval_plan, share
 
 
 class SFTDataModule(L.LightningDataModule):
@@ -41,6 +41,7 @@ class SFTDataModule(L.LightningDataModule):
         self.global_batch_size, self.micro_batch_size = global_batch_size, micro_batch_size
         self.start_step = start_step
         self._plan: tuple[int, EpochPlan] | None = None
+        self.num_packs = len(self.epoch(0).packs)  # the same in all epochs: see `packing`
         self.steps_per_epoch = self.epoch(0).num_steps
         self.num_steps = min(epochs * self.steps_per_epoch, max_steps or epochs * self.steps_per_epoch)
 
@@ -61,7 +62,7 @@ class SFTDataModule(L.LightningDataModule):
 
     def step(self, global_step: int) -> Step:
         """What optimizer step `global_step`, counted from 0, trains on."""
-        epoch, step = divmod(global_step, self.steps_per_epoch)  # all epochs have as many steps: see `packing`
+        epoch, step = divmod(global_step, self.steps_per_epoch)
         return self.epoch(epoch).step(step)
 
     def train_dataloader(self) -> "_Batches":
@@ -100,9 +101,12 @@ class SFTDataModule(L.LightningDataModule):
     def transfer_batch_to_device(self, batch: Batch, device: torch.device, dataloader_idx: int) -> Batch:
         return to_device(batch, device)
 
-    def accumulation(self) -> int:
-        assert self.trainer is not None
-        return check_division(self.global_batch_size, self.trainer.world_size, self.micro_batch_size)
+    def accumulation(self, world_size: int | None = None) -> int:
+        """Micro-batches of each of `world_size` ranks in a step; None: of the trainer's."""
+        if world_size is None:
+            assert self.trainer is not None
+            world_size = self.trainer.world_size
+        return accumulation(self.num_packs, self.global_batch_size, world_size, self.micro_batch_size)
 
 
 @dataclass(frozen=True)
