@@ -37,8 +37,8 @@ ON_A_RUN = ("score", "generate", "export")
 
 
 def main() -> None:
-    """Entry point of the `sft` script. Exit code 2 for a user's mistake, 75 for a run stopped by a signal, 1 for a
-    failure of ours."""
+    """Entry point of the `sft` script. Exit code 2 for a user's mistake, 75 for a run stopped by a signal or
+    by the end of its time, 1 for a failure of ours."""
     arguments = sys.argv[1:]
     command = arguments[0] if arguments else "--help"
     if command in ("-h", "--help", "help"):

@@ -7,6 +7,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from sft.data.step_plan import check_division
 from sft.errors import UserError
+from sft.runs import signals
 
 
 def check(config: DictConfig, here: bool = True) -> tuple[int, int]:
@@ -17,6 +18,7 @@ def check(config: DictConfig, here: bool = True) -> tuple[int, int]:
         value = OmegaConf.select(config, name)
         if not (isinstance(value, int) and value > 0) and not (value is None and name in optional):
             raise UserError(f"{name}={value} is not a whole number from 1 on")
+    signals.seconds(OmegaConf.select(config, "max_time"))
     num_ranks = world_size(config)
     accumulation = check_division(config.global_batch_size, num_ranks, config.micro_batch_size)
     if num_ranks > 1 and not config.strategy:
