@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
-from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.callbacks import Callback, Timer
 
 from sft.checkpoint import checkpoint, safetensors_file, save
 from sft.data import build
@@ -88,16 +88,45 @@ class UntilSignal(AtStep):
         self.once.touch()
 
 
-class InValidation(Callback):
-    """Gets SIGUSR1 in the validation after optimizer step `step`; once."""
+class TimeIsUp(AtStep):
+    """Its time is up for this rank: that of `max_time`, and that of Lightning's timers."""
 
-    def __init__(self, step: int, once: str) -> None:
-        self.step, self.once = step, Path(once)
+    def __init__(self, step: int, rank: int = 0) -> None:
+        super().__init__(step)
+        self.rank = rank
+
+    def act(self, trainer: L.Trainer) -> None:
+        if trainer.global_rank == self.rank:
+            signals._deadline -= 1e6
+            for timer in trainer.callbacks:
+                if isinstance(timer, Timer):
+                    timer._start_time["train"] -= 1e6
+
+
+class StopsIn(Callback):
+    """Ends the run in micro-batch `number`, counted from 1."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+
+    def on_train_batch_end(self, trainer: L.Trainer, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        if batch_idx == self.number - 1:
+            trainer.should_stop = True
+
+
+class InValidation(Callback):
+    """Gets SIGUSR1, or its time is up, in the validation after optimizer step `step`; once."""
+
+    def __init__(self, step: int, once: str, time: bool = False) -> None:
+        self.step, self.once, self.time = step, Path(once), time
 
     def on_validation_batch_start(self, trainer: L.Trainer, *batch: Any) -> None:
         if trainer.global_step == self.step and not trainer.sanity_checking and not self.once.exists():
             self.once.touch()
-            os.kill(os.getpid(), signal.SIGUSR1)
+            if self.time:
+                signals._deadline -= 1e6
+            else:
+                os.kill(os.getpid(), signal.SIGUSR1)
 
 
 class InSave(Callback):

@@ -33,6 +33,13 @@ class Facts(Callback):
         Path(f"facts{trainer.local_rank}.json").write_text(json.dumps(facts))
 
 
+class OwnMetric(Callback):
+    """Measures one in training."""
+
+    def on_train_batch_end(self, trainer: L.Trainer, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        module.log("own", float(-batch_idx), on_step=True)
+
+
 def process_group_in_the_export() -> None:
     """Prints whether the export finds one."""
     from sft.commands import export

@@ -9,7 +9,6 @@ from hydra.utils import instantiate
 from lightning.pytorch.callbacks import Callback
 
 from sft.data.rows import Source
-from sft.data.step_plan import check_division
 from sft.data.store import Store
 from sft.config import CONF
 from sft.training.datamodule import SFTDataModule
@@ -45,7 +44,7 @@ def parts(
         strategy=build(config.strategy, config.trainer.accelerator),
         logger=loggers,
         callbacks=callbacks,
-        accumulate_grad_batches=check_division(data.global_batch_size, num_ranks, data.micro_batch_size),
+        accumulate_grad_batches=data.accumulation(num_ranks),
         max_epochs=1,
         limit_val_batches=0,
         use_distributed_sampler=False,

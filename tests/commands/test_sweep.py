@@ -112,7 +112,7 @@ def test_two_ranks_end_a_trial_together(sft: Sft) -> None:
         *(f"+callbacks.pruning.{key}={value}" for key, value in pruning.items()),
     )
     assert ended.code == 0, ended.output
-    assert "step 2: ended early" in ended.output
+    assert "step 2: stopped early: Pruning: other trials do better" in ended.output
     last = complete(sft.run_folder() / "checkpoints")[-1]
     assert (last.step, last.state["stopped"]) == (2, True)
     assert Run(sft.run_folder()).status["state"] == "finished"

@@ -16,7 +16,9 @@ import observers
 from runfiles import rows, weights
 from running import Sft
 from sft.checkpoint.checkpoint import complete
+from sft.data.batch import Batch
 from sft.runs import events
+from sft.training.module import SFTModule
 
 SGD = ("optimizer=sgd", "optimizer.lr=0.5", "trainer.gradient_clip_val=null", "schedule=constant")
 
@@ -109,6 +111,30 @@ def test_resume_with_another_accumulation(sft: Sft) -> None:
     for name, tensor in weights(sft.run_folder()).items():
         torch.testing.assert_close(tensor, whole[name], rtol=0, atol=2e-6, msg=name)
     assert [row["step"] for row in rows(sft.run_folder())] == [str(step) for step in range(7)]
+
+
+def test_global_batch_of_more_than_an_epoch_runs_no_more_micro_batches_than_it_fills(
+    sft: Sft, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    micro_batches: list[int] = []
+    original = SFTModule.training_step
+
+    def training_step(self: SFTModule, batch: Batch, batch_idx: int) -> torch.Tensor:
+        micro_batches.append(len(batch["predicting"]))
+        return original(self, batch, batch_idx)
+
+    monkeypatch.setattr(SFTModule, "training_step", training_step)
+    settings = (*SGD, "epochs=2", "export=false", "data.val_size=0")
+    assert sft.train("run=whole", "global_batch_size=12", "micro_batch_size=1", *settings) == 0
+    assert "is more than" not in capsys.readouterr().out
+    micro_batches.clear()
+    assert sft.train("run=run", "global_batch_size=100000", *settings) == 0
+    line = "global_batch_size=100000 is more than the 12 packs of an epoch: each step trains on all of them\n"
+    assert line in capsys.readouterr().out
+    assert len(micro_batches) == 2 * 6 and all(micro_batches)
+    whole = weights(sft.run_folder("whole"))
+    for name, tensor in weights(sft.run_folder()).items():
+        torch.testing.assert_close(tensor, whole[name], rtol=0, atol=2e-6, msg=name)
 
 
 def test_clipping_and_the_logged_norm(sft: Sft) -> None:

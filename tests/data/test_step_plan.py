@@ -9,6 +9,7 @@ import pytest
 from sft.data.step_plan import (
     EpochPlan,
     Step,
+    accumulation,
     check_division,
     epoch_plan,
     eval_plan,
@@ -167,6 +168,14 @@ def test_evaluation_sees_every_sample_once_and_ranks_stay_in_step(
 def test_check_division() -> None:
     assert check_division(64, 8, 2) == 4
     assert check_division(64, 1, 64) == 1
+
+
+@pytest.mark.parametrize(
+    ("num_packs", "sizes", "expected"),
+    [(11, (64, 8, 2), 1), (17, (64, 8, 2), 2), (64, (64, 8, 2), 4), (65, (64, 8, 2), 4), (11, (100_000, 1, 2), 6)],
+)
+def test_no_micro_batch_is_empty_in_every_step(num_packs: int, sizes: tuple[int, int, int], expected: int) -> None:
+    assert accumulation(num_packs, *sizes) == expected
 
 
 @pytest.mark.parametrize(

@@ -33,6 +33,8 @@ def settings(**changes: Any) -> dict[str, Any]:
         {"data": {"path": "d", "num_workers": 8, "conversation": {"prompt": "p"}}},
         {"trainer": {"precision": "32-true", "devices": 8}},
         {"micro_batch_size": 7},
+        {"max_time": "1:00:00"},
+        {"callbacks": {"timer": {"duration": "00:01:00:00"}}},
         {"logger": {"project": "x"}},
     ],
     ids=str,

@@ -29,6 +29,11 @@ def test_ranks_and_accumulation() -> None:
             "a global batch of 3 packs does not divide among 1 ranks in micro-batches of 2: use a global batch size of "
             "2 or 4, or a micro-batch size of 1 or 3",
         ),
+        (
+            ["max_time=90"],
+            "max_time=90 is no time: set it like 4:00:00 (hours:minutes:seconds) or 1:12:00:00 (days first); a YAML "
+            "file needs quotes around it",
+        ),
         (["trainer.devices=2"], "strategy=single is for one device, and the trainer has 2: set strategy=ddp"),
         (
             ["strategy=deepspeed_zero2_offload", "optimizer=sgd"],

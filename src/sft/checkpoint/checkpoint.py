@@ -41,6 +41,7 @@ class State(TypedDict):
     step: int
     num_steps: int  # of the whole run
     stopped: bool  # by a callback, before the last step
+    stopped_early: NotRequired[str | None]  # by which, and why
     validated: NotRequired[bool]  # whether the step's validation is done
     val_loss: float | None
     shapes: dict[str, list[int]]  # of each weight by its name in the model

@@ -17,7 +17,8 @@ def is_submitted() -> bool:
 @contextmanager
 def rank() -> Iterator[None]:
     """Handles signals as a typed command does; submitit's own handler would requeue the job in the middle of a step. A
-    run stopped by a signal is requeued and leaves no result, so the sweep keeps waiting for it."""
+    run stopped by a signal is requeued and leaves no result, so the sweep keeps waiting for it; one whose `max_time` is
+    over has failed."""
     signals.install()
     code = 1
     # Runs after submitit has written the result. With an exit code other than 0, srun ends the ranks that wait.
@@ -25,6 +26,8 @@ def rank() -> Iterator[None]:
     try:
         yield
     except signals.Interrupted as stopped:
+        if not stopped.by_signal:
+            raise RuntimeError(str(stopped)) from None
         if os.environ["SLURM_PROCID"] == "0":
             code = stopped.exit_code
             requeue()

@@ -88,6 +88,11 @@ def end(run: Run, exit_code: int, log: Path) -> None:
     printed = log.read_text(errors="replace") if log.is_file() else ""
     printed = printed.rpartition(f"job {job['job']} restart {job['restart']} ")[2]
     step = _step(run.folder)
+    for event in story[start:]:
+        if event["event"] == "time_up":
+            events.record(run.folder, "stop", step=step, why=f"{event['why']} is over")
+            print(f"stopped at step {step}: {event['why']} is over; submit the job again to resume", flush=True)
+            return
     by_slurm = ended_by_slurm(printed)
     if any(event["event"] == "signal" for event in story[start:]):
         death = Death("signal", step, "its checkpoint is saved")

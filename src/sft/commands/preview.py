@@ -7,7 +7,7 @@
   sft preview ... preview.dump=samples.jsonl
       also writes every training sample as JSON: source, row, input_ids, labels
 
-Supervised tokens are green and bold on a terminal; elsewhere they stand between [[ and ]].
+Supervised tokens are green and bold on a terminal; elsewhere, or with NO_COLOR, they stand between [[ and ]].
 """
 
 import io
@@ -36,7 +36,8 @@ def main(config: DictConfig) -> None:
     check_division(config.global_batch_size, world_size(config), config.micro_batch_size)
     prepared = setup(config)
     console = Console(highlight=False, soft_wrap=True)
-    show(console, prepared, config.preview.packs, colour=console.is_terminal)
+    colour = console.color_system is not None and not console.no_color
+    show(console, prepared, config.preview.packs, colour)
     if path:
         dump(path, prepared)
         console.print(f"{len(prepared.splits.train)} samples written: {config.preview.dump}", markup=False)

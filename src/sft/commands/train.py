@@ -13,8 +13,9 @@
   sft train ... --cfg job
       prints every setting with its value and trains nothing
 
-SIGUSR1 and SIGTERM save a checkpoint at the end of the step and end the run with exit code 75; the same command resumes
-it. sft preview with the same settings shows the samples token by token; sft rehearse tries a cluster's job first.
+SIGUSR1, SIGTERM and the end of max_time=HOURS:MINUTES:SECONDS save a checkpoint at the end of the step and end the
+command with exit code 75; the same command resumes the run. sft preview with the same settings shows the samples token
+by token; sft rehearse tries a cluster's job first.
 
 The run's folder is runs/NAME/: config.yaml, data.json (the rows used and lost), preview.html, metrics.csv, checkpoints/
 and export/, the fine-tuned model.
@@ -45,11 +46,14 @@ def main(config: DictConfig) -> float | None:
     settings: Any = OmegaConf.to_container(config, resolve=True)
     launch = find(os.environ)
     settle(config, launch)
-    _, accumulation = check(config)
+    check(config)
+    signals.stop_after(signals.seconds(config.max_time))
     check_gpu(config.trainer.accelerator)
     run = Run.of(settings)
     if run.status.get("state") == "finished":
         print(f"{run.folder} is finished: nothing to do (another run: run=NAME; anew: remove the folder)")
+        if "stopped_early" in run.status:
+            print(f"  it ended {_after(run)}")
         return Result.read(run).last
 
     check_inputs(config)
@@ -57,6 +61,7 @@ def main(config: DictConfig) -> float | None:
     from sft.checkpoint import checkpoint as checkpoints
     from sft.commands.export import export_run, try_export
     from sft.commands.preview import write_html
+    from sft.data.ledger import in_one_line
     from sft.ranks import disband
     from sft.training.fit import fit
     from sft.training.log import is_main, log
@@ -72,11 +77,17 @@ def main(config: DictConfig) -> float | None:
     prepared = setup(config, start_step=resume.step if resume else 0)
     data = prepared.data
 
-    with run.attempt(settings, prepared.splits.fingerprint, data.num_steps, is_main()), tracking():
+    with run.attempt(settings, prepared.splits.fingerprint, data.num_steps, is_main()) as status, tracking():
         if is_main():
             write_json(run.folder / "data.json", prepared.splits.ledger)
             write_html(run.folder / "preview.html", prepared)
         log(f"run {run.folder}: {data.num_steps} steps" + (f", resumed after step {resume.step}" if resume else ""))
+        log(f"data: {in_one_line(prepared.splits.ledger)}")
+        if data.global_batch_size > data.num_packs:
+            log(
+                f"global_batch_size={data.global_batch_size} is more than the {data.num_packs} packs of an epoch: each "
+                "step trains on all of them"
+            )
         file = MetricsFile(run.folder / "metrics.csv")
         file.resume(data.start_step)
         if not (resume and resume.last):  # killed after its last step, only the export is missing
@@ -86,7 +97,6 @@ def main(config: DictConfig) -> float | None:
                 config,
                 prepared.source,
                 data,
-                accumulation=accumulation,
                 checkpoints=run.checkpoints,
                 resume=resume,
                 loggers=[file, *trackers(config, run, file.metrics.rows)],
@@ -97,6 +107,8 @@ def main(config: DictConfig) -> float | None:
                 disband()
         final = checkpoints.latest(run.checkpoints)
         assert final is not None and final.last
+        if reason := final.state.get("stopped_early"):
+            status["stopped_early"] = reason
         if is_main() and config.export:
             with signals.shielded():  # an export that has begun is finished
                 export_run(run, final)
@@ -121,7 +133,7 @@ def trackers(config: DictConfig, run: Run, history: list[dict[str, str]]) -> "li
 def summarise(run: Run, metrics: Metrics) -> None:
     """Prints the run's figures and its files."""
     speed = metrics.median("train/tokens_per_second")
-    print(f"finished {run.folder} after {run.status['step']} steps")
+    print(f"finished {run.folder} {_after(run)}")
     if not math.isnan(metrics.last("val/loss")):
         print(f"  validation loss   {metrics.first('val/loss'):.4f} before, {metrics.last('val/loss'):.4f} after")
     print(f"  speed             {speed:,.0f} tokens/s (median step)")
@@ -131,3 +143,11 @@ def summarise(run: Run, metrics: Metrics) -> None:
     print(f"  what was trained  {run.folder / 'preview.html'}, {run.folder / 'data.json'}", flush=True)
     for offline in sorted((run.folder / "wandb").glob("offline-run-*")):
         print(f"  to W&B            wandb sync {offline}", flush=True)
+
+
+def _after(run: Run) -> str:
+    """After how many steps a run has finished, and why if they are not all."""
+    status = run.status
+    if "stopped_early" not in status:
+        return f"after {status['step']} steps"
+    return f"after {status['step']} of {status['num_steps']} steps: {status['stopped_early']}"

@@ -86,6 +86,28 @@ def add(
                 examples.append(row)
 
 
+def in_one_line(ledger: Ledger) -> str:
+    """The samples of each split, and the rows lost in all."""
+    sources = [counts for split in ledger.values() for counts in split.get("sources", [])]
+    num_samples = Counter(
+        {split: sum(counts["samples"] for counts in part.get("sources", [])) for split, part in ledger.items()}
+    )
+    held_out = ledger["held_out"]["samples"] if "held_out" in ledger else 0
+    lost: Counter[str] = Counter()
+    for counts in sources:
+        lost.update(counts["lost"])
+    reasons = ", ".join(f"{count} {reason.replace('_', ' ')}" for reason, count in lost.most_common())
+    num_rows, num_lost = (sum(counts[name] for counts in sources) for name in ("rows", "rows_lost"))
+    num_cut = sum(counts["truncated_prompt"] for counts in sources)
+    return (
+        f"{num_samples['train'] - held_out:,} training samples, "
+        + (f"{held_out:,} held out" if held_out else f"{num_samples['validation']:,}")
+        + f" for validation; {num_lost:,} of {num_rows:,} rows lost"
+        + (f": {reasons}" if reasons else "")
+        + (f"; {num_cut:,} prompts cut" if num_cut else "")
+    )
+
+
 def check(sources: Sequence[SourceCounts], max_lost: float) -> None:
     """UserError if more than the share `max_lost` of all rows lost a sample, or nothing is left to train on."""
     num_rows = sum(counts["rows"] for counts in sources)

@@ -138,6 +138,13 @@ def check_division(global_batch_size: int, world_size: int, micro_batch_size: in
     )
 
 
+def accumulation(num_packs: int, global_batch_size: int, world_size: int, micro_batch_size: int) -> int:
+    """The number of micro-batches that each rank accumulates in a step: no more than an epoch of `num_packs` packs can
+    fill. UserError as of `check_division`."""
+    most = check_division(global_batch_size, world_size, micro_batch_size)
+    return min(most, -(-num_packs // (world_size * micro_batch_size)))
+
+
 def split_held_out(content: NDArray[np.uint64], size: float, seed: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Holds samples out of training for validation.
 

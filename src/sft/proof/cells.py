@@ -168,7 +168,6 @@ def run_cell(config: DictConfig, folder: Path, samples: Excerpt, cell: Cell) -> 
         config,
         model_source(config),
         datamodule(samples, cell, config.seed),
-        accumulation=cell.accumulation,
         checkpoints=own_folder / "checkpoints",
         resume=Checkpoint(uninterrupted / f"step-{RESUME_AT:08d}") if cell.resumed else None,
         loggers=[file],

@@ -1,5 +1,5 @@
-"""A run's story: one JSON line an event in `events.jsonl`. Starts, signals, saves, failures with their causes, and
-decisions. The first rank and the batch script's own steps append to it; nothing is ever rewritten."""
+"""A run's story: one JSON line an event in `events.jsonl`. Starts, signals, the end of `max_time`, saves, failures with
+their causes, and decisions. The first rank and the batch script's own steps append to it; nothing is ever rewritten."""
 
 import json
 import os

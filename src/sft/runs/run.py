@@ -35,6 +35,7 @@ class Status(TypedDict, total=False):
     process: str | None  # which tells the process from others that had the same pid
     time: str
     error: str
+    stopped_early: str  # of a finished run: which callback ended it before its last step, and why
 
 
 @dataclass(frozen=True)
@@ -113,15 +114,16 @@ class Run:
     @contextmanager
     def attempt(
         self, config: Config, data_fingerprint: Mapping[str, str], num_steps: int, main: bool
-    ) -> Iterator[None]:
-        """An attempt to train the run: `status.json` says that it is running, and afterwards how it ended. Only the
-        first rank (`main`) writes.
+    ) -> Iterator[Status]:
+        """An attempt to train the run: `status.json` says that it is running, and afterwards how it ended, with what
+        the yielded status has got by then if the run is finished. Only the first rank (`main`) writes.
 
         UserError where another process is training the run, or its data has changed. If a user's mistake ends the
         attempt before the first checkpoint, a folder that the attempt has made is removed.
         """
+        finished: Status = {}
         if not main:
-            yield
+            yield finished
             return
         status = self.status
         process = live_process(status["pid"]) if status.get("state") == "running" else None
@@ -142,7 +144,7 @@ class Run:
             write_json(recorded, {**provenance.collect(), "data": dict(data_fingerprint)})
         self._mark("running", num_steps)
         try:
-            yield
+            yield finished
         except Interrupted:
             self._mark("interrupted", num_steps)
             raise
@@ -156,18 +158,18 @@ class Run:
             else:
                 reason = f"{type(error).__name__}: {error}"[:2000]
                 with suppress(OSError):  # a full disk must not hide what filled it
-                    self._mark("failed", num_steps, reason)
+                    self._mark("failed", num_steps, {"error": reason})
                 if "SFT_JOB_FOLDER" not in os.environ:  # else the batch script records it: it knows of all ranks
                     events.record(self.folder, "failure", cause=cause(error), step=watchdog.step, error=reason)
             raise
-        self._mark("finished", num_steps)
+        self._mark("finished", num_steps, finished)
         events.record(self.folder, "finish", step=self._step())
 
     def _step(self) -> int:
         """Of the newest checkpoint."""
         return max((int(path.name.removeprefix("step-")) for path in self.checkpoints.glob("step-*")), default=0)
 
-    def _mark(self, state: str, num_steps: int, error: str | None = None) -> None:
+    def _mark(self, state: str, num_steps: int, details: Status | None = None) -> None:
         """Writes `status.json`."""
         status: Status = {
             "state": state,
@@ -178,9 +180,7 @@ class Run:
             "num_steps": num_steps,
             "step": self._step(),
         }
-        if error is not None:
-            status["error"] = error
-        write_json(self.folder / "status.json", status)
+        write_json(self.folder / "status.json", status | (details or {}))
 
 
 def nearest_existing(path: Path) -> Path:

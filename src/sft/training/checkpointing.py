@@ -1,17 +1,19 @@
-"""The callback that saves checkpoints during `fit`, resumes from one, and ends the run on a signal."""
+"""The callback that saves checkpoints during `fit`, resumes from one, and ends the run on a signal or when its time is
+up."""
 
 import math
 import os
-import signal
 import socket
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import NoReturn
 
 import lightning as L
 import torch
-from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.callbacks import Callback, Timer
 from lightning.pytorch.loops.progress import _ProcessedTracker
 
 from sft.checkpoint import checkpoint as checkpoints
@@ -22,7 +24,7 @@ from sft.data.batch import Batch
 from sft.errors import UserError
 from sft.ranks import together
 from sft.runs import events, signals, watchdog
-from sft.training import probes
+from sft.training import early_stopping, probes
 from sft.training.log import log
 from sft.training.module import SFTModule
 from sft.training.strategies import placement
@@ -30,8 +32,11 @@ from sft.training.strategies import placement
 
 @dataclass(eq=False)
 class Checkpoints(Callback):
-    """Saves every `save_every` steps, at the last step, and at a step in which a signal came; after the validation
-    where the step has one. A signal during a validation stops it, and the resumed run begins with it."""
+    """Saves every `save_every` steps, at the last step, and at a step in which a signal came or the time was up; after
+    the validation where the step has one. A signal during a validation stops it, and the resumed run begins with it.
+
+    It comes after all other callbacks. One that ends the run in the middle of a step ends it after that step.
+    """
 
     folder: Path  # of the checkpoints; the run's events are recorded beside it
     save_every: int  # optimizer steps
@@ -39,11 +44,17 @@ class Checkpoints(Callback):
     keep_last: int  # number of newest checkpoints kept in addition to the best
     resume: Checkpoint | None  # None: start anew
     facts: dict[str, object]  # about the run, saved in each checkpoint
+    timed_out: bool = False  # by a Timer
+    stopping: bool = False  # a callback has ended the run in the middle of the step under way
 
     def setup(self, trainer: L.Trainer, module: SFTModule, stage: str) -> None:
         # Lightning's own handler would broadcast on SIGTERM, in the middle of whatever collective is under way, and
         # end the run without a checkpoint.
         trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, Timer):
+                check = partial(self._time, callback._check_time_remaining)
+                callback._check_time_remaining = check  # type: ignore[method-assign]
 
     def on_fit_start(self, trainer: L.Trainer, module: SFTModule) -> None:
         if trainer.is_global_zero:
@@ -58,8 +69,24 @@ class Checkpoints(Callback):
         if self.resume is not None:
             self._resume(trainer, module, self.resume)
         self._record(trainer, "start", step=trainer.global_step, hosts=list(steps), num_ranks=trainer.world_size)
-        if number := agreed(trainer):  # came before the first step: there is nothing to save yet
+        if number := self._agreed(trainer):  # came before the first step: there is nothing to save yet
             self._interrupt(trainer, number)
+
+    def _time(self, check: Callable[[L.Trainer], None], trainer: L.Trainer) -> None:
+        """Lightning's timer would end the run for good: it is only this process whose time is up."""
+        if not self.timed_out:
+            before = trainer.should_stop
+            trainer.should_stop = False
+            check(trainer)
+            self.timed_out, trainer.should_stop = trainer.should_stop, before
+
+    def _agreed(self, trainer: L.Trainer) -> int:
+        """Why some rank has to stop, 0 for no reason: the same on all ranks, by one tiny all-reduce."""
+        number = signals.received() or (signals.TIMER if self.timed_out else 0)
+        if trainer.world_size == 1:
+            return number
+        received = torch.tensor(number, device=trainer.strategy.root_device)
+        return int(trainer.strategy.reduce(received, reduce_op="max"))
 
     def _record(self, trainer: L.Trainer, event: str, **details: object) -> None:
         if trainer.is_global_zero:
@@ -67,10 +94,13 @@ class Checkpoints(Callback):
 
     def _interrupt(self, trainer: L.Trainer, number: int) -> NoReturn:
         """Ends the run on all ranks, once its checkpoint is saved."""
-        name, step = signal.Signals(number).name, trainer.global_step
-        self._record(trainer, "signal", signal=name, step=step)
         # The others end with 0: launchers take anything else for a failure and kill the first rank, still busy.
-        interrupted = signals.Interrupted(name, step, signals.EXIT_CODE if trainer.is_global_zero else 0)
+        step, exit_code = trainer.global_step, signals.EXIT_CODE if trainer.is_global_zero else 0
+        interrupted = signals.Interrupted(number, step, exit_code)
+        if interrupted.by_signal:
+            self._record(trainer, "signal", signal=signals.name(number), step=step)
+        else:
+            self._record(trainer, "time_up", why=signals.name(number), step=step)
         log(str(interrupted))
         raise interrupted
 
@@ -83,7 +113,7 @@ class Checkpoints(Callback):
         watchdog.beat(step)
         states = saved.callbacks()
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
-            if callback.state_key in states:
+            if callback.state_key in states and not isinstance(callback, Timer):  # the time of a process is its own
                 callback.load_state_dict(states[callback.state_key])
         # The rate itself came back with the optimizer's groups.
         trainer.lr_scheduler_configs[0].scheduler.last_epoch = step
@@ -115,6 +145,8 @@ class Checkpoints(Callback):
     ) -> None:
         watchdog.beat(trainer.global_step)
         whole_step = (batch_idx + 1) % trainer.accumulate_grad_batches == 0
+        self.stopping |= trainer.should_stop
+        trainer.should_stop = self.stopping and whole_step  # in the middle of a step Lightning would validate and end
         if whole_step and not self._validates(trainer, module):
             self._end_step(trainer, module, val_loss=None)
 
@@ -122,7 +154,7 @@ class Checkpoints(Callback):
         watchdog.beat()
         if trainer.state.fn != "fit" or trainer.global_step == module.num_steps:
             return  # after the last step the validation is all that is left
-        if number := agreed(trainer):
+        if number := self._agreed(trainer):
             if not trainer.sanity_checking:
                 self._save(trainer, module, val_loss=None, validated=False)
             self._interrupt(trainer, number)
@@ -133,25 +165,28 @@ class Checkpoints(Callback):
 
     def _validates(self, trainer: L.Trainer, module: SFTModule) -> bool:
         step = trainer.global_step
-        return bool(trainer.enable_validation) and (step % self.val_every == 0 or step == module.num_steps)
+        due = step % self.val_every == 0 or step == module.num_steps or early_stopping.ends(trainer)
+        return bool(trainer.enable_validation) and due
 
     def _end_step(self, trainer: L.Trainer, module: SFTModule, val_loss: float | None) -> None:
-        step, number = trainer.global_step, agreed(trainer)
-        if number or trainer.should_stop or step == module.num_steps or step % self.save_every == 0:
+        step, number = trainer.global_step, self._agreed(trainer)
+        if number or early_stopping.ends(trainer) or step == module.num_steps or step % self.save_every == 0:
             self._save(trainer, module, val_loss)
-            number = number or agreed(trainer)  # may have come during the save
+            number = number or self._agreed(trainer)  # may have come during the save
         if number:
             self._interrupt(trainer, number)
 
     def _save(self, trainer: L.Trainer, module: SFTModule, val_loss: float | None, validated: bool = True) -> None:
-        step, start = trainer.global_step, time.perf_counter()
+        step, start, stopped = trainer.global_step, time.perf_counter(), early_stopping.ends(trainer)
+        stopped_early = early_stopping.why(trainer) if stopped and step < module.num_steps else None
         watchdog.beat()
         for logger in trainer.loggers:
             logger.save()
         log_probs = probes.measure(module, trainer.datamodule)  # type: ignore[attr-defined]
         state = {
             "num_steps": module.num_steps,
-            "stopped": trainer.should_stop,  # by a callback, before the last step
+            "stopped": stopped,  # by a callback, before the last step
+            "stopped_early": stopped_early,
             "val_loss": val_loss if val_loss is not None and math.isfinite(val_loss) else None,
             "validated": validated,
             **self.facts,
@@ -168,6 +203,8 @@ class Checkpoints(Callback):
         if trainer.is_global_zero:
             checkpoints.prune(self.folder, self.keep_last)
             log(f"step {step}: saved {saved.path}")
+            if stopped_early:
+                log(f"step {step}: stopped early: {stopped_early}")
         self._record(trainer, "save", step=step, seconds=round(time.perf_counter() - start, 3))
         trainer.strategy.barrier("checkpoint")
         watchdog.beat()
@@ -193,11 +230,3 @@ def check_ranks(places: list[tuple[str, int]], meant: int) -> None:
 def layout(trainer: L.Trainer, module: SFTModule) -> Whole:
     """Where this rank keeps parameters and states."""
     return placement(trainer.strategy).layout(module.model, trainer.optimizers[0])
-
-
-def agreed(trainer: L.Trainer) -> int:
-    """The signal that some rank has received, 0 for none: the same on all ranks, by one tiny all-reduce."""
-    if trainer.world_size == 1:
-        return signals.received()
-    received = torch.tensor(signals.received(), device=trainer.strategy.root_device)
-    return int(trainer.strategy.reduce(received, reduce_op="max"))

@@ -7,7 +7,7 @@ import lightning as L
 import torch
 
 from sft.data.batch import Batch, SampleSet, make_batch, to_device
-from sft.data.step_plan import EpochPlan, Step, check_division, epoch_plan, eval_plan, share
+from sft.data.step_plan import EpochPlan, Step, accumulation, epoch_plan, eval_plan, share
 from sft.errors import UserError
 
 
@@ -42,6 +42,7 @@ class SFTDataModule(L.LightningDataModule):
         self.global_batch_size, self.micro_batch_size = global_batch_size, micro_batch_size
         self.start_step = start_step
         self._plan: tuple[int, EpochPlan] | None = None
+        self.num_packs = len(self.epoch(0).packs)  # the same in all epochs: see `packing`
         self.steps_per_epoch = self.epoch(0).num_steps
         self.num_steps = min(epochs * self.steps_per_epoch, max_steps or epochs * self.steps_per_epoch)
 
@@ -62,12 +63,20 @@ class SFTDataModule(L.LightningDataModule):
 
     def step(self, global_step: int) -> Step:
         """What optimizer step `global_step`, counted from 0, trains on."""
-        epoch, step = divmod(global_step, self.steps_per_epoch)  # all epochs have as many steps: see `packing`
+        epoch, step = divmod(global_step, self.steps_per_epoch)
         return self.epoch(epoch).step(step)
 
     def setup(self, stage: str) -> None:
-        if stage == "fit":
-            self.accumulation()
+        """`UserError` if the trainer makes a step of another number of micro-batches, each of which is divided by the
+        tokens of a whole step."""
+        assert self.trainer is not None
+        num_ranks, made = self.trainer.world_size, self.trainer.accumulate_grad_batches
+        if stage == "fit" and made != self.accumulation():
+            raise UserError(
+                f"the trainer accumulates {made} micro-batches, and a step takes {self.accumulation()}: "
+                f"{self.global_batch_size} packs on {num_ranks} ranks in micro-batches of {self.micro_batch_size}: set "
+                f"accumulate_grad_batches={self.accumulation()}"
+            )
 
     def train_dataloader(self) -> "_Batches":
         return _Batches((self.num_steps - self.start_step) * self.accumulation(), self._training)
@@ -105,18 +114,12 @@ class SFTDataModule(L.LightningDataModule):
     def transfer_batch_to_device(self, batch: Batch, device: torch.device, dataloader_idx: int) -> Batch:
         return to_device(batch, device)
 
-    def accumulation(self) -> int:
-        """Micro-batches of a rank in a step; `UserError` if the trainer makes a step of another number."""
-        assert self.trainer is not None
-        num_ranks, made = self.trainer.world_size, self.trainer.accumulate_grad_batches
-        needed = check_division(self.global_batch_size, num_ranks, self.micro_batch_size)
-        if made != needed:  # each micro-batch is divided by the tokens of the whole step
-            raise UserError(
-                f"the trainer accumulates {made} micro-batches, and a step takes {needed}: {self.global_batch_size} "
-                f"packs on {num_ranks} ranks in micro-batches of {self.micro_batch_size}: set "
-                f"accumulate_grad_batches={needed}"
-            )
-        return needed
+    def accumulation(self, world_size: int | None = None) -> int:
+        """Micro-batches of each of `world_size` ranks in a step; None: of the trainer's."""
+        if world_size is None:
+            assert self.trainer is not None
+            world_size = self.trainer.world_size
+        return accumulation(self.num_packs, self.global_batch_size, world_size, self.micro_batch_size)
 
 
 @dataclass(frozen=True)

@@ -1,20 +1,26 @@
 """One fit: puts trainer, module and callbacks of a configuration together, for every command that trains."""
 
+import logging
 import os
+import shutil
+import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
 from hydra.utils import instantiate
 from lightning.fabric.plugins.environments.cluster_environment import ClusterEnvironment
 from lightning.fabric.utilities.rank_zero import rank_zero_only
-from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.callbacks import Callback, ProgressBar
 from lightning.pytorch.loggers import Logger
 from omegaconf import DictConfig
+from tqdm.contrib.logging import logging_redirect_tqdm
 
 from sft.checkpoint.checkpoint import Checkpoint
 from sft.errors import UserError
 from sft.model.loading import ModelSource
 from sft.runs import events, watchdog
+from sft.training import early_stopping
 from sft.training.checkpointing import Checkpoints
 from sft.training.datamodule import SFTDataModule
 from sft.training.metrics import StepMetrics
@@ -28,7 +34,6 @@ def fit(
     source: ModelSource,
     data: SFTDataModule,
     *,
-    accumulation: int,
     checkpoints: Path,
     resume: Checkpoint | None,
     loggers: list[Logger],
@@ -38,7 +43,6 @@ def fit(
     """Trains to the run's last step, from `resume` on where there is one.
 
     Args:
-        accumulation: micro-batches of a rank in a step.
         checkpoints: folder of the checkpoints.
         facts: about the run, saved in each checkpoint.
         cluster: how the ranks were started; None: Lightning finds out.
@@ -46,18 +50,20 @@ def fit(
     # With deterministic kernels torch would fill what it allocates: GBs of DeepSpeed's buffers in each step.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     val_every = config.val_every or data.steps_per_epoch
-    callbacks: list[Callback] = [
-        *(instantiate(config.callbacks, _convert_="all") or {}).values(),
-        StepMetrics(),
-        Checkpoints(
-            checkpoints,
-            config.checkpoint.save_every or val_every,
-            val_every,
-            config.checkpoint.keep_last,
-            resume,
-            facts,
-        ),
-    ]
+    accumulation = data.accumulation(world_size(config))
+    users: list[Callback] = list((instantiate(config.callbacks, _convert_="all") or {}).values())
+    early_stopping.check(users, bool(data.val))
+    users_bar = any(isinstance(callback, ProgressBar) for callback in users)
+    # Some terminals have no width.
+    own_bar = sys.stdout.isatty() and shutil.get_terminal_size((0, 0)).columns > 0 and not users_bar
+    saving = Checkpoints(
+        checkpoints,
+        config.checkpoint.save_every or val_every,
+        val_every,
+        config.checkpoint.keep_last,
+        resume,
+        facts,
+    )
     rank = rank_zero_only.rank  # type: ignore[attr-defined]
     strategy = build(config.strategy, config.trainer.accelerator)
     try:
@@ -65,7 +71,7 @@ def fit(
         trainer = instantiate(config.trainer, _partial_=True)(
             strategy=strategy,
             logger=loggers,
-            callbacks=callbacks,
+            callbacks=[early_stopping.MonitoredMetrics(), *users, StepMetrics(own_bar)],
             accumulate_grad_batches=accumulation,
             max_epochs=1,  # the loader goes through all epochs
             val_check_interval=val_every * accumulation,
@@ -74,13 +80,14 @@ def fit(
             num_sanity_val_steps=0 if resume else -1,  # the validation before training
             use_distributed_sampler=False,
             enable_checkpointing=False,
-            enable_progress_bar=False,
+            enable_progress_bar=users_bar,
             enable_model_summary=False,
             log_every_n_steps=1,
             plugins=cluster,
         )
     except Exception as error:  # whatever Lightning has against the settings
         raise UserError(f"the trainer refuses its settings: {' '.join(str(error).split())}") from error
+    trainer.callbacks.append(saving)  # after those that the trainer's settings have added
     meant = (*devices_and_nodes(config), world_size(config), rank)
     real = (trainer.num_devices, trainer.num_nodes, trainer.world_size, trainer.global_rank)
     if meant != real:
@@ -108,7 +115,9 @@ def fit(
     logs = Path(os.environ.get("SFT_JOB_FOLDER", checkpoints.parent / "logs"))
     stack = f"attempt-{events.job().get('restart', 0)}-rank-{rank_zero_only.rank}.stack"  # type: ignore[attr-defined]
     watchdog.start(logs / stack, config.cluster.hang_after)
+    above_the_bar = logging_redirect_tqdm([logging.getLogger("lightning.pytorch")]) if own_bar else nullcontext()
     try:
-        trainer.fit(module, data)
+        with above_the_bar:
+            trainer.fit(module, data)
     finally:
         watchdog.stop()

@@ -1,12 +1,14 @@
 """The first rank, which alone prints and writes."""
 
 from lightning.fabric.utilities.rank_zero import rank_zero_only
+from tqdm import tqdm
 
 
 @rank_zero_only
 def log(message: str) -> None:
-    """Prints one line at once, so that it is in a batch job's log when the job is killed."""
-    print(message, flush=True)
+    """Prints one line at once, so that it is in a batch job's log when the job is killed; above a progress bar."""
+    with tqdm.external_write_mode():
+        print(message, flush=True)
 
 
 def is_main() -> bool:

@@ -3,14 +3,17 @@
 import csv
 import io
 import math
+import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
+from typing import NoReturn
 
 import lightning as L
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers.logger import Logger
 from lightning.pytorch.utilities import rank_zero_only
+from tqdm import tqdm
 
 from sft.cluster.time_limit import clock
 from sft.data.batch import Batch
@@ -103,15 +106,29 @@ class MetricsFile(Logger):
 
 
 class StepMetrics(Callback):
-    """Measures each optimizer step, gives it to the loggers, and prints a line now and then."""
+    """Measures each optimizer step, gives it to the loggers, and shows it: in a line now and then, or in a progress
+    bar on the first rank."""
 
-    def __init__(self) -> None:
+    def __init__(self, progress_bar: bool = False) -> None:
+        self.progress_bar = progress_bar
+        self.bar: tqdm[NoReturn] | None = None
         self.last_print, self.step_start, self.fit_start = -math.inf, 0.0, 0.0
         self.first_step = 0
 
     def on_train_start(self, trainer: L.Trainer, module: SFTModule) -> None:
         self.fit_start = time.perf_counter()
         self.first_step = trainer.global_step
+        if self.progress_bar and trainer.is_global_zero:
+            self.bar = tqdm(
+                total=module.num_steps, initial=self.first_step, unit=" steps", dynamic_ncols=True, file=sys.stdout
+            )
+
+    def on_train_end(self, trainer: L.Trainer, module: SFTModule) -> None:
+        if self.bar is not None:
+            self.bar.close()
+
+    def on_exception(self, trainer: L.Trainer, module: SFTModule, exception: BaseException) -> None:
+        self.on_train_end(trainer, module)
 
     def on_train_batch_start(self, trainer: L.Trainer, module: SFTModule, batch: Batch, batch_idx: int) -> None:
         if batch_idx % trainer.accumulate_grad_batches == 0:
@@ -144,7 +161,10 @@ class StepMetrics(Callback):
         metrics["train/tokens_per_second"] = plan.num_tokens / seconds
         self._log(trainer, metrics, step)
         now = time.perf_counter()
-        if now - self.last_print > PRINT_EVERY or step in (1, module.num_steps):
+        if self.bar is not None:
+            self.bar.set_postfix_str(f"loss {loss:.4f}, {metrics['train/tokens_per_second']:,.0f} tokens/s", False)
+            self.bar.update()
+        elif now - self.last_print > PRINT_EVERY or step in (1, module.num_steps):
             self.last_print = now
             left = (now - self.fit_start) / (step - self.first_step) * (module.num_steps - step)
             log(

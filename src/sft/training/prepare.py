@@ -2,6 +2,7 @@
 
 import logging
 import os
+import re
 import warnings
 from collections import Counter
 from dataclasses import dataclass, replace
@@ -63,14 +64,34 @@ def setup(config: DictConfig, start_step: int = 0) -> Prepared:
     return Prepared(source, tokenizer, splits, data)
 
 
+# What Lightning logs whatever the user has asked for, and its modules that do: on the devices found, on products
+# and options, on ranks, and on the end of what it takes for an epoch.
+HINTS = re.compile(
+    r"(GPU|TPU|HPU) available: |💡|Using (16bit|bfloat16) Automatic Mixed|You are using a CUDA device|LOCAL_RANK: "
+    r"|-+\ndistributed_backend=|[Ii]nitializing (deepspeed )?distributed: |`Trainer\.fit` stopped: `max_epochs="
+    r"|`Trainer\(\w+=1(\.0)?\)` was configured|Your model can run with static graph"
+)
+HINTING = (
+    "fabric.utilities.distributed",
+    "fabric.utilities.rank_zero",
+    "pytorch.accelerators.cuda",
+    "pytorch.strategies.deepspeed",
+    "pytorch.utilities.rank_zero",
+)
+
+
+def _is_no_hint(record: logging.LogRecord) -> bool:
+    return not HINTS.match(record.getMessage())
+
+
 def quiet() -> None:
     """Leaves the terminal to what matters to the user."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or DeepSpeed looks for one by itself, and says so
     transformers_logging.disable_progress_bar()
-    # Lightning's hints on hardware and on its own DataLoader, neither of which is used as it supposes.
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    for name in HINTING:
+        logging.getLogger(f"lightning.{name}").addFilter(_is_no_hint)
     warnings.filterwarnings("ignore", ".*LeafSpec.*deprecated.*")
     warnings.filterwarnings("ignore", ".*GPU available but not used.*")
     warnings.filterwarnings("ignore", ".*`srun` command is available.*")

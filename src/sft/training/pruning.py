@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING
 import lightning as L
 from lightning.pytorch.callbacks import Callback
 
-from sft.training.log import log
 from sft.training.module import SFTModule
 
 if TYPE_CHECKING:
@@ -31,12 +30,15 @@ class Pruning(Callback):
     study: str
     trial: int
     pruner: "BasePruner"
+    stopping_reason_message: str | None = None  # why it has ended the trial
 
     def on_validation_end(self, trainer: L.Trainer, module: SFTModule) -> None:
         if trainer.sanity_checking or trainer.global_step == module.num_steps:  # there is nothing to end
             return
         bad = trainer.is_global_zero and self._is_bad(trainer.global_step, module.val_loss)
         if trainer.strategy.reduce_boolean_decision(bad, all=False):
+            bad_loss = math.isnan(module.val_loss)
+            self.stopping_reason_message = "the validation loss is NaN" if bad_loss else "other trials do better"
             trainer.should_stop = True  # the step is saved as the run's last
 
     def _is_bad(self, step: int, loss: float) -> bool:
@@ -50,5 +52,4 @@ class Pruning(Callback):
         bad = math.isnan(loss) or bool(self.pruner.prune(study, storage.get_trial(trial)))
         if bad:
             storage.set_trial_user_attr(trial, "pruned", step)
-            log(f"step {step}: ended early, because other trials do better")
         return bad

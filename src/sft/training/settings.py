@@ -16,6 +16,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict
 from sft.config import schema
 from sft.data.step_plan import check_division
 from sft.errors import UserError
+from sft.runs import signals
 from sft.training.launch import Launch
 
 AUTO = ("auto", -1)  # all devices that there are
@@ -41,6 +42,7 @@ def check_schema(config: DictConfig, command: str = "train", typed: Collection[s
 def check(config: DictConfig, here: bool = True) -> tuple[int, int]:
     """The number of ranks, and of micro-batches of a rank in a step; `UserError` for settings that contradict.
     `here`: on this machine; otherwise on others, which may have GPUs."""
+    signals.seconds(OmegaConf.select(config, "max_time"))
     num_ranks = world_size(config)
     accumulation = check_division(config.global_batch_size, num_ranks, config.micro_batch_size)
     if num_ranks > 1 and not config.strategy:

@@ -1,0 +1,56 @@
+"""What ends a run before its last step: which callback, and why. Refuses early stopping that can't work."""
+
+from collections.abc import Iterable
+
+import lightning as L
+from lightning.pytorch.callbacks import Callback, EarlyStopping
+
+from sft.errors import UserError
+
+
+def check(callbacks: Iterable[Callback], has_validation: bool) -> None:
+    """Refuses early stopping without validation data, where nothing would ever be compared."""
+    if not has_validation and any(isinstance(callback, EarlyStopping) for callback in callbacks):
+        raise UserError(
+            "EarlyStopping never stops a run that has no validation data: set data.val_size or data.val_path, or leave "
+            "the callback out"
+        )
+
+
+class MonitoredMetrics(Callback):
+    """Refuses early stopping on a metric that is not measured. It must come before the others: Lightning's own callback
+    raises an error of another kind, and only at a validation after training steps."""
+
+    def on_validation_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        if trainer.sanity_checking and _users(trainer):
+            return  # a callback of the user's may measure it in training
+        for stopping in trainer.early_stopping_callbacks:
+            assert isinstance(stopping, EarlyStopping)
+            measured = trainer.callback_metrics
+            if stopping.strict and not stopping._check_on_train_epoch_end and stopping.monitor not in measured:
+                raise UserError(
+                    f"EarlyStopping monitors {stopping.monitor}, which is not measured: set its monitor to "
+                    f"{' or '.join(measured)}"
+                )
+
+
+def ends(trainer: L.Trainer) -> bool:
+    """Whether a callback has ended the run: Lightning heeds `should_stop` only after trainer.min_steps."""
+    return trainer.should_stop and trainer.fit_loop._can_stop_early
+
+
+def why(trainer: L.Trainer) -> str:
+    """Which callback has ended the run, and why, as far as it says so in its `stopping_reason_message`."""
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if reason := getattr(callback, "stopping_reason_message", None):
+            name = "early stopping" if isinstance(callback, EarlyStopping) else type(callback).__name__
+            reason = reason.removeprefix("Monitored metric ").removesuffix(" Signaling Trainer to stop.").rstrip(".")
+            return f"{name}: {reason.replace('last 1 records', 'validation').replace(' records', ' validations')}"
+    users = _users(trainer)
+    return f"{users[0]} stopped it" if len(users) == 1 else "a callback stopped it"
+
+
+def _users(trainer: L.Trainer) -> list[str]:
+    """The classes of callbacks that are neither Lightning's nor ours."""
+    classes = {type(callback) for callback in trainer.callbacks}  # type: ignore[attr-defined]
+    return [each.__name__ for each in classes if each.__module__.partition(".")[0] not in ("lightning", "sft")]

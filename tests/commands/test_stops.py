@@ -1,0 +1,219 @@
+"""A run whose time is up is interrupted and ends as if nothing had happened; one that a callback ends says why."""
+
+import json
+import math
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from runfiles import final_files, last_checkpoint, rows
+from running import Sft
+from sft.cluster import submitit_rank
+from sft.commands import job
+from sft.errors import UserError
+from sft.runs import events, signals
+from sft.runs.run import Run, Status
+
+SETTINGS = ("epochs=2", "val_every=4", "checkpoint.save_every=4", "micro_batch_size=1", "run=run")
+TIME_IS_UP = "+callbacks.up={_target_: mishaps.TimeIsUp, step: 3}"
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"),
+    [("4:00:00", 14400), ("0:00:05", 5), ("1:12:00:00", 129600), ("100:00:01", 360001), (None, math.inf)],
+)
+def test_a_time(text: str | None, seconds: float) -> None:
+    assert signals.seconds(text) == seconds
+
+
+# Unquoted in a YAML file, 4:00:00 is the number 14400 and 1:12:00:00 another time.
+@pytest.mark.parametrize("text", ["12", 14400, "10:30", "4:60:00", "-1:00:00", "0:00:00", "1-12:00:00", "soon"])
+def test_no_time(text: object) -> None:
+    with pytest.raises(UserError, match=rf"max_time={text} is no time: set it like 4:00:00 .* needs quotes"):
+        signals.seconds(text)
+
+
+def test_the_time_runs_from_the_start_of_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 100.0
+    monkeypatch.setattr("sft.runs.signals.time.monotonic", lambda: now)
+    monkeypatch.setattr("sft.runs.signals.signal.signal", lambda number, handler: None)
+    signals.install()
+    now = 130.0  # the imports
+    signals.stop_after(60)
+    assert signals.received() == 0
+    now = 160.0
+    assert signals.received() == signals.MAX_TIME
+    signals.install()
+    assert signals.received() == 0
+
+
+def interrupted(sft: Sft, step: int, reason: str, stopped: str) -> None:
+    folder = sft.run_folder()
+    assert f"stopped by {reason} after step {step}: the same command resumes it" in stopped.splitlines()
+    assert "Traceback" not in stopped
+    status = Run(folder).status
+    assert (status["state"], status["step"], status["num_steps"]) == ("interrupted", step, 6)
+    assert (last_checkpoint(folder).step, last_checkpoint(folder).state["stopped"]) == (step, False)
+    assert [event["why"] for event in events.read(folder) if event["event"] == "time_up"] == [reason]
+    assert not (folder / "export").exists()
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory, model_folder: Path, data_file: Path) -> Iterator[Path]:
+    """The folder of a run that nothing stops."""
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        sft = Sft(tmp_path_factory.mktemp("whole"), model_folder, data_file, monkeypatch)
+        assert sft.train(*SETTINGS) == 0
+        yield sft.run_folder()
+
+
+@pytest.mark.parametrize(
+    ("reason", "time"),
+    [
+        ("max_time", "max_time=100:00:00"),
+        ("Timer", "+callbacks.timer={_target_: lightning.pytorch.callbacks.Timer, duration: '01:00:00:00'}"),
+        ("Timer", "+trainer.max_time=01:00:00:00"),
+    ],
+)
+def test_a_run_whose_time_is_up_goes_on_as_if_nothing_had_happened(
+    sft: Sft, whole: Path, reason: str, time: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    command = (*SETTINGS, time, TIME_IS_UP)
+    assert sft.train(*command) == 75
+    interrupted(sft, 3, reason, capfd.readouterr().out)
+    assert sft.train(*command) == 0  # the time of this process begins anew
+    assert final_files(sft.run_folder()) == final_files(whole)
+    assert rows(sft.run_folder()) == rows(whole)
+
+
+def test_time_that_is_up_in_a_validation(sft: Sft, whole: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    stops = f"+callbacks.stops={{_target_: mishaps.InValidation, step: 4, once: {sft.folder}/stopped, time: true}}"
+    assert sft.train(*SETTINGS, "max_time=100:00:00", stops) == 75
+    stopped = capsys.readouterr().out
+    interrupted(sft, 4, "max_time", stopped)
+    assert "step 4: validation loss" not in stopped
+    assert sft.train(*SETTINGS) == 0
+    assert final_files(sft.run_folder()) == final_files(whole)
+    assert rows(sft.run_folder()) == rows(whole)
+
+
+@pytest.mark.parametrize("time", ["max_time=100:00:00", "+trainer.max_time=01:00:00:00"])
+def test_two_ranks_of_which_the_first_has_no_time_left(sft: Sft, time: str) -> None:
+    settings = ("train", *sft.settings, *SETTINGS, "strategy=ddp", "trainer.devices=2", time)
+    stopped = sft.process(*settings, TIME_IS_UP)
+    assert stopped.code == 75, stopped.output
+    interrupted(sft, 3, "max_time" if time.startswith("max_time") else "Timer", stopped.output)
+    assert sft.process(*settings).code == 0
+
+
+def test_max_time_itself(sft: Sft, capsys: pytest.CaptureFixture[str]) -> None:
+    waits = f"+callbacks.waits={{_target_: mishaps.UntilSignal, step: 2, once: {sft.folder}/waited}}"
+    assert sft.train(*SETTINGS, "max_time=0:00:03", waits) == 75
+    assert "stopped by max_time after step " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("event", ["time_up", "signal"])
+def test_a_job_is_requeued_after_a_signal_and_not_when_the_users_time_is_up(
+    event: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    events.record(tmp_path, "job", max_requeues={"signal": 100})
+    events.record(tmp_path, event, step=3, why="max_time")
+    if event == "signal":
+        with pytest.raises(SystemExit) as ended:
+            job.end(Run(tmp_path), 75, tmp_path / "log")
+        assert ended.value.code == 75
+        return
+    job.end(Run(tmp_path), 75, tmp_path / "log")
+    last = events.read(tmp_path)[-1]
+    assert (last["event"], last["why"]) == ("stop", "max_time is over")
+    assert "max_time is over; submit the job again to resume" in capsys.readouterr().out
+
+
+def test_a_sweeps_job_whose_time_is_up_is_not_requeued(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sft.runs.signals.install", lambda: None)
+    monkeypatch.setattr("atexit.register", lambda function: None)
+    monkeypatch.setattr(submitit_rank, "requeue", lambda: pytest.fail("it was requeued"))
+    with pytest.raises(RuntimeError, match="stopped by max_time after step 3"), submitit_rank.rank():
+        raise signals.Interrupted(signals.MAX_TIME, 3, 75)
+
+
+def finished_early(sft: Sft, reason: str, capsys: pytest.CaptureFixture[str], *command: str) -> Status:
+    """Trains, sees the reason, which begins so, wherever it belongs, and returns the run's status."""
+    assert sft.train(*command) == 0
+    printed, status = capsys.readouterr().out.splitlines(), Run(sft.run_folder()).status
+    assert status["state"] == "finished"
+    assert status["stopped_early"].startswith(reason)
+    reason = status["stopped_early"]
+    after = f"after {status['step']} of {status['num_steps']} steps: {reason}"
+    assert f"step {status['step']}: stopped early: {reason}" in printed
+    assert f"finished runs/run {after}" in printed
+    assert last_checkpoint(sft.run_folder()).step == status["step"]
+    assert sft.train(*command) == 0
+    assert f"  it ended {after}" in capsys.readouterr().out.splitlines()
+    return status
+
+
+def test_early_stopping_says_why(sft: Sft, capsys: pytest.CaptureFixture[str]) -> None:
+    stop = ("callbacks=early_stopping", "callbacks.early_stopping.patience=2", "optimizer.lr=0.0", "val_every=1")
+    monitored = "early stopping: val/loss did not improve in the last 2 validations. Best score: "
+    assert finished_early(sft, monitored, capsys, *SETTINGS, *stop)["step"] == 3
+    assert (sft.run_folder() / "export" / "verified.json").exists()
+
+
+@pytest.mark.parametrize("val_size", [0.05, 0])
+def test_a_callback_that_ends_the_run_within_a_step_ends_it_after_the_step(
+    sft: Sft, val_size: float, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stop = ("+callbacks.stops={_target_: mishaps.StopsIn, number: 6}", f"data.val_size={val_size}", "export=false")
+    assert finished_early(sft, "StopsIn stopped it", capsys, *SETTINGS, *stop)["step"] == 2
+    assert bool(rows(sft.run_folder())[-1]["val/loss"]) is bool(val_size)
+
+
+def test_an_end_that_the_trainer_does_not_heed_is_none(sft: Sft) -> None:
+    # With trainer.min_steps Lightning heeds none in the first epoch, which is the whole run.
+    stop = ("+callbacks.stops={_target_: mishaps.StopsIn, number: 6}", "+trainer.min_steps=3", "export=false")
+    assert sft.train(*SETTINGS, *stop) == 0
+    status = Run(sft.run_folder()).status
+    assert (status["step"], "stopped_early" in status) == (6, False)
+    assert [path.name[-1] for path in sorted((sft.run_folder() / "checkpoints").iterdir())] == ["4", "6"]
+
+
+@pytest.mark.parametrize(
+    ("setting", "line"),
+    [
+        (
+            "callbacks.early_stopping.monitor=val/los",
+            "EarlyStopping monitors val/los, which is not measured: set its monitor to val/loss",
+        ),
+        (
+            "data.val_size=0",
+            "EarlyStopping never stops a run that has no validation data: set data.val_size or data.val_path, or leave "
+            "the callback out",
+        ),
+    ],
+)
+def test_early_stopping_that_can_not_work(
+    sft: Sft, setting: str, line: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert sft.train(*SETTINGS, "callbacks=early_stopping", setting) == 2
+    printed = capsys.readouterr()
+    assert printed.err == f"sft: {line}\n"
+    assert "step 1" not in printed.out
+    assert not list(sft.folder.glob("runs/*"))
+
+
+def test_a_metric_of_the_users_own_may_be_monitored(sft: Sft) -> None:
+    """It is measured in training, so the validation before training doesn't know it."""
+    own = "+callbacks.own._target_=observers.OwnMetric"
+    monitor = ("callbacks=early_stopping", "callbacks.early_stopping.monitor=own", own)
+    assert sft.train(*SETTINGS, *monitor, "export=false") == 0
+    assert json.loads((sft.run_folder() / "status.json").read_text())["step"] == 6
+
+
+def test_a_wrong_metric_of_a_resumed_run_is_a_users_mistake_too(sft: Sft, capsys: pytest.CaptureFixture[str]) -> None:
+    assert sft.train(*SETTINGS, TIME_IS_UP, "max_time=100:00:00") == 75
+    wrong = ("callbacks=early_stopping", "callbacks.early_stopping.monitor=val/los")
+    assert sft.train(*SETTINGS, *wrong) == 2
+    assert "EarlyStopping monitors val/los, which is not measured" in capsys.readouterr().err
