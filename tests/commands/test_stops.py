@@ -127,7 +127,7 @@ def test_a_job_is_requeued_after_a_signal_and_not_when_the_users_time_is_up(
         return
     job.end(Run(tmp_path), 75, tmp_path / "log")
     last = events.read(tmp_path)[-1]
-    assert (last["event"], last["why"]) == ("stop", "max_time is over")
+    assert (last["event"], last["cause"], last["why"]) == ("stop", "time_up", "max_time is over")
     assert "max_time is over; submit the job again to resume" in capsys.readouterr().out
 
 

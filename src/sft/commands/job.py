@@ -90,7 +90,7 @@ def end(run: Run, exit_code: int, log: Path) -> None:
     step = _step(run.folder)
     for event in story[start:]:
         if event["event"] == "time_up":
-            events.record(run.folder, "stop", step=step, why=f"{event['why']} is over")
+            events.record(run.folder, "stop", cause="time_up", step=step, why=f"{event['why']} is over")
             print(f"stopped at step {step}: {event['why']} is over; submit the job again to resume", flush=True)
             return
     by_slurm = ended_by_slurm(printed)
