@@ -165,19 +165,19 @@ class Checkpoints(Callback):
 
     def _validates(self, trainer: L.Trainer, module: SFTModule) -> bool:
         step = trainer.global_step
-        due = step % self.val_every == 0 or step == module.num_steps or early_stopping.ends(trainer)
+        due = step % self.val_every == 0 or step == module.num_steps or trainer.should_stop
         return bool(trainer.enable_validation) and due
 
     def _end_step(self, trainer: L.Trainer, module: SFTModule, val_loss: float | None) -> None:
         step, number = trainer.global_step, self._agreed(trainer)
-        if number or early_stopping.ends(trainer) or step == module.num_steps or step % self.save_every == 0:
+        if number or trainer.should_stop or step == module.num_steps or step % self.save_every == 0:
             self._save(trainer, module, val_loss)
             number = number or self._agreed(trainer)  # may have come during the save
         if number:
             self._interrupt(trainer, number)
 
     def _save(self, trainer: L.Trainer, module: SFTModule, val_loss: float | None, validated: bool = True) -> None:
-        step, start, stopped = trainer.global_step, time.perf_counter(), early_stopping.ends(trainer)
+        step, start, stopped = trainer.global_step, time.perf_counter(), trainer.should_stop
         stopped_early = early_stopping.why(trainer) if stopped and step < module.num_steps else None
         watchdog.beat()
         for logger in trainer.loggers:

@@ -34,11 +34,6 @@ class MonitoredMetrics(Callback):
                 )
 
 
-def ends(trainer: L.Trainer) -> bool:
-    """Whether a callback has ended the run: Lightning heeds `should_stop` only after trainer.min_steps."""
-    return trainer.should_stop and trainer.fit_loop._can_stop_early
-
-
 def why(trainer: L.Trainer) -> str:
     """Which callback has ended the run, and why, as far as it says so in its `stopping_reason_message`."""
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
