@@ -143,8 +143,8 @@ def _check(command: str, config: "DictConfig", typed: set[str]) -> None:
         run = Run.find(config.run, config.runs_dir)
         if command != "export":
             run.exported()
-        if command == "generate" and config.file and not Path(config.file).expanduser().exists():
-            raise UserError(f"file={config.file}: there is no such file (looked in {Path.cwd()})")
+        if command == "generate" and config.file and not (file := Path(config.file).expanduser()).exists():
+            raise UserError(f"file={config.file}: there is no such file (looked in {file.absolute().parent})")
     elif command in ("preview", "rehearse"):
         check_inputs(config)
 

@@ -145,7 +145,7 @@ def test_the_form_of_the_export_is_not_in_the_name(sft: Sft) -> None:
     ("arguments", "message"),
     [
         (["adapter=lora", "adapter.target_modules=[q_proj,query]"], "query is no layer of LlamaForCausalLM"),
-        (["adapter=lora", "adapter.merge=whole"], "adapter.merge=whole is unknown"),
+        (["adapter=lora", "adapter.merge=whole"], "adapter.merge=whole is not true or false"),
         pytest.param(
             ["adapter=qlora"],
             "needs a CUDA device: set adapter=lora",

@@ -123,8 +123,8 @@ def test_in_bf16_what_is_right_is_told_from_what_is_not(
 @pytest.mark.parametrize(
     ("setting", "message"),
     [
-        ("precision=16", "precision=16: "),
-        ("device=tpu", "device=tpu is unknown"),
+        ("precision=16", "precision=16 is not one of 32-true, bf16-mixed"),
+        ("device=tpu", "device=tpu is not one of cpu, gpu"),
         ("device=gpu", "sees no CUDA device"),
     ],
 )

@@ -235,7 +235,7 @@ def test_early_stopping_ends_with_a_checkpoint_and_an_export(sft: Sft) -> None:
     stop = (
         "callbacks=early_stopping",
         "callbacks.early_stopping.patience=1",
-        "optimizer.lr=0.0",
+        "optimizer.lr=1e-12",
         "val_every=1",
     )
     assert sft.train("run=run", "epochs=3", *stop) == 0

@@ -79,7 +79,10 @@ NAME = "is not a name of at most 120 characters, none of them one of / \\ # ? % 
         ),
         ("trainer.precision=16-mixed", "trainer.precision=16-mixed is not one of 32-true, bf16-mixed, bf16-true"),
         ("trainer.precision=fp8", "trainer.precision=fp8 is not one of 32-true, bf16-mixed, bf16-true"),
-        ("trainer.accelerator=tpu", "trainer.accelerator=tpu is not one of auto, cpu, gpu, cuda, mps"),
+        (
+            "trainer.accelerator=tpu",
+            "trainer.accelerator=tpu is not one of auto, cpu, gpu, cuda, mps, or an accelerator's _target_",
+        ),
         ("trainer.gradient_clip_val=-1", f"trainer.gradient_clip_val=-1 {ABOVE_0} (or null)"),
         ("trainer.gradient_clip_val=0", f"trainer.gradient_clip_val=0 {ABOVE_0} (or null)"),
         ("optimizer.lr=0", f"optimizer.lr=0 {ABOVE_0}"),

@@ -12,8 +12,8 @@ from omegaconf import DictConfig
 
 from runfiles import final_files, rows
 from running import Sft
+from sft.config import CONF
 from sft.errors import UserError
-from sft.mistakes import CONF
 from sft.training.checkpointing import check_ranks
 from sft.training.datamodule import SFTDataModule
 from sft.training.launch import Launch, find
@@ -133,7 +133,7 @@ AUTO = ("trainer.devices=auto", "trainer.num_nodes=auto", "strategy=ddp")
         ({}, ["trainer.devices=2", "strategy=ddp"], (2, 1, 2)),
         ({}, ["trainer.devices='2'", "strategy=ddp"], ("2", 1, 2)),
         ({}, ["trainer.devices=[1,3]", "strategy=ddp"], ([1, 3], 1, 2)),
-        ({}, ["trainer.devices='1,3'", "strategy=ddp"], ("1,3", 1, 2)),
+        ({}, ["trainer.devices=[1,3]", "strategy=ddp"], ("1,3", 1, 2)),
         ({}, AUTO, (1, 1, 1)),
         (SALLOC, ["trainer.devices=2", "strategy=ddp"], (2, 1, 2)),
         (STEP_OF_ONE, ["trainer.devices=2", "strategy=ddp"], (2, 1, 2)),

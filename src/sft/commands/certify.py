@@ -70,11 +70,7 @@ def main(config: DictConfig) -> None:
 
 
 def check(config: DictConfig) -> int:
-    """The largest number of ranks; refuses an unknown precision, and a device that isn't there."""
-    if config.precision not in ("32-true", "bf16-mixed"):
-        raise UserError(f"precision={config.precision}: a certificate is made in 32-true or bf16-mixed")
-    if config.device not in ("cpu", "gpu"):
-        raise UserError(f"device={config.device} is unknown: set cpu or gpu")
+    """The largest number of ranks; refuses a device that isn't there."""
     if config.device == "cpu":
         return 4
     if not (num_gpus := torch.cuda.device_count()):

@@ -201,7 +201,10 @@ Adapter = table(
 )
 Trainer = table(
     "Trainer",
-    accelerator=one_of("auto", "cpu", "gpu", "cuda", "mps"),
+    accelerator=described(
+        "one of auto, cpu, gpu, cuda, mps, or an accelerator's _target_",
+        Literal["auto", "cpu", "gpu", "cuda", "mps"] | dict[str, Any],
+    ),
     devices=described(
         "a whole number from 1 on, auto (all), or a list of GPUs like [0,2]",
         whole(1) | Literal[-1, "auto"] | Annotated[list[whole(0)], Field(min_length=1)],  # type: ignore[misc]
