@@ -131,9 +131,7 @@ AUTO = ("trainer.devices=auto", "trainer.num_nodes=auto", "strategy=ddp")
     ("environment", "overrides", "expected"),
     [
         ({}, ["trainer.devices=2", "strategy=ddp"], (2, 1, 2)),
-        ({}, ["trainer.devices='2'", "strategy=ddp"], ("2", 1, 2)),
         ({}, ["trainer.devices=[1,3]", "strategy=ddp"], ([1, 3], 1, 2)),
-        ({}, ["trainer.devices=[1,3]", "strategy=ddp"], ("1,3", 1, 2)),
         ({}, AUTO, (1, 1, 1)),
         (SALLOC, ["trainer.devices=2", "strategy=ddp"], (2, 1, 2)),
         (STEP_OF_ONE, ["trainer.devices=2", "strategy=ddp"], (2, 1, 2)),

@@ -59,8 +59,6 @@ def export_run(
     `merge`: whether an adapter is merged into the base model; None as the run says.
     """
     dtypes = {None: None, "float32": torch.float32, "bfloat16": torch.bfloat16}
-    if dtype not in dtypes:
-        raise UserError(f"dtype={dtype} is unknown: set float32 or bfloat16")
     settings = run.config
     source = model_source(OmegaConf.create(dict(settings)))
     if source.adapter:
