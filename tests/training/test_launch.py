@@ -225,11 +225,12 @@ def test_ranks_of_a_step_meet_on_its_first_node(nodes: str, first: str) -> None:
 
 
 def test_ranks_that_met_are_counted() -> None:
-    check_ranks([("n1", 0), ("n1", 1), ("n2", 0), ("n2", 1)], 4)
+    check_ranks([("n1", "0", 0), ("n1", "0", 1), ("n2", "1", 0), ("n2", "1", 1)], 4)
+    check_ranks([("localhost", "0", 0), ("localhost", "1", 0)], 2)  # two nodes of one name
     with pytest.raises(UserError, match="1 ranks have met, and the trainer counts 2"):
-        check_ranks([("n1", 0)], 2)
+        check_ranks([("n1", "0", 0)], 2)
     with pytest.raises(UserError, match="2 ranks on n2 have LOCAL_RANK=0, and would share a device"):
-        check_ranks([("n1", 0), ("n2", 0), ("n2", 0)], 3)
+        check_ranks([("n1", "0", 0), ("n2", "1", 0), ("n2", "1", 0)], 3)
 
 
 def test_a_trainer_of_another_accumulation_is_refused() -> None:

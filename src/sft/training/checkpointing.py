@@ -60,9 +60,11 @@ class Checkpoints(Callback):
         if trainer.is_global_zero:
             checkpoints.discard_unfinished(self.folder)
         node = os.environ.get("SLURMD_NODENAME", socket.gethostname())
-        ranks = together(lambda: (node, trainer.local_rank, self.resume.step if self.resume else 0))
-        check_ranks([(node, local_rank) for node, local_rank, _ in ranks], trainer.world_size)
-        steps = {node: step for node, _, step in ranks}
+        number = os.environ.get("GROUP_RANK", "0")  # of the node, by its launcher: two may have one name
+        mine = (node, number, trainer.local_rank, self.resume.step if self.resume else 0)
+        ranks = together(lambda: mine)
+        check_ranks([rank[:3] for rank in ranks], trainer.world_size)
+        steps = {node: step for node, _, _, step in ranks}
         if len(set(steps.values())) > 1:
             seen = ", ".join(f"{node}: {step}" for node, step in steps.items())
             raise RuntimeError(f"the ranks see different checkpoints in {self.folder}, of the steps {seen}")
@@ -210,9 +212,9 @@ class Checkpoints(Callback):
         watchdog.beat()
 
 
-def check_ranks(places: list[tuple[str, int]], meant: int) -> None:
+def check_ranks(places: list[tuple[str, str, int]], meant: int) -> None:
     """`UserError` unless the process group has the ranks that the trainer counts, each with a device of its own.
-    `places`: node and local rank of each rank."""
+    `places`: name and number of the node, and local rank, of each rank."""
     if len(places) != meant:
         raise UserError(
             f"{len(places)} ranks have met, and the trainer counts {meant}: set trainer.devices and trainer.num_nodes "
@@ -220,7 +222,7 @@ def check_ranks(places: list[tuple[str, int]], meant: int) -> None:
         )
     shared = sorted({place for place in places if places.count(place) > 1})
     if shared:
-        node, local_rank = shared[0]
+        node, _, local_rank = shared[0]
         raise UserError(
             f"{places.count(shared[0])} ranks on {node} have LOCAL_RANK={local_rank}, and would share a device: give "
             "the ranks of a node the numbers from 0 on"
