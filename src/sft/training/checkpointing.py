@@ -60,8 +60,8 @@ class Checkpoints(Callback):
         if trainer.is_global_zero:
             checkpoints.discard_unfinished(self.folder)
         node = os.environ.get("SLURMD_NODENAME", socket.gethostname())
-        number = os.environ.get("GROUP_RANK", "0")  # of the node, by its launcher: two may have one name
-        mine = (node, number, trainer.local_rank, self.resume.step if self.resume else 0)
+        group = os.environ.get("GROUP_RANK", "0")  # of the node, by its launcher: two may have one name
+        mine = (node, group, trainer.local_rank, self.resume.step if self.resume else 0)
         ranks = together(lambda: mine)
         check_ranks([rank[:3] for rank in ranks], trainer.world_size)
         steps = {node: step for node, _, _, step in ranks}
