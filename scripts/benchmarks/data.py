@@ -18,11 +18,11 @@ from hydra.utils import instantiate
 
 from benchmarks import generated
 from benchmarks.conditions import rss, table
+from sft.config import CONF
 from sft.data.packing import pack
 from sft.data.rows import Source
 from sft.data.step_plan import epoch_plan, share
 from sft.data.store import Store
-from sft.config import CONF
 
 VOCAB = 8000  # of the tokenizer that is trained here
 GLOBAL_BATCH = 16  # packs an optimizer step

@@ -8,9 +8,9 @@ from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 from lightning.pytorch.callbacks import Callback
 
+from sft.config import CONF
 from sft.data.rows import Source
 from sft.data.store import Store
-from sft.config import CONF
 from sft.training.datamodule import SFTDataModule
 from sft.training.module import SFTModule
 from sft.training.prepare import model_source, quiet
