@@ -7,6 +7,7 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
+from urllib.request import getproxies
 
 from hydra._internal.utils import _locate
 from hydra.core.hydra_config import HydraConfig
@@ -94,11 +95,7 @@ def check_targets(config: DictConfig, only_own: bool = False) -> None:
 
 def _check_hub(names: list[tuple[str, str]]) -> None:
     """Leaves the Hub alone if it can't be reached, since each of its files would be asked for some ten seconds."""
-    if (
-        not names
-        or os.environ.get("HF_HUB_OFFLINE")
-        or any(os.environ.get(f"{p}_proxy".upper()) for p in ("https", "all"))
-    ):
+    if not names or os.environ.get("HF_HUB_OFFLINE") or getproxies():
         return
     host = urlparse(os.environ.get("HF_ENDPOINT", "https://huggingface.co"))
     try:
