@@ -95,7 +95,7 @@ def check_targets(config: DictConfig, only_own: bool = False) -> None:
 
 def _check_hub(names: list[tuple[str, str]]) -> None:
     """Leaves the Hub alone if it can't be reached, since each of its files would be asked for some ten seconds."""
-    if not names or os.environ.get("HF_HUB_OFFLINE") or getproxies():
+    if not names or os.environ.get("HF_HUB_OFFLINE") or {"https", "all"} & getproxies().keys():
         return
     host = urlparse(os.environ.get("HF_ENDPOINT", "https://huggingface.co"))
     try:
