@@ -48,6 +48,7 @@ def test_a_mistake_with_its_traceback(
 
 
 def interrupted_in_step_2() -> None:
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a job of a shell in the background ignores it
     signal_at(SFTModule, SFTModule.training_step, 3, signal.SIGINT)
 
 

@@ -215,7 +215,8 @@ def test_folder_tells_the_whole_story(sft: Sft) -> None:
 def test_trackers(sft: Sft, logger: str, expected: str) -> None:
     ended = sft.process("train", *sft.settings, f"logger={logger}", "run=run", "max_steps=1", "export=false")
     assert ended.code == 0, ended.output
-    assert any((sft.run_folder() / expected).rglob("*.wandb" if logger == "wandb" else "events.*"))
+    found = any((sft.run_folder() / expected).rglob("*.wandb" if logger == "wandb" else "events.*"))
+    assert found, ended.output
     assert (sft.run_folder() / "metrics.csv").exists()
 
 
@@ -252,7 +253,7 @@ def test_multirun_makes_runs_of_their_own_in_the_tracker_too(sft: Sft) -> None:
     folders = sorted((sft.folder / "runs").glob("sft-*"))
     assert len(folders) == 2
     tracked = [path.name for folder in folders for path in folder.rglob("run-*.wandb")]
-    assert sorted(tracked) == sorted(f"run-{folder.name}.wandb" for folder in folders)
+    assert sorted(tracked) == sorted(f"run-{folder.name}.wandb" for folder in folders), ended.output
 
 
 def test_loss_that_is_no_number_ends_the_run_and_is_never_saved(sft: Sft, capsys: pytest.CaptureFixture[str]) -> None:

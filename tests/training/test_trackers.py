@@ -28,13 +28,14 @@ def alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """wandb without the settings, keys and process of whoever runs the tests."""
     import wandb
 
+    wandb.teardown()
+    os.environ.pop("WANDB_SERVICE", None)  # of the process that an earlier test had: not to be restored afterwards
     for name in [name for name in os.environ if name.startswith("WANDB_") or name.lower().endswith("_proxy")]:
         monkeypatch.delenv(name)
     monkeypatch.delenv("NETRC", raising=False)
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     (tmp_path / "home").mkdir()
     monkeypatch.chdir(tmp_path)
-    wandb.teardown()
     yield
     wandb.teardown()
 
@@ -237,3 +238,20 @@ def test_long_name_is_cut_to_an_id_of_its_own(tmp_path: Path, service: Service) 
         track(tmp_path / name, [], 0, run=name)
     assert len(service.complete) == 2
     assert all(len(identity) == 128 for identity in service.complete)
+
+
+def test_a_process_of_wandb_that_is_shared_writes_to_the_runs_folder(
+    sft: Sft, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An agent of a sweep has one already, in a folder of its own."""
+    import wandb
+
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    (tmp_path / "elsewhere").mkdir()
+    with monkeypatch.context() as patch:
+        patch.chdir(tmp_path / "elsewhere")
+        wandb.setup()
+    assert "WANDB_SERVICE" in os.environ
+    ended = sft.process("train", *sft.settings, *SHORT)
+    assert ended.code == 0, ended.output
+    assert kept(sft.run_folder()) == 1

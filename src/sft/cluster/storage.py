@@ -1,26 +1,14 @@
 """Whether the files and folders of a job exist, can be written, are visible to its nodes, and have room."""
 
 import shutil
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
 from sft.errors import UserError
-from sft.runs.run import nearest_existing
+from sft.runs.files import nearest_existing
 
 LOCAL_FOLDERS = ("/tmp", "/var/tmp", "/dev/shm")
 LOCAL_FILE_SYSTEMS = ("tmpfs", "ramfs", "overlay", "squashfs")
-
-
-def check_writable(folder: Path, setting: str) -> None:
-    """Refuses a folder that can't be made or written: makes a temporary folder there and removes it."""
-    existing = nearest_existing(folder)
-    try:
-        tempfile.TemporaryDirectory(prefix=".sft-", dir=existing).cleanup()
-    except OSError as error:
-        raise UserError(
-            f"{folder} can't be written ({existing}: {error.strerror}): set {setting} to another folder"
-        ) from error
 
 
 def is_local(path: Path) -> bool:

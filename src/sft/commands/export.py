@@ -24,10 +24,10 @@ from omegaconf import DictConfig, OmegaConf
 from transformers import AutoConfig, AutoTokenizer
 
 from sft.checkpoint.checkpoint import Checkpoint, best, complete
-from sft.cluster.storage import check_writable
 from sft.errors import UserError, disk_is_full
 from sft.export.folder import Read, Specs, empty_model, generation_config, verify, write_model
 from sft.export.merge import adapter_config, merged, write_adapter
+from sft.runs.files import check_writable
 from sft.runs.identity import Config
 from sft.runs.run import Run
 from sft.training.log import log

@@ -22,13 +22,13 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from sft.cluster.storage import check_writable
 from sft.commands.export import try_export
 from sft.data.chat_template import special_ids
 from sft.data.mask import IGNORE
 from sft.errors import UserError
 from sft.proof.rehearsal import Failed, Mistaken, run_command
 from sft.proof.shrink import first_rows, shrink
+from sft.runs.files import check_writable
 from sft.runs.run import Run
 from sft.runs.signals import EXIT_CODE
 from sft.training.prepare import Prepared, quiet, setup
@@ -108,7 +108,6 @@ def _check(config: DictConfig, folder: Path, num_rows: int) -> str:
     small = copy.deepcopy(config)
     settings: Any = OmegaConf.to_container(config)
     run = Run.of(settings)
-    check_writable(run.folder, "runs_dir")
     check_writable(Path(config.data.cache_dir), "data.cache_dir")
     cut_data(small.data, folder, num_rows)
     prepared = setup(small)

@@ -30,6 +30,7 @@ from sft.cluster import partitions, slurm, storage, time_limit
 from sft.cluster.sbatch import PROJECT, SCRIPT, Job, split
 from sft.errors import UserError
 from sft.runs import events
+from sft.runs.files import check_writable
 from sft.runs.run import Run
 from sft.training.settings import check
 
@@ -114,28 +115,22 @@ def check_devices(job: Job, accelerator: str) -> list[str]:
 def check_files(config: DictConfig, run: Run) -> list[str]:
     """Returns notes; refuses a missing model or missing data, and folders that can't be written or are too full."""
     from sft.data.rows import local_files
-    from sft.model.loading import check_folder
 
     model = instantiate(config.model, _convert_="all")
+    model.check_files()
     instantiate(config.adapter, _convert_="all")
     training, validation = instantiate(config.data, _convert_="all").sources()
     paths = {"runs_dir": run.folder, "data.cache_dir": Path(config.data.cache_dir)}
     for setting, folder in paths.items():
-        storage.check_writable(folder, setting)
+        check_writable(folder, setting)
     notes = []
     for setting, source in (("model.path", model.path), ("model.tokenizer", model.tokenizer)):
-        if source:
-            check_folder(source, setting)
-            if Path(source).expanduser().exists():
-                paths[setting] = Path(source).expanduser()
-            else:
-                notes += storage.check_hub(setting, source, "models")
-    if "model.path" in paths and not (paths["model.path"] / "config.json").is_file():
-        raise UserError(f"model.path={model.path}: the folder holds no model (config.json)")
+        if source and Path(source).expanduser().exists():
+            paths[setting] = Path(source).expanduser()
+        elif source:
+            notes += storage.check_hub(setting, source, "models")
     if model.chat_template:
         paths["model.chat_template"] = Path(model.chat_template).expanduser()
-        if not paths["model.chat_template"].is_file():
-            raise UserError(f"model.chat_template={model.chat_template}: there is no such file")
     for source in [*training, *validation]:
         if local_files(source):
             paths[f"data {source}"] = Path(source.path).expanduser()

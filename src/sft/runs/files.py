@@ -2,6 +2,7 @@
 
 import json
 import os
+import tempfile
 from pathlib import Path
 
 from sft.errors import UserError
@@ -29,6 +30,22 @@ def output_file(path: str, setting: str) -> Path:
     if not os.access(file if file.exists() else folder, os.W_OK):
         raise UserError(f"{setting}={path} can't be written: name another file")
     return file
+
+
+def check_writable(folder: Path, setting: str) -> None:
+    """Refuses a folder that can't be made or written: makes a temporary folder there and removes it."""
+    existing = nearest_existing(folder)
+    try:
+        tempfile.TemporaryDirectory(prefix=".sft-", dir=existing).cleanup()
+    except OSError as error:
+        raise UserError(
+            f"{folder} can't be written ({existing}: {error.strerror}): set {setting} to another folder"
+        ) from error
+
+
+def nearest_existing(path: Path) -> Path:
+    """The path, or the nearest folder above it that exists."""
+    return next(place for place in (path, *path.absolute().parents) if place.exists())
 
 
 def unfinished(path: Path) -> Path:

@@ -5,7 +5,6 @@ import json
 import os
 import shutil
 import socket
-import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -18,7 +17,7 @@ from hydra.errors import InstantiationException
 from sft.errors import NotFinite, UserError
 from sft.runs import events, provenance, watchdog
 from sft.runs.failure import by_hand, cause
-from sft.runs.files import unfinished, write_json, write_text
+from sft.runs.files import check_writable, unfinished, write_json, write_text
 from sft.runs.identity import Config, deciding, identity
 from sft.runs.provenance import now
 from sft.runs.signals import Interrupted
@@ -91,13 +90,7 @@ class Run:
         # Another rank may be making the folder right now: its first file is config.yaml, not yet under that name.
         elif names - {"logs", "events.jsonl", unfinished(run.folder / "config.yaml").name}:
             raise UserError(f"{run.folder} exists and is not a run: move it away, or name the run with run=NAME")
-        existing = nearest_existing(run.folder)
-        try:
-            tempfile.TemporaryDirectory(prefix=".sft-", dir=existing).cleanup()
-        except OSError as error:
-            raise UserError(
-                f"{run.folder} can't be written ({existing}: {error.strerror}): set runs_dir to another folder"
-            ) from error
+        check_writable(run.folder, "runs_dir")
         return run
 
     @classmethod
@@ -181,11 +174,6 @@ class Run:
             "step": self._step(),
         }
         write_json(self.folder / "status.json", status | (details or {}))
-
-
-def nearest_existing(path: Path) -> Path:
-    """The path, or the nearest folder above it that exists."""
-    return next(place for place in (path, *path.absolute().parents) if place.exists())
 
 
 def _listed(runs_dir: str) -> str:

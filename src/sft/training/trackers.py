@@ -98,7 +98,7 @@ def wandb_logger(
                 config=dict(config or {}),
                 id=run if len(run) <= 128 else f"{run[:119]}-{sha256(run.encode()).hexdigest()[:8]}",
                 resume="allow",
-                dir=str(folder),
+                dir=str(folder.absolute()),  # its process may have another working folder
                 mode=mode,  # type: ignore[arg-type]
                 settings=options,
             )
