@@ -246,3 +246,8 @@ def test_settings_of_this_machine_alone(tmp_path: Path, monkeypatch: pytest.Monk
         assert compose("train").runs_dir == "/scratch/runs"
         assert compose("train", ["runs_dir=here"]).runs_dir == "here"
     assert "/conf/local/" in (CONF.parent / ".gitignore").read_text().split()
+
+
+def test_settings_of_a_job_array_are_taken_as_typed(sft: Sft, capsys: pytest.CaptureFixture[str]) -> None:
+    assert sft("job", "setting", "1", "data.path=data(1).jsonl", "seed=1,2") == 0
+    assert capsys.readouterr().out.splitlines() == ['data.path="data(1).jsonl"', "seed=2"]

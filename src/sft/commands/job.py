@@ -19,6 +19,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from sft.cluster.requeue_policy import Death, decide, ended_by_slurm, examine
 from sft.cluster.slurm import NoAnswer, refuse_queued
+from sft.config.arguments import parse
 from sft.errors import UserError
 from sft.runs import events, signals
 from sft.runs.events import Event, SlurmJob
@@ -57,7 +58,7 @@ def without_configuration(arguments: list[str]) -> None:
     """The steps that need no configuration."""
     match arguments:
         case ["setting", index, *overrides]:
-            print("\n".join(pick(int(index), overrides)))
+            print("\n".join(pick(int(index), parse("train", ["--multirun", *overrides]).settings)))
         case ["end", folder, exit_code, log]:
             end(Run(Path(folder)), int(exit_code), Path(log))
         case _:
