@@ -138,13 +138,14 @@ def _check(command: str, config: "DictConfig", typed: set[str]) -> None:
 
     check_schema(config, CONFIGURATION.get(command, command), typed)
     if command in ON_A_RUN:
+        from sft.runs.files import input_file
         from sft.runs.run import Run
 
         run = Run.find(config.run, config.runs_dir)
         if command != "export":
             run.exported()
-        if command == "generate" and config.file and not (file := Path(config.file).expanduser()).exists():
-            raise UserError(f"file={config.file}: there is no such file (looked in {file.absolute().parent})")
+        if command == "generate" and config.file:
+            input_file(config.file, "file")
     elif command in ("preview", "rehearse"):
         check_inputs(config)
 

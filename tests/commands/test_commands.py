@@ -121,7 +121,7 @@ def test_files_that_generate_refuses(there: Sft, tmp_path: Path, capsys: pytest.
     (tmp_path / "blank.jsonl").write_text('{"prompt": "a"}\n{"prompt": ""}\n')
     for name, line in {
         "none.csv": f"file={tmp_path}/none.csv: there is no such file (looked in {tmp_path})",
-        ".": f"file={tmp_path}/. is a folder: name a file of prompts, or of rows (.jsonl, .json, .csv, .parquet)",
+        ".": f"file={tmp_path}/. is a folder: name a file",
         "empty.txt": f"file={tmp_path}/empty.txt holds no prompt: it has one on each line",
         "empty.csv": f"{tmp_path}/empty.csv: the file is empty",
         "other.csv": f"file={tmp_path}/other.csv has no column 'prompt', only 'question', 'answer': rename the one "

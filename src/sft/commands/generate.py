@@ -27,6 +27,7 @@ from sft.data.prompt import prompt_column, served, served_ids, shown
 from sft.data.rows import LOADERS, Source, load_rows
 from sft.errors import UserError
 from sft.export.folder import load_exported
+from sft.runs.files import input_file
 from sft.runs.run import Run
 from sft.training.prepare import quiet
 
@@ -91,13 +92,7 @@ def read(config: DictConfig, row_function: RowFunction) -> Sequence[Row | str]:
     if config.prompt is not None:
         return [str(config.prompt)]
     if config.file is not None:
-        path = Path(str(config.file)).expanduser()
-        if path.is_dir():
-            raise UserError(
-                f"file={config.file} is a folder: name a file of prompts, or of rows ({', '.join(LOADERS)})"
-            )
-        if not path.exists():
-            raise UserError(f"file={config.file}: there is no such file (looked in {path.absolute().parent})")
+        path = input_file(config.file, "file")
         if path.suffix in LOADERS:
             return read_rows(path, row_function)
         try:

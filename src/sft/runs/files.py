@@ -19,6 +19,16 @@ def write_json(path: Path, value: object) -> None:
     write_text(path, json.dumps(value, indent=2) + "\n")
 
 
+def input_file(path: str, setting: str) -> Path:
+    """A file that a command will read; UserError where there is none."""
+    file = Path(path).expanduser()
+    if file.is_dir():
+        raise UserError(f"{setting}={path} is a folder: name a file")
+    if not file.exists():
+        raise UserError(f"{setting}={path}: there is no such file (looked in {file.absolute().parent})")
+    return file
+
+
 def output_file(path: str, setting: str) -> Path:
     """A file that a command will write; UserError before its work where that can't be done."""
     file = Path(path).expanduser()

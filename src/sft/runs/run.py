@@ -14,6 +14,7 @@ from typing import TypedDict
 import yaml
 from hydra.errors import InstantiationException
 
+from sft.config.schema import shown
 from sft.errors import NotFinite, UserError
 from sft.runs import events, provenance, watchdog
 from sft.runs.failure import by_hand, cause
@@ -83,7 +84,7 @@ class Run:
             if differing:
                 key = differing[0]
                 raise UserError(
-                    f"{run.folder} is a run with {key}={before.get(key)}, not {now.get(key)}"
+                    f"{run.folder} is a run with {key}={shown(before.get(key))}, not {shown(now.get(key))}"
                     + (f" ({len(differing) - 1} more differ)" if len(differing) > 1 else "")
                     + ": give this one another name with run=NAME"
                 )
