@@ -251,3 +251,10 @@ def test_settings_of_this_machine_alone(tmp_path: Path, monkeypatch: pytest.Monk
 def test_settings_of_a_job_array_are_taken_as_typed(sft: Sft, capsys: pytest.CaptureFixture[str]) -> None:
     assert sft("job", "setting", "1", "data.path=data(1).jsonl", "seed=1,2") == 0
     assert capsys.readouterr().out.splitlines() == ['data.path="data(1).jsonl"', "seed=2"]
+
+
+def test_a_group_that_is_left_out_is_empty(sft: Sft, capsys: pytest.CaptureFixture[str]) -> None:
+    assert sft.train("max_steps=1", "export=false") == 0
+    assert sft.train("max_steps=1", "export=false", "~adapter", "~strategy", "~callbacks", "~logger") == 0
+    assert "is finished: nothing to do" in capsys.readouterr().out  # the same run
+    assert sft.train("run=other", "max_steps=1", "export=false", "~adapter", "~strategy", "~callbacks", "~logger") == 0

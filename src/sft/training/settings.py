@@ -25,7 +25,7 @@ AUTO = ("auto", -1)  # all devices that there are
 
 def check_schema(config: DictConfig, command: str = "train", typed: Collection[str] = ()) -> None:
     """Refuses settings that are unknown or out of range. Drops those that an experiment has set for another option of a
-    group than the one that was chosen, and says so.
+    group than the one that was chosen, and says so. A group that was left out (~adapter) is empty.
 
     `typed`: names of the settings on the command line, which are never dropped.
     """
@@ -38,6 +38,9 @@ def check_schema(config: DictConfig, command: str = "train", typed: Collection[s
         if os.environ.get("LOCAL_RANK", "0") == os.environ.get("SLURM_PROCID", "0") == "0":
             note = f"note: {name} of the experiment is left out: {group} {target} has no such setting"
             print(note, file=sys.stderr, flush=True)
+    with open_dict(config):
+        for group in ("adapter", "strategy", "logger", "callbacks") if "trainer" in config else ():
+            config.setdefault(group, {})
 
 
 def check(config: DictConfig, here: bool = True) -> tuple[int, int]:
@@ -98,8 +101,9 @@ def _check_hub(names: list[tuple[str, str]]) -> None:
     if not names or os.environ.get("HF_HUB_OFFLINE") or {"https", "all"} & getproxies().keys():
         return
     host = urlparse(os.environ.get("HF_ENDPOINT", "https://huggingface.co"))
+    port = host.port or (80 if host.scheme == "http" else 443)
     try:
-        socket.create_connection((host.hostname or "", host.port or 443), timeout=5).close()
+        socket.create_connection((host.hostname or "", port), timeout=5).close()
     except OSError as error:
         os.environ["HF_HUB_OFFLINE"] = "1"  # read when the Hub's package is imported
         from sft.cluster.storage import check_hub

@@ -84,7 +84,8 @@ def wandb_logger(
 
     def start(mode: str) -> wandb.Run:
         options: dict[str, Any] = {"silent": True, "console": "off", "init_timeout": BEGIN}
-        if "finish_timeout" in wandb.Settings.model_fields:  # older: wandb alone decides
+        # Offline nothing is waited for but the disk. Older versions decide by themselves.
+        if mode == "online" and "finish_timeout" in wandb.Settings.model_fields:
             options |= {"finish_timeout": END, "finish_timeout_raises": True}
         with shielded():  # W&B's own process
             return wandb.init(
