@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, NoReturn
 
 from sft.cluster import submitit_rank
 from sft.config import CONF, arguments
-from sft.errors import UserError
+from sft.errors import UserError, by_hand
 from sft.mistakes import CONFIGURATION, one_line
-from sft.runs import failure, signals
+from sft.runs import crash, failure, signals
 from sft.runs.process import leave
 
 if TYPE_CHECKING:
@@ -58,8 +58,8 @@ def main() -> None:
             _start(command, typed[1:])
         sys.stdout.flush()
     except BaseException as error:
-        if failure.by_hand(error):
-            failure.interrupted(command)
+        if by_hand(error):
+            crash.interrupted(command)
             _leave_ranks(130)
             sys.exit(130)
         if not isinstance(error, Exception):
@@ -142,7 +142,9 @@ def _check(command: str, config: "DictConfig", typed: set[str]) -> None:
         from sft.runs.run import Run
 
         run = Run.find(config.run, config.runs_dir)
-        if command != "export":
+        if command == "export":
+            run.check_step(str(config.checkpoint))
+        else:
             run.exported()
         if command == "generate" and config.file:
             input_file(config.file, "file")
@@ -191,7 +193,7 @@ def _report(error: Exception, command: str, config: "DictConfig | None" = None) 
     if os.environ.get("SFT_TRACEBACK"):
         traceback.print_exception(error)
     if message is None:
-        return failure.crash(error, config), 1
+        return crash.report(error, config), 1
     print(f"sft: {message}", file=sys.stderr, flush=True)
     return message, 2
 

@@ -38,3 +38,8 @@ def chain(error: BaseException) -> list[BaseException]:
 def disk_is_full(error: BaseException) -> bool:
     # safetensors reports the system's error as text only.
     return (isinstance(error, OSError) and error.errno in FULL_DISK) or "No space left on device" in str(error)
+
+
+def by_hand(error: BaseException) -> bool:
+    """Whether the error comes from Ctrl-C; Lightning makes an exit of it."""
+    return any(isinstance(link, KeyboardInterrupt) for link in chain(error))

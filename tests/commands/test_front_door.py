@@ -120,6 +120,7 @@ ROWS = [
         "runs/done has no exported model: let sft train finish, or sft export run=done",
     ),
     (nothing, ["export"], "run must be given: see sft export --help"),
+    (nothing, ["export", "done"], "runs/done has no checkpoint yet: let sft train continue"),
     (nothing, ["generate", "done", "max_new_tokens=0"], "max_new_tokens=0 is not a whole number from 1 on"),
     (nothing, ["compare", "none"], "there is no run none: runs/ holds done (looked in {folder})"),
     (nothing, ["preview", *HERE, "data.path=none.jsonl"], "none.jsonl: no such file or folder (looked in {folder})"),

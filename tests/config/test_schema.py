@@ -7,7 +7,7 @@ import pytest
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
-from sft.config import CONF, schema
+from sft.config import CONF, check, schema
 from sft.config.arguments import groups
 from sft.errors import UserError
 from sft.mistakes import one_line
@@ -29,7 +29,7 @@ def answer(setting: str, command: str = "train", overrides: tuple[str, ...] = ()
     parsed = OmegaConf.from_dotlist([f"x={value}"]).x if value else ""
     OmegaConf.update(config, name, parsed, force_add=True)
     try:
-        schema.check(OmegaConf.to_container(config), command, (*typed, name))  # type: ignore[arg-type]
+        check.check(OmegaConf.to_container(config), command, (*typed, name))  # type: ignore[arg-type]
     except UserError as error:
         return str(one_line(error, command))
     return ""
@@ -37,19 +37,19 @@ def answer(setting: str, command: str = "train", overrides: tuple[str, ...] = ()
 
 @pytest.mark.parametrize(("group", "option"), GROUPS)
 def test_no_leaf_of_an_option_is_without_a_type(group: str, option: str) -> None:
-    assert list(schema.faults(composed("train", f"{group}={option}"), "train")) == []
+    assert list(check.faults(composed("train", f"{group}={option}"), "train")) == []
 
 
 @pytest.mark.parametrize("command", ["train", *schema.COMMANDS])
 def test_no_leaf_of_a_command_is_without_a_type(command: str) -> None:
-    assert list(schema.faults(composed(command), command)) == []
+    assert list(check.faults(composed(command), command)) == []
 
 
 def test_each_type_is_said_in_words() -> None:
     options = [option for group in schema.OPTIONS.values() for option in group.values()]
     for model in (schema.Train, *schema.COMMANDS.values(), *options, *schema.CALLBACKS.values()):
         for name, field in model.model_fields.items():
-            assert schema.description(field.annotation, field.description), name
+            assert check.description(field.annotation, field.description), name
 
 
 WHOLE, ABOVE_0 = "is not a whole number from 1 on", "is not a number above 0"
@@ -199,15 +199,15 @@ def test_other_commands(command: str, setting: str, line: str) -> None:
 
 def test_what_an_experiment_sets_for_another_option_is_left_over() -> None:
     config = composed("train", "experiment=demo", "schedule=constant")
-    assert schema.check(config) == ["schedule.final"]
+    assert check.check(config) == ["schedule.final"]
     with pytest.raises(UserError, match=r"no setting schedule\.final"):  # but not what was typed
-        schema.check(config, typed=["schedule.final"])
+        check.check(config, typed=["schedule.final"])
     with pytest.raises(UserError, match=r"no setting schedule\.fnal"):  # nor what no schedule has
-        schema.check({**config, "schedule": {**config["schedule"], "fnal": 1}})
+        check.check({**config, "schedule": {**config["schedule"], "fnal": 1}})
 
 
 def test_what_is_the_users_own_is_not_known_here() -> None:
     config = composed("train")
     own = {"_target_": "mine.AdamW", "rate": 3}
-    assert schema.check({**config, "optimizer": own, "callbacks": {"a": {"_target_": "mine.EarlyStopping"}}}) == []
-    assert ("optimizer._target_", "mine.AdamW") in list(schema.targets({**config, "optimizer": own}))
+    assert check.check({**config, "optimizer": own, "callbacks": {"a": {"_target_": "mine.EarlyStopping"}}}) == []
+    assert ("optimizer._target_", "mine.AdamW") in list(check.targets({**config, "optimizer": own}))

@@ -189,17 +189,12 @@ def _adapter_line(settings: Config, merge: bool) -> str:
 
 def choose(run: Run, which: str) -> Checkpoint:
     """The run's checkpoint `last`, `best` or of a step."""
+    run.check_step(which)
     checkpoints = complete(run.checkpoints)
-    if not checkpoints:
-        raise UserError(f"{run.folder} has no checkpoint yet: let sft train continue")
     if which == "last":
         return checkpoints[-1]
     if which == "best":
         if (lowest := best(checkpoints)) is None:
             raise UserError(f"{run.folder} has no validation loss to choose by: set checkpoint=last")
         return lowest
-    for checkpoint in checkpoints:
-        if str(checkpoint.step) == which:
-            return checkpoint
-    steps = ", ".join(str(checkpoint.step) for checkpoint in checkpoints)
-    raise UserError(f"checkpoint={which} is not there: set last, best or a step, one of {steps}")
+    return next(checkpoint for checkpoint in checkpoints if str(checkpoint.step) == which)

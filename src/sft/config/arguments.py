@@ -10,6 +10,7 @@ from typing import Any, Literal, NamedTuple, NoReturn, Union, get_args, get_orig
 from pydantic import BaseModel
 
 from sft.config import CONF, schema
+from sft.config.check import nested
 from sft.config.known_as import known_as
 from sft.errors import UserError
 
@@ -229,7 +230,7 @@ def _fields(model: type[BaseModel], prefix: str) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for name, field in model.model_fields.items():
         found[prefix + name] = schema.Open if field.annotation == dict[str, Any] else field.annotation
-        if inner := schema.nested(field.annotation):
+        if inner := nested(field.annotation):
             found |= _fields(inner, f"{prefix}{name}.")
     return found
 

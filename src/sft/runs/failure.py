@@ -1,42 +1,23 @@
-"""Why a rank failed: its cause, a report for the code that decides whether the job is requeued, and one for whoever
-can mend an error of ours."""
+"""Why a rank failed: its cause, and a report for the code that decides whether the job is requeued."""
 
 import json
 import os
 import re
-import shlex
 import socket
-import sys
-import tempfile
 import time
 import traceback
-from collections.abc import Mapping
-from contextlib import suppress
-from importlib.metadata import PackageNotFoundError, metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, TypedDict
+from typing import TypedDict
 
 from sft.errors import NotFinite, UserError, chain, disk_is_full
-from sft.runs import provenance, watchdog
+from sft.runs import watchdog
 from sft.runs.files import write_json
-
-if TYPE_CHECKING:
-    from omegaconf import DictConfig
 
 # Errors of a rank that lost another one: they follow from that one's failure.
 FOLLOWING = re.compile(
     r"^rank \d+: |connection (was )?(closed|reset|refused)|broken pipe|processgroup|nccl|gloo|socket timeout|tcpstore"
     r"|wait timeout",
     re.IGNORECASE,
-)
-
-# What keys of settings hold that nobody else may read. Not max_new_tokens, stop_token_ids or tokenizer.
-SECRET = re.compile(
-    r"api_?key|access_?key|private_?key|passw|passphrase|secret|credential|authorization|token(?!iz|s|_id)",
-    re.IGNORECASE,
-)
-_SECRET_VALUE = re.compile(
-    rf"([\w.-]*(?:{SECRET.pattern})[\w.-]*[\"']?\s*[:=]\s*[\"']?(?:bearer\s+)?)[^\s\"',)}}]+", re.IGNORECASE
 )
 
 
@@ -82,7 +63,7 @@ def write(folder: Path, error: BaseException) -> None:
         "time": time.time(),
         "step": watchdog.step,
         "cause": cause(error),
-        "following": _follows(error),
+        "following": follows(error),
         "error": f"{type(error).__name__}: {error}"[:2000],
         "traceback": "".join(traceback.format_exception(error))[-20_000:],
     }
@@ -96,119 +77,6 @@ def read(folder: Path, restart: int) -> list[Report]:
     return sorted(reports, key=lambda report: (report["following"], report["time"]))
 
 
-def crash(error: BaseException, config: "DictConfig | None") -> str:
-    """Prints an error of ours in three lines: what, where, and to whom to report it, with the rest in a crash report.
-    Returns the first line.
-
-    The report goes to the run's folder if the command has one, else to the system's temporary folder. A rank that only
-    lost another one writes none. The traceback is printed where there is no report.
-    """
-    settings = _resolved(config)
-    message = str(error).strip().partition("\n")[0]
-    first = _redacted(f"{type(error).__name__}: {message}", settings)[:300]
-    path = None
-    with suppress(OSError):  # a full disk, say
-        path = None if _follows(error) else _write_crash(error, settings)
-    if path is None:
-        traceback.print_exception(error)
-    print(f"sft: {first}", file=sys.stderr)
-    if path is not None:
-        print(f"  at {_place(error)}; all that is known of it: {path}", file=sys.stderr)
-        print(f"  report it {_issues()}, with that file", file=sys.stderr, flush=True)
-    return first
-
-
-def _write_crash(error: BaseException, settings: dict[str, object]) -> Path:
-    facts = {key: value for key, value in provenance.collect().items() if key not in ("uncommitted_diff", "command")}
-    text = "\n".join(
-        [
-            f"command: {shlex.join(sys.argv)}",
-            json.dumps(facts, indent=2),
-            json.dumps(settings, indent=2, default=str),
-            "".join(traceback.format_exception(error)),
-        ]
-    )
-    folder = _run_folder(settings)
-    rank = _rank()
-    name = f"crash-{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime())}{f'-rank-{rank}' if rank else ''}"
-    path = folder / f"{name}.txt" if folder else Path(tempfile.gettempdir()) / f"sft-{name}-{os.getpid()}.txt"
-    with path.open("x") as file:  # never through somebody else's link in the temporary folder
-        file.write(_redacted(text, settings))
-    return path
-
-
-def _resolved(config: "DictConfig | None") -> dict[str, object]:
-    from omegaconf import OmegaConf
-
-    for resolve in (True, False):  # what can't be resolved may be the error
-        with suppress(Exception):
-            return json.loads(json.dumps(OmegaConf.to_container(config, resolve=resolve), default=str))
-    return {}
-
-
-def _run_folder(settings: dict[str, object]) -> Path | None:
-    """The folder of the run that the command was at."""
-    from sft.runs.run import Run
-
-    with suppress(Exception):  # no report may fail for lack of a folder
-        run = Run.of(settings) if "name" in settings else Run.find(str(settings["run"]), str(settings["runs_dir"]))
-        return run.folder if (run.folder / "config.yaml").exists() else None
-    return None
-
-
-def _redacted(text: str, settings: Mapping[str, object]) -> str:
-    """Without the values of settings whose keys say that they are secret, wherever they stand."""
-    for secret in sorted(_secrets(settings), key=len, reverse=True):
-        for form in {secret, json.dumps(secret)[1:-1], shlex.quote(secret)}:
-            text = text.replace(form, "***")
-    return _SECRET_VALUE.sub(r"\1***", text)
-
-
-def _secrets(value: object, inside: bool = False) -> set[str]:
-    if isinstance(value, Mapping):
-        return {text for key, inner in value.items() for text in _secrets(inner, inside or bool(SECRET.search(key)))}
-    if isinstance(value, list):
-        return {text for inner in value for text in _secrets(inner, inside)}
-    return {value} if inside and isinstance(value, str) and len(value) > 3 else set()
-
-
-def _place(error: BaseException) -> str:
-    """File and line of the innermost frame that is no library's."""
-    frames = traceback.extract_tb(error.__traceback__)
-    own = [frame for frame in frames if not is_library(frame.filename)] or list(frames)
-    return f"{own[-1].filename}:{own[-1].lineno}" if own else "an unknown place"
-
-
-def is_library(file: str) -> bool:
-    """Whether a source file is neither this project's nor the user's own."""
-    if Path(file).is_relative_to(Path(__file__).parents[1]):
-        return False
-    return file.startswith((sys.prefix, sys.base_prefix, "<")) or "site-packages" in file
-
-
-def _issues() -> str:
-    urls: list[str] = []
-    with suppress(PackageNotFoundError):
-        urls = metadata("sft").get_all("Project-URL") or []
-    addresses = [url.partition(", ")[2] for url in urls if url.lower().startswith("issues, ")]
-    return f"at {addresses[0]}" if addresses else "to the maintainers of your copy of sft"
-
-
-def _follows(error: BaseException) -> bool:
+def follows(error: BaseException) -> bool:
+    """Whether the error only follows from another rank's failure."""
     return any(FOLLOWING.search(str(link)) for link in chain(error))
-
-
-def _rank() -> int:
-    return int(next((os.environ[name] for name in ("SLURM_PROCID", "RANK", "LOCAL_RANK") if name in os.environ), 0))
-
-
-def by_hand(error: BaseException) -> bool:
-    """Whether the error comes from Ctrl-C; Lightning makes an exit of it."""
-    return any(isinstance(link, KeyboardInterrupt) for link in chain(error))
-
-
-def interrupted(command: str) -> None:
-    """Says so in one line, on the first rank."""
-    if not _rank():
-        resumes = "; the same command resumes from the last checkpoint" if command == "train" else ""
-        print(f"sft: interrupted{resumes}", file=sys.stderr, flush=True)

@@ -14,10 +14,10 @@ from typing import TypedDict
 import yaml
 from hydra.errors import InstantiationException
 
-from sft.config.schema import shown
-from sft.errors import NotFinite, UserError
+from sft.config.check import shown
+from sft.errors import NotFinite, UserError, by_hand
 from sft.runs import events, provenance, watchdog
-from sft.runs.failure import by_hand, cause
+from sft.runs.failure import cause
 from sft.runs.files import check_writable, unfinished, write_json, write_text
 from sft.runs.identity import Config, deciding, identity
 from sft.runs.provenance import now
@@ -51,6 +51,19 @@ class Run:
     @property
     def export(self) -> Path:
         return self.folder / "export"
+
+    @property
+    def steps(self) -> list[int]:
+        """Of the checkpoints, ascending."""
+        return sorted(int(path.name.removeprefix("step-")) for path in self.checkpoints.glob("step-*"))
+
+    def check_step(self, which: str) -> None:
+        """UserError unless there is a checkpoint of this step, or it is asked for as `last` or `best` of some."""
+        if not self.steps:
+            raise UserError(f"{self.folder} has no checkpoint yet: let sft train continue")
+        if which not in ("last", "best", *map(str, self.steps)):
+            steps = ", ".join(map(str, self.steps))
+            raise UserError(f"checkpoint={which} is not there: set last, best or a step, one of {steps}")
 
     def exported(self) -> Path:
         """The folder of the exported model; UserError where there is none yet."""
@@ -161,7 +174,7 @@ class Run:
 
     def _step(self) -> int:
         """Of the newest checkpoint."""
-        return max((int(path.name.removeprefix("step-")) for path in self.checkpoints.glob("step-*")), default=0)
+        return max(self.steps, default=0)
 
     def _mark(self, state: str, num_steps: int, details: Status | None = None) -> None:
         """Writes `status.json`."""

@@ -14,7 +14,9 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
 from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict
 
-from sft.config import schema
+from sft.config.check import check as left_over
+from sft.config.check import targets
+from sft.config.schema import OURS
 from sft.data.step_plan import check_division
 from sft.errors import UserError
 from sft.runs import signals
@@ -30,7 +32,7 @@ def check_schema(config: DictConfig, command: str = "train", typed: Collection[s
     `typed`: names of the settings on the command line, which are never dropped.
     """
     settings: Any = OmegaConf.to_container(config, resolve=True)
-    for name in schema.check(settings, command, typed):
+    for name in left_over(settings, command, typed):
         group, _, last = name.rpartition(".")
         target = str(OmegaConf.select(config, f"{group}._target_") or "none").rpartition(".")[2]
         with open_dict(config):
@@ -86,8 +88,8 @@ def check_inputs(config: DictConfig) -> None:
 def check_targets(config: DictConfig, only_own: bool = False) -> None:
     """Refuses a `_target_` that can't be imported. `only_own` leaves out those of Lightning and torch, which take
     seconds to import."""
-    for name, target in schema.targets(config):
-        if only_own and target.startswith(schema.OURS):
+    for name, target in targets(config):
+        if only_own and target.startswith(OURS):
             continue
         try:
             _locate(target)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
-from sft.runs import failure
+from sft.runs import crash
 from sft.runs.run import Run
 
 SECRETS = ("hf_0123456789", "abc def", "k3y!", "s3cret")
@@ -52,7 +52,7 @@ def test_it_holds_what_is_known_but_no_secret(
     monkeypatch.setattr(sys, "argv", ["sft", "train", f"+logger.wandb_api_key={SECRETS[0]}", "+x={secret_key: s3cret}"])
     monkeypatch.setenv("MY_TOKEN", "environment")
     error = raised(f"no access with {SECRETS[0]}\nand password='abc def'" + "x" * 400)
-    assert failure.crash(error, OmegaConf.create(CONFIG)) == "RuntimeError: no access with ***"
+    assert crash.report(error, OmegaConf.create(CONFIG)) == "RuntimeError: no access with ***"
     (report,) = temporary.iterdir()
     first, second, third = capsys.readouterr().err.splitlines()
     assert first == "sft: RuntimeError: no access with ***"
@@ -80,7 +80,7 @@ def test_it_lies_in_the_runs_folder(temporary: Path, monkeypatch: pytest.MonkeyP
     of_another_command = {"run": "run", "runs_dir": "runs"}  # sft generate and the like
     for settings, rank, name in ((config, "0", ""), (config, "3", "-rank-3"), (of_another_command, "0", "")):
         monkeypatch.setenv("RANK", rank)
-        failure.crash(raised("x"), OmegaConf.create(settings))
+        crash.report(raised("x"), OmegaConf.create(settings))
         (report,) = Path("runs/run").glob("crash-*")
         assert re.fullmatch(rf"crash-\d{{8}}T\d{{6}}Z{name}\.txt", report.name)
         report.unlink()
@@ -88,7 +88,7 @@ def test_it_lies_in_the_runs_folder(temporary: Path, monkeypatch: pytest.MonkeyP
 
 
 def test_a_rank_that_lost_another_writes_none(temporary: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    failure.crash(raised("Connection closed by peer"), None)
+    crash.report(raised("Connection closed by peer"), None)
     *trace, line = capsys.readouterr().err.splitlines()
     assert line == "sft: RuntimeError: Connection closed by peer" and trace[0].startswith("Traceback")
     assert not list(temporary.iterdir())
@@ -96,7 +96,7 @@ def test_a_rank_that_lost_another_writes_none(temporary: Path, capsys: pytest.Ca
 
 def test_a_report_that_can_not_be_written(temporary: Path, capsys: pytest.CaptureFixture[str]) -> None:
     temporary.rmdir()
-    failure.crash(raised("x"), None)
+    crash.report(raised("x"), None)
     assert "Traceback" in capsys.readouterr().err
 
 
@@ -107,8 +107,8 @@ def test_the_address_to_report_it_to(
 
     of_package = Message()
     of_package["Project-URL"] = "Issues, https://example.org/issues"
-    monkeypatch.setattr(failure, "metadata", lambda name: of_package)
-    failure.crash(raised("x"), None)
+    monkeypatch.setattr(crash, "metadata", lambda name: of_package)
+    crash.report(raised("x"), None)
     assert capsys.readouterr().err.splitlines()[-1] == "  report it at https://example.org/issues, with that file"
 
 
@@ -120,4 +120,4 @@ def test_the_address_to_report_it_to(
     ],
 )
 def test_which_keys_are_secret(key: str, secret: bool) -> None:
-    assert bool(failure.SECRET.search(key)) == secret
+    assert bool(crash.SECRET.search(key)) == secret
