@@ -60,9 +60,9 @@ def test_the_lowest_final_loss_is_on_top(runs: Sft, capsys: pytest.CaptureFixtur
     ]
     assert [line.split() for line in table] == [
         ["b", "finished", "3/3", "1.5000", "1.5000", "200", "0.1", "[0.8]", "d", "m"],
-        ["a", "finished", "3/3", "2.0000", "1.0000", "200", "0.123457", "[0.9,", "0.95]", "d", "m"],
-        ["c", "failed", "2/3", "150", "0.1", "[0.9,", "0.95]", "d", "n"],
-        ["d", "running", "1/3", "100", "0.1", "[0.9,", "0.95]", "[e]", "m"],
+        ["a", "finished", "3/3", "2.0000", "1.0000", "200", "0.123457", "[0.9,0.95]", "d", "m"],
+        ["c", "failed", "2/3", "150", "0.1", "[0.9,0.95]", "d", "n"],
+        ["d", "running", "1/3", "100", "0.1", "[0.9,0.95]", "[e]", "m"],
     ]
     assert why == "c failed: [disk] on fire"
     with open("table.csv", newline="") as file:

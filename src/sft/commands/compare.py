@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 
 from omegaconf import DictConfig
 
+from sft.config.check import shown
 from sft.errors import UserError
 from sft.runs.files import output_file
 from sft.runs.results import Result, best_first, differing
@@ -58,9 +59,9 @@ def show(results: list[Result], console: "Console | None" = None) -> None:
     for name, header in settings.items():
         if width(table(results, figures, chosen | {name: header}), console) <= console.width:
             chosen[name] = header
-    shown = table(results, figures, chosen)
-    room, console.width = console.width, max(console.width, width(shown, console))  # a cut number is useless
-    console.print(shown)
+    made = table(results, figures, chosen)
+    room, console.width = console.width, max(console.width, width(made, console))  # a cut number is useless
+    console.print(made)
     console.width = room
     if left := len(settings) - len(chosen):
         more = "more settings differ" if left > 1 else "more setting differs"
@@ -111,7 +112,7 @@ def _figure(value: float, form: str) -> str:
 
 
 def _short(value: object) -> str:
-    text = f"{value:.6g}" if isinstance(value, float) else str(value)
+    text = f"{value:.6g}" if isinstance(value, float) else shown(value)
     half = LONGEST // 2
     return text if len(text) <= LONGEST else f"{text[: half - 1]}…{text[-half:]}"
 
