@@ -21,6 +21,17 @@ class UnknownSetting(UserError):
         self.name = name
 
 
+class BadRow(UserError):
+    """A row of the data that can't be trained on. It is counted under its reason, and ends nothing by itself."""
+
+    def __init__(self, reason: str, why: str = "") -> None:
+        super().__init__(why or reason.replace("_", " "))
+        self.reason = reason
+
+    def __reduce__(self) -> tuple[type["BadRow"], tuple[str, str]]:  # of two arguments, unlike its base's
+        return BadRow, (self.reason, str(self))
+
+
 class NotFinite(UserError):
     """The loss or the gradient of a step is infinite or not a number."""
 

@@ -190,7 +190,7 @@ def _tokenize(work: _Work, source: int, begin: int, end: int) -> _Chunk:
         rows += [number] * len(tokenized.samples)
         content += [int.from_bytes(digest.digest(), "little")] * len(tokenized.samples)
         if tokenized.reasons:
-            reasons.append((number, tokenized.reasons))
+            reasons.append((number, frozenset(tokenized.reasons)))
     lengths = np.array([len(mask) for mask in masks[1:]], np.int32)
     num_supervised = np.array([mask.sum() for mask in masks[1:]], np.int32)
     values = {

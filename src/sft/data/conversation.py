@@ -7,7 +7,7 @@ row, without saying which row: the caller adds that.
 
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from sft.errors import UserError
 
@@ -18,12 +18,20 @@ Tools = list[dict[str, object]] | None  # JSON schemas
 
 @dataclass(frozen=True)
 class Conversation:
-    """Either a chat (`messages`, and `tools` if it has any) or, with `messages` None, plain text."""
+    """A chat (`messages`, and `tools` if it has any); with `messages` None plain text, or a row's own token ids.
+
+    `weights`: what each message's loss is multiplied by, of which those of assistant messages count; 0 makes a message
+    context, None is 1 for all. `template`: the row's own arguments for the chat template.
+    """
 
     messages: list[Message] | None = None
     tools: Tools = None
     prompt: str = ""
     response: str = ""
+    weights: tuple[float, ...] | None = None  # of each message
+    template: Mapping[str, object] = field(default_factory=dict)
+    input_ids: list[int] | None = None
+    labels: list[int] | None = None  # of each of input_ids: the id, or -100
 
 
 @dataclass(frozen=True)

@@ -57,6 +57,12 @@ class DataConfig:
     packing: bool
     num_workers: int
     cache_dir: str
+    # Runs begun before these settings existed lack them.
+    train_on: str = "all"
+    train_reasoning: bool = True
+    train_tool_calls: bool = True
+    special_text: str | None = None
+    sample_by: str = "line"
 
     def sources(self) -> tuple[list[Source], list[Source]]:
         """The sources of training and of validation; the latter empty if validation samples are held out, or off."""
@@ -103,7 +109,14 @@ class DataConfig:
         the share `max_lost` of them lost a sample, and if nothing is left to train on.
         """
         tokenization = Tokenization(
-            tokenizer, supervise=self.supervise, max_length=self.max_length, overlong=self.overlong
+            tokenizer,
+            supervise=self.supervise,
+            max_length=self.max_length,
+            overlong=self.overlong,
+            train_on=self.train_on,
+            train_reasoning=self.train_reasoning,
+            train_tool_calls=self.train_tool_calls,
+            special_text=self.special_text,
         )
         cache_dir = Path(self.cache_dir)
         data = [data_fingerprint(source, cache_dir) for source in sources]

@@ -19,7 +19,8 @@ rest of its turn, inside the marks or not.
 Labels come from these spans, never from token ids, so a padding token may equal the stop token.
 """
 
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Final
 
@@ -33,7 +34,7 @@ from sft.data.chat_template import (
     text_prefix,
 )
 from sft.data.conversation import Conversation, Empty, Message, Tools
-from sft.errors import UserError
+from sft.errors import BadRow, UserError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -49,6 +50,7 @@ class Sample:
 
     input_ids: list[int]
     labels: list[int]
+    weights: list[float] | None = None  # of each token's loss; None: all 1, as nearly always
 
 
 @dataclass(frozen=True)
@@ -56,7 +58,9 @@ class Tokenized:
     """The samples of a row, and why any of them was lost or cut."""
 
     samples: list[Sample]
-    reasons: frozenset[str] = frozenset()
+    reasons: Mapping[str, str] = field(default_factory=dict)  # reason → what exactly, "" where nothing is to add
+    unread: frozenset[str] = frozenset()  # keys of messages that the chat template doesn't read
+    stops: tuple[int, ...] = ()  # the token that ends each response
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,6 +76,11 @@ class Tokenization:
     max_length: int
     supervise: str = "response"
     overlong: str = "drop"
+    train_on: str = "all"
+    train_reasoning: bool = True
+    train_tool_calls: bool = True
+    special_text: str | None = None
+    template: Mapping[str, object] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         assert self.supervise in ("response", "all"), self.supervise
@@ -81,19 +90,23 @@ class Tokenization:
                 f"{type(self.tokenizer).__name__} is not a fast tokenizer: use a model with a tokenizer.json"
             )
 
-    def __call__(self, conversation: Conversation | Empty) -> Tokenized:
-        if isinstance(conversation, Empty):
-            return Tokenized([], frozenset({conversation.reason}))
+    def batch(self, conversations: Sequence[Conversation | Empty | BadRow]) -> list[Tokenized]:
+        """The samples of several rows, encoded together."""
+        return [self(conversation) for conversation in conversations]
+
+    def __call__(self, conversation: Conversation | Empty | BadRow) -> Tokenized:
+        if isinstance(conversation, Empty | BadRow):
+            return Tokenized([], {conversation.reason: str(conversation) if isinstance(conversation, BadRow) else ""})
         if conversation.messages is None:
             samples = [self._plain(conversation.prompt, conversation.response)]
         else:
             samples = self._chat(conversation.messages, conversation.tools)
         if not samples:  # the only assistant turn has no message before it
-            return Tokenized([], frozenset({"empty_prompt"}))
+            return Tokenized([], {"empty_prompt": ""})
         fitted = [self._fit(sample) for sample in samples]
         return Tokenized(
             [sample for sample, _ in fitted if sample is not None],
-            frozenset(reason for _, reason in fitted if reason is not None),
+            {reason: "" for _, reason in fitted if reason is not None},
         )
 
     def _plain(self, prompt: str, response: str) -> Sample:
