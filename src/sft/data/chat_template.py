@@ -29,6 +29,7 @@ class ChatTemplate:
     tokenizer: "PreTrainedTokenizerBase"
     arguments: Mapping[str, object] = field(default_factory=dict)
     _known: dict[str, str] = field(default_factory=dict, repr=False)  # template → with its clock pinned
+    _tails: dict[bool, str] = field(default_factory=dict, repr=False)
 
     def render(
         self,
@@ -100,17 +101,29 @@ class ChatTemplate:
     def stop(self) -> str:
         """The special token that ends a reply, at which a server stops.
 
-        It is the first after the reply; or EOS, where the template writes EOS right behind that one in every turn (as
+        It is the first after the reply, where the next turn may begin with it (as GLM's does); or EOS, where the template writes EOS right behind that one in every turn (as
         Cohere's does), and not behind the last turn alone (as Phi's does). UserError if there is none.
         """
-        reply: Message = {"role": "assistant", "content": PROBE}
-        asked: Message = {"role": "user", "content": "x"}
-        last, in_history = ([*_specials(self, turns)] for turns in ([asked, reply], [asked, reply, asked]))
-        if not last:
+        last, in_history = self._ends
+        if not (last or in_history):
             raise UserError(NO_STOP)
-        first, *others = last
+        first, *others = last or in_history[:1]
         eos = str(self.tokenizer.eos_token or "")
         return eos if eos in others and eos in in_history else first
+
+    @property
+    def ends_with_next(self) -> bool:
+        """Whether what ends a turn is what the next begins with."""
+        return not self._ends[0]
+
+    def tail(self, calls: bool) -> str:
+        """What is to be put behind a turn for its end: nothing, or, where the next turn's first token ends it, what
+        stands before that and itself. A turn with calls is followed by their results."""
+        if not self.ends_with_next:
+            return ""
+        if calls not in self._tails:
+            self._tails[calls] = self._tail(calls)
+        return self._tails[calls]
 
     def end_of_turn(self, response: str) -> int:
         """Where a turn ends, in characters: with the stop token, or, without one (a tool call may end differently),
@@ -133,6 +146,22 @@ class ChatTemplate:
         if template not in self._known:
             self._known[template], _ = pinned(template, self.arguments)
         return self._known[template]
+
+    def _tail(self, calls: bool) -> str:
+        call = {"type": "function", "function": {"name": PROBE, "arguments": {}}}
+        turn: Message = {"role": "assistant", "content": PROBE, **({"tool_calls": [call]} if calls else {})}
+        asked: Message = {"role": "user", "content": "x"}
+        turns = [asked, turn]
+        text, longer = self.render(turns), self.render([*turns, {"role": "tool", "content": "x"} if calls else asked])
+        stop = self.special_text.search(longer, len(text))
+        return longer[len(text) : stop.end()] if stop and longer.startswith(text) else ""
+
+    @cached_property
+    def _ends(self) -> tuple[list[str], list[str]]:
+        """The special tokens behind a reply: where it is the last turn, and where a question follows."""
+        reply: Message = {"role": "assistant", "content": PROBE}
+        asked: Message = {"role": "user", "content": "x"}
+        return _specials(self, [asked, reply]), _specials(self, [asked, reply, asked])
 
     @cached_property
     def _arguments(self) -> Mapping[str, object]:

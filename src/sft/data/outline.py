@@ -13,6 +13,7 @@ from functools import cached_property
 
 from sft.data.chat_template import REASONING, ChatTemplate
 from sft.data.conversation import Message, Tools
+from sft.data.pieces import is_all_thought
 from sft.errors import BadRow
 
 MOST = 4096  # outlines that are kept
@@ -74,7 +75,7 @@ class Outlines:
 
     def _form(self, messages: Sequence[Message], tools: Tools, arguments: Mapping[str, object]) -> object:
         """All that decides how a conversation is rendered, but its texts; None where these might."""
-        if self.template.is_marked:
+        if self.template.is_marked or self.template.ends_with_next:
             return None
         form: list[object] = []
         for message in messages:
@@ -112,6 +113,8 @@ class Outlines:
                 until = self.template.render(stand_ins[: i + 1], tools, arguments=arguments)
                 end = len(prompt) + self.template.end_of_turn(until[len(prompt) :])
                 if not (until.startswith(prompt) and whole.startswith(until[:end])):
+                    return None
+                if is_all_thought(prompt, until[len(prompt) : end]):
                     return None
                 told = {texts[int(slot[2])] for slot in slots if len(prompt) <= slot.start() and slot.end() <= end}
                 if told != {(i, key) for at, key in texts if at == i}:

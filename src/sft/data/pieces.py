@@ -9,7 +9,13 @@ from sft.data.chat_template import REASONING, ChatTemplate
 from sft.data.conversation import Message
 from sft.errors import BadRow
 
-THOUGHT = re.compile(r"\s*<think>(.*?)</think>(.*)", re.DOTALL)
+OPENING = r"<(?:\w+:)?think(?::\w+)?>|<\|START_THINKING\|>|<\|channel>thought\n|\[THINK\]"
+CLOSING = r"</(?:\w+:)?think(?::\w+)?>|<\|END_THINKING\|>|<channel\|>|\[/THINK\]"
+# How a prompt ends that has begun the thought, and perhaps ended it, so that the answer follows.
+PROMPTED = re.compile(rf"(?P<opening>{OPENING})(?P<space>\s*)(?P<closing>(?:{CLOSING})\s*)?\Z")
+# How a turn begins that has a thought, an empty one or half of one.
+THOUGHT = re.compile(rf"\s*(?:(?:{OPENING}).*?(?:{CLOSING})|{OPENING}|{CLOSING})?\s*", re.DOTALL)
+THOUGHT_AND_ANSWER = re.compile(r"\s*<think>(.*?)</think>(.*)", re.DOTALL)
 SHORT = 8  # characters: a text that may stand in a call's words by chance
 STAND_IN = "Qx7jZ0vKw"
 FADED = "\0"  # in place of what was found
@@ -24,10 +30,16 @@ class Piece:
     end: int
 
 
+def is_all_thought(prompt: str, response: str) -> bool:
+    """Whether a response, behind a prompt that begins the thought, never ends it."""
+    prompted = PROMPTED.search(prompt)
+    return prompted is not None and not prompted["closing"] and not re.search(CLOSING, response)
+
+
 def thought_and_answer(message: Message) -> tuple[str, str]:
     """A message's reasoning, be it a key of its own or in its text between <think> and </think>, and its text."""
     reasoning, content = str(message.get(REASONING[0]) or "").strip(), str(message.get("content") or "").strip()
-    if not reasoning and (match := THOUGHT.match(content)):
+    if not reasoning and (match := THOUGHT_AND_ANSWER.match(content)):
         return match[1].strip(), match[2].strip()
     return reasoning, content
 
@@ -39,10 +51,11 @@ def locate(
     keep_reasoning: bool,
     keep_calls: bool,
     renders: Callable[[str], bool],
+    think: str | None,
 ) -> list[Piece]:
     """The pieces in a response, in their order there. BadRow where one isn't there that is to be learned.
 
-    `renders`: whether the template renders a text that stands in for the message's.
+    `renders`: whether the template renders a text that stands in for the message's. `think`: what makes it think.
     """
     stop = response.rfind(template.stop)
     left = response[:stop] if stop >= 0 else response
@@ -66,8 +79,9 @@ def locate(
         elif keep_reasoning:
             raise BadRow(
                 "reasoning_not_rendered",
-                f"the chat template leaves out the reasoning {_short(text)}: set model.chat_template to one that renders "
-                "it, or data.train_reasoning=false to train without it",
+                f"the chat template leaves out the reasoning {_short(text)}: "
+                + (think or "set model.chat_template to one that renders it")
+                + ", or data.train_reasoning=false to train without it",
             )
     assert isinstance(calls, list)
     found = [spot for call in calls for spot in _call_spots(call, left, keep_calls)]

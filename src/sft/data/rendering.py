@@ -12,12 +12,10 @@ from dataclasses import dataclass, replace
 from sft.data.chat_template import ChatTemplate
 from sft.data.conversation import Conversation, Message, Tools
 from sft.data.outline import Outline, Outlines
-from sft.data.pieces import locate, thought_and_answer, untrained
+from sft.data.pieces import PROMPTED, THOUGHT, is_all_thought, locate, thought_and_answer, untrained
 from sft.errors import BadRow
 
-OPEN_THOUGHT = re.compile(r"<think>\s*\Z")  # how a prompt ends whose answer has to begin with the thought itself
-THOUGHT = re.compile(r"\s*(<think>.*?</think>)?\s*", re.DOTALL)  # that the template renders, perhaps an empty one
-SWITCHES = ("enable_thinking", "thinking")  # arguments by which templates leave the thought out
+SWITCHES = ("enable_thinking", "thinking")  # arguments by which templates leave the thought out, or in
 
 
 @dataclass(frozen=True)
@@ -97,22 +95,31 @@ class Renderer:
         carries loss."""
         message = messages[-1]
         prompt, whole = self._prompt_and_whole(messages, tools, arguments)
-        if whole.startswith(prompt):
+        as_served = whole.startswith(prompt)
+        prompted = PROMPTED.search(prompt)
+        if as_served and not is_all_thought(prompt, whole[len(prompt) :]):
             response = whole[len(prompt) :]
-        elif OPEN_THOUGHT.search(prompt):
-            response = self._thought_first(message, prompt, whole)
+        elif prompted and whole.startswith(prompt[: prompted.start()]):
+            as_served = False
+            response = self._after_thought(message, prompted, whole[prompted.start() :])
         else:
-            response = self._by_itself(messages, tools, arguments, whole)
+            response = self._by_itself(messages, tools, arguments, prompt, whole)
         response = response[: self.template.end_of_turn(response)]
         begin, end = len(prompt), len(prompt) + len(response)
         pieces = locate(
-            self.template, message, response, self.keep_reasoning, self.keep_calls, self._renders(messages, tools, arguments)
+            self.template,
+            message,
+            response,
+            self.keep_reasoning,
+            self.keep_calls,
+            self._renders(messages, tools, arguments),
+            self._switch("true"),
         )
         spans = untrained(self.template, pieces, response, self.keep_reasoning, self.keep_calls)
         if spans == ((0, len(response)),):
             return prompt, response, None
         marked = None
-        if whole.startswith(prompt):
+        if as_served:
             marked = self.template.generation_spans(messages, tools, arguments)
         shifted = tuple((begin + first, begin + last) for first, last in spans)
         return prompt, response, Turn(begin, end, 1.0, shifted, None if marked is None else tuple(marked))
@@ -120,9 +127,10 @@ class Renderer:
     def _prompt_and_whole(
         self, messages: list[Message], tools: Tools, arguments: Mapping[str, object]
     ) -> tuple[str, str]:
-        render = self.template.render
-        prompt = render(messages[:-1], tools, add_generation_prompt=True, arguments=arguments)
-        return prompt, render(messages, tools, arguments=arguments)
+        """x of the last message, and the text of all."""
+        prompt = self.template.render(messages[:-1], tools, add_generation_prompt=True, arguments=arguments)
+        whole = self.template.render(messages, tools, arguments=arguments)
+        return prompt, whole + self.template.tail(bool(messages[-1].get("tool_calls")))
 
     def _renders(self, messages: list[Message], tools: Tools, arguments: Mapping[str, object]) -> Callable[[str], bool]:
         """Whether the last message's content is rendered beside its reasoning and its calls, asked with a text in place
@@ -134,38 +142,55 @@ class Renderer:
 
         return rendered
 
-    def _thought_first(self, message: Message, prompt: str, whole: str) -> str:
-        """y of a prompt that opens the thought, by a template that renders no thought of it, as DeepSeek-R1's."""
+    def _after_thought(self, message: Message, prompted: re.Match[str], rest: str) -> str:
+        """y of a prompt that has begun the thought, by a template that renders the turn without it, as DeepSeek-R1's.
+
+        `rest`: the turn as the template renders it.
+        """
+        answer = THOUGHT.sub("", rest, count=1)
+        if prompted["closing"]:  # there is no thought to be had
+            return answer
         thought, _ = thought_and_answer(message)
-        base = OPEN_THOUGHT.sub("", prompt)
-        if not thought or not whole.startswith(base):
-            switch = next((name for name in SWITCHES if self.template.reads(name)), None)
-            advice = f"set model.template.{switch}=false" if switch else "give the messages their reasoning_content"
+        if not thought:
             raise BadRow(
                 "no_reasoning",
-                f"the prompt ends in {prompt[len(base) :].strip()}, so the answer has to begin with the reasoning, and "
-                f"the message has none: {advice}",
+                f"the prompt ends in {prompted[0].strip()}, so the answer has to begin with the reasoning, and the message "
+                f"has none: {self._switch('false') or 'give the messages their reasoning_content'}",
             )
-        answer = whole[len(base) :]
-        return f"{thought}\n</think>\n\n{THOUGHT.sub('', answer, count=1)}"
+        opening = prompted["opening"]
+        closing = opening.replace("<", "</", 1) if opening.startswith("<") and "|" not in opening else ""
+        closing = closing or {"[": "[/THINK]", "<|S": "<|END_THINKING|>"}.get(opening[: 3 if "|" in opening else 1], "<channel|>")
+        # As R1 writes them: each on a line of its own, if the one that opens the thought is.
+        return f"{thought}\n{closing}\n\n{answer}" if "\n" in prompted["space"] else f"{thought}{closing}{answer}"
+
+    def _switch(self, value: str) -> str | None:
+        """The setting that turns thinking on or off, if the template has it."""
+        name = next((name for name in SWITCHES if self.template.reads(name)), None)
+        return name and f"set model.template.{name}={value}"
 
     def _by_itself(
-        self, messages: list[Message], tools: Tools, arguments: Mapping[str, object], whole: str
+        self, messages: list[Message], tools: Tools, arguments: Mapping[str, object], prompt: str, whole: str
     ) -> str:
         """y where the turn changes how the messages before it are rendered: what follows a prompt of nothing but the
-        last question, if the whole ends in the same."""
-        asked = [message for message in messages[:-1] if message["role"] in ("system", "developer")]
-        asked += [message for message in messages[:-1] if message["role"] == "user"][-1:]
-        prompt, alone = self._prompt_and_whole([*asked, messages[-1]], tools, arguments)
-        response = alone[len(prompt) :]
-        if not alone.startswith(prompt) or not response or not whole.endswith(response):
-            raise BadRow(
-                "not_as_served",
-                f"with this chat template the assistant's turn (message {len(messages) - 1}) does not begin with the "
-                f"generation prompt (which ends in {prompt[-40:]!r}), so the model would be trained on another text "
-                "than it is served with: set model.chat_template to a template whose turns begin with it",
-            )
-        return response
+        last question, if the whole ends in the same, and the prompt as that one does."""
+        asked = [message for message in messages[:-1] if message["role"] == "user"][-1:]
+        system = [message for message in messages[:-1] if message["role"] in ("system", "developer")]
+        for before in ([*system, *asked], asked):
+            try:
+                alone, both = self._prompt_and_whole([*before, messages[-1]], tools, arguments)
+            except BadRow:  # a template may want a system message
+                continue
+            response = both[len(alone) :]
+            question = str(asked[0]["content"]).strip() if asked else ""
+            opening = alone[alone.rfind(question) + len(question) :] if question else alone
+            if both.startswith(alone) and response and whole.endswith(response) and prompt.endswith(opening):
+                return response
+        raise BadRow(
+            "not_as_served",
+            f"with this chat template the assistant's turn (message {len(messages) - 1}) does not begin with the "
+            f"generation prompt (which ends in {prompt[-40:]!r}), so the model would be trained on another text than it "
+            "is served with: set model.chat_template to a template whose turns begin with it",
+        )
 
 
 def turn_weights(conversation: Conversation, train_on: str) -> list[float]:
