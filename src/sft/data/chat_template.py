@@ -40,14 +40,7 @@ class ChatTemplate:
     ) -> str:
         """The text of the messages; `arguments` are the row's own. BadRow if the template refuses them."""
         try:
-            text = self.tokenizer.apply_chat_template(
-                self._in_its_words(messages),  # type: ignore[arg-type]  # declared as messages of strings alone
-                tools=list(tools) if tools else None,
-                chat_template=self._pinned(tools),
-                add_generation_prompt=add_generation_prompt,
-                tokenize=False,
-                **{**self._arguments, **(arguments or {})},
-            )
+            return self._rendered(messages, tools, arguments, add_generation_prompt=add_generation_prompt)[0][0]
         except Exception as error:  # a template is a program: it may raise anything
             if not self.source:
                 raise UserError(
@@ -56,8 +49,6 @@ class ChatTemplate:
                 ) from error
             reason = " ".join(str(error).split()) or type(error).__name__
             raise BadRow("template_refuses", f"the chat template refuses these messages: {reason}") from error
-        assert isinstance(text, str)
-        return text
 
     def generation_spans(
         self, messages: list[Message], tools: Tools, arguments: Mapping[str, object] | None = None
@@ -69,17 +60,7 @@ class ChatTemplate:
         """
         if not self.is_marked:
             return None
-        from transformers.utils.chat_template_utils import render_jinja_template
-
-        rendered: object = render_jinja_template(
-            [self._in_its_words(messages)],
-            tools=list(tools) if tools else None,
-            chat_template=self._pinned(tools),
-            return_assistant_tokens_mask=True,
-            **{**self.tokenizer.special_tokens_map, **self._arguments, **(arguments or {})},  # type: ignore[arg-type]
-        )
-        assert isinstance(rendered, tuple)  # the texts and their spans
-        return list(rendered[1][0])
+        return list(self._rendered(messages, tools, arguments, return_assistant_tokens_mask=True)[1][0])
 
     def reads(self, name: str) -> bool:
         """Whether the template names a key of a message, or an argument."""
@@ -140,9 +121,22 @@ class ChatTemplate:
     def is_marked(self) -> bool:
         return re.search(r"{%-?\s*generation\s*-?%}", self.source) is not None
 
+    def _rendered(
+        self, messages: list[Message], tools: Tools, arguments: Mapping[str, object] | None, **options: bool
+    ) -> "tuple[list[str], list[list[tuple[int, int]]]]":
+        """The text, and its {% generation %} blocks. What `apply_chat_template` calls, without its checks of messages
+        that may be anything."""
+        from transformers.utils.chat_template_utils import render_jinja_template
+
+        given = {**self._arguments, **arguments} if arguments else self._arguments
+        rendered: object = render_jinja_template(
+            [self._in_its_words(messages)], tools=tools, chat_template=self._pinned(tools), **options, **given  # type: ignore[arg-type]
+        )
+        return rendered  # type: ignore[return-value]  # declared as a text
+
     def _pinned(self, tools: Tools) -> str:
         """The template for a conversation with or without tools; its clock stands still."""
-        template = self.tokenizer.get_chat_template(tools=list(tools) if tools else None)
+        template = self.tokenizer.get_chat_template(tools=tools)
         if template not in self._known:
             self._known[template], _ = pinned(template, self.arguments)
         return self._known[template]
@@ -165,7 +159,8 @@ class ChatTemplate:
 
     @cached_property
     def _arguments(self) -> Mapping[str, object]:
-        return pinned("", self.arguments)[1]
+        """Given to every rendering."""
+        return {**self.tokenizer.special_tokens_map, **pinned("", self.arguments)[1]}
 
     @cached_property
     def _reasoning(self) -> list[str]:
@@ -177,7 +172,10 @@ class ChatTemplate:
         for content, answer in ((PROBE, False), ([{"type": "text", "text": PROBE}], True)):
             try:
                 text = self.tokenizer.apply_chat_template(
-                    [{"role": "user", "content": content}], tokenize=False, **self._arguments
+                    [{"role": "user", "content": content}],
+                    chat_template=self._pinned(None),
+                    tokenize=False,
+                    **self._arguments,
                 )
             except Exception:  # see `render`
                 continue

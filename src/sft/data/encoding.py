@@ -16,7 +16,7 @@ from sft.data.chat_template import backend, special_ids
 from sft.errors import BadRow
 
 if TYPE_CHECKING:
-    from tokenizers import Encoding, Tokenizer
+    from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerBase
 
 SHORT = 200  # characters of a stretch whose tokens are remembered
@@ -33,8 +33,14 @@ class Encoder:
     special_text: re.Pattern[str]
     _known: dict[str, list[int]] = field(default_factory=dict, repr=False)
 
-    def batch(self, texts: Sequence[str]) -> "list[Encoding]":
-        return self._backend.encode_batch(texts, add_special_tokens=False) if texts else []
+    def batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """The tokens of each text."""
+        encodings = self._backend.encode_batch_fast(texts, add_special_tokens=False) if texts else []
+        return [encoding.ids for encoding in encodings]
+
+    def ends(self, text: str) -> list[int]:
+        """Where in the text each of its tokens ends."""
+        return [end for _, end in self._backend.encode(text, add_special_tokens=False).offsets]
 
     def ids(self, text: str) -> list[int]:
         if len(text) > SHORT:
@@ -45,20 +51,38 @@ class Encoder:
             self._known[text] = self._backend.encode(text, add_special_tokens=False).ids
         return self._known[text]
 
-    def borders(self, text: str, encoding: "Encoding", positions: Sequence[int]) -> "Iterator[int | None]":
-        """For each position in a text the number of tokens before it; None where a token straddles it, or where the
-        text before it, encoded alone, has other tokens than there."""
-        ids = encoding.ids
-        openings = [match.start() for match in self.special_text.finditer(text, 0, max(positions, default=0))]
-        for position in positions:
-            number = bisect_right(openings, position - 1)
-            opening = openings[number - 1] if number else 0
-            first = encoding.char_to_token(opening) if number else 0
-            if first is None or (number and ids[first] not in self.special_ids):
-                opening = first = 0
-            alone = self.ids(text[opening:position])
-            end = first + len(alone)
-            yield end if ids[first:end] == alone else None
+    def borders(
+        self, text: str, ids: list[int], spans: Sequence[tuple[int, int]]
+    ) -> "Iterator[tuple[int, int] | None]":
+        """For each response in a text (begin, end; the end is that of a special token) the numbers of tokens before its
+        begin and its end. None where a token straddles its begin, or where the text before it, encoded alone, has other
+        tokens than there."""
+        begins, numbers, after = self._special(text, ids)
+        for begin, end in spans:
+            place = bisect_right(begins, begin - 1)
+            opening, first = (begins[place - 1], numbers[place - 1]) if place else (0, 0)
+            alone = self.ids(text[opening:begin])
+            border = first + len(alone)
+            yield (border, after[end]) if end in after and ids[first:border] == alone else None
+
+    def _special(self, text: str, ids: list[int]) -> tuple[list[int], list[int], dict[int, int]]:
+        """The special tokens of a text: where in it each begins, its number among the tokens, and the number of tokens
+        up to each, by its end in the text. Empty if the tokens aren't those that the text shows."""
+        begins, numbers, after, number = [], [], {}, -1
+        seen: set[int] = set()
+        for match in self.special_text.finditer(text):
+            token = self._ids_of[match[0]]
+            seen.add(token)
+            try:
+                number = ids.index(token, number + 1)
+            except ValueError:
+                return [], [], {}
+            begins.append(match.start())
+            numbers.append(number)
+            after[match.end()] = number + 1
+        if sum(map(ids.count, seen)) != len(begins):
+            return [], [], {}
+        return begins, numbers, after
 
     def apart(self, prompt: str, response: str) -> tuple[list[int], list[int], list[int]]:
         """The tokens of a prompt alone, those of the response that follows it, and where in the response each of these
@@ -135,6 +159,10 @@ class Encoder:
     @cached_property
     def special_ids(self) -> frozenset[int]:
         return special_ids(self.tokenizer)
+
+    @cached_property
+    def _ids_of(self) -> dict[str, int]:
+        return {name: self.tokenizer.convert_tokens_to_ids(name) for name in self._names}
 
     @cached_property
     def _names(self) -> list[str]:

@@ -33,7 +33,6 @@ from sft.data.rendering import Renderer, Rendering, Turn, turn_weights
 from sft.errors import BadRow, UserError
 
 if TYPE_CHECKING:
-    from tokenizers import Encoding
     from transformers import PreTrainedTokenizerBase
 
 IGNORE = -100  # the label of a token that carries no loss
@@ -49,6 +48,9 @@ class Sample:
     input_ids: list[int]
     labels: list[int]
     weights: list[float] | None = None  # of each token's loss; None: all 1, as nearly always
+
+
+Ended = tuple[Sample, list[int]]  # a sample, and the token that ends each of its responses
 
 
 @dataclass(frozen=True)
@@ -108,40 +110,34 @@ class Tokenization:
             return _Row(reasons={conversation.reason: str(conversation)})
         try:
             if conversation.input_ids is not None:
-                return _Row(samples=[self._own_tokens(conversation)])
+                sample = self._own_tokens(conversation)
+                return _Row(samples=[(sample, sample.labels[-1:] if sample.labels[-1:] != [IGNORE] else [])])
             if conversation.messages is None:
                 return self._plain(conversation)
             return self._chat(conversation, conversation.messages)
         except BadRow as error:
             return _Row(reasons={error.reason: str(error)})
 
-    def _tokenized(self, row: "_Row", encodings: "list[Encoding]") -> Tokenized:
+    def _tokenized(self, row: "_Row", encodings: list[list[int]]) -> Tokenized:
         reasons = dict(row.reasons)
         samples = list(row.samples)
         try:
             if row.plain:
-                samples.append(self._joined(*row.plain, *encodings))
+                sample = self._joined(*row.plain, *encodings)
+                samples.append((sample, sample.input_ids[-1:]))
             for rendering, encoding in zip(row.renderings, encodings, strict=not row.plain):
                 samples += self._samples(rendering, encoding)
         except BadRow as error:
             reasons.setdefault(error.reason, str(error))
         kept, stops = [], []
-        for sample in samples:
+        for sample, ends in samples:
             fitted, reason, why = self._fit(sample)
             if reason:
                 reasons[reason] = why
             if fitted:
                 kept.append(fitted)
-                stops += [
-                    token
-                    for token, label, after in zip(
-                        fitted.input_ids, fitted.labels, [*fitted.labels[1:], IGNORE], strict=True
-                    )
-                    if label != IGNORE and after == IGNORE and token in self._encoder.special_ids
-                ]
-        if self.supervise == "all":
-            stops = [sample.input_ids[-1] for sample in kept]
-        return Tokenized(kept, reasons, row.unread, tuple(stops))
+                stops += ends
+        return Tokenized(kept, reasons, row.unread, tuple(stop for stop in stops if stop != IGNORE))
 
     def _own_tokens(self, row: Conversation) -> Sample:
         """A row that was tokenized before."""
@@ -156,12 +152,12 @@ class Tokenization:
         if self.special_text == "as_text" and self._template.special_text.search(prompt + response):
             prompt, response = self._encoder.hidden(prompt), self._encoder.hidden(response)
             prompt_ids, response_ids = self._encoder.as_text(prompt)[0], self._encoder.as_text(response)[0]
-            return _Row(samples=[self._with_ends(prompt_ids, response_ids)])
+            sample = self._with_ends(prompt_ids, response_ids)
+            return _Row(samples=[(sample, sample.input_ids[-1:])])
         return _Row(texts=[prompt, prompt + response], plain=(prompt, response))
 
-    def _joined(self, prompt: str, response: str, alone: "Encoding", joint: "Encoding") -> Sample:
+    def _joined(self, prompt: str, response: str, prompt_ids: list[int], ids: list[int]) -> Sample:
         """Prompt and response, end to end."""
-        prompt_ids, ids = alone.ids, joint.ids
         if ids[: len(prompt_ids)] == prompt_ids:
             return self._with_ends(prompt_ids, ids[len(prompt_ids) :])
         return self._with_ends(*self._encoder.apart(prompt, response)[:2])
@@ -193,7 +189,7 @@ class Tokenization:
         if not renderings and not reasons:
             answers = any(message["role"] == "assistant" for message in messages[1:])
             reasons = {"no_supervised_token": "no turn is to be learned"} if answers else {"empty_prompt": ""}
-        keys = {key for message in messages for key in message} - READ | row.template.keys()
+        keys = set().union(*messages) - READ | row.template.keys()
         unread = frozenset(key for key in keys if not self._template.reads(key))
         if hide:
             samples = [sample for rendering in renderings for sample in self._samples(rendering, None)]
@@ -214,45 +210,37 @@ class Tokenization:
                         return match[0]
         return None
 
-    def _samples(self, rendering: Rendering, encoding: "Encoding | None") -> Iterator[Sample]:
-        """The samples of a text: one, unless a token straddles where a response begins. Without an encoding, special
-        tokens' text is hidden in it."""
+    def _samples(self, rendering: Rendering, ids: list[int] | None) -> "Iterator[Ended]":
+        """The samples of a text and its tokens: one, unless a token straddles where a response begins. Without tokens,
+        special tokens' text is hidden in the text."""
         text = rendering.text
-        positions = [turn.begin for turn in rendering.turns]
-        borders = self._encoder.borders(text, encoding, positions) if encoding else iter([None] * len(positions))
-        whole = encoding.ids if encoding else []
-        labels, weights, length = [IGNORE] * len(whole), [1.0] * len(whole), 0
+        spans = [(turn.begin, turn.end) for turn in rendering.turns]
+        borders = iter([None] * len(spans)) if ids is None else self._encoder.borders(text, ids, spans)
+        all_ends = None
+        joined = _Joined(ids or [])
         for turn, border in zip(rendering.turns, borders, strict=True):
-            if encoding is not None and border is not None:
-                end = self._end(encoding, turn)
+            if ids is not None and border is not None:
+                begin, end = border
                 ends = None
                 if turn.untrained or turn.marked is not None:
-                    ends = [last for _, last in encoding.offsets[border:end]]
-                labels[border:end] = self._labels(turn, whole[border:end], ends)
-                weights[border:end] = [turn.weight] * (end - border)
-                length = end
+                    all_ends = all_ends or self._encoder.ends(text)
+                    ends = all_ends[begin:end]
+                joined.learn(begin, self._labels(turn, ids[begin:end], ends), turn.weight)
                 continue
-            if length:  # what the server is given next is no longer what the model has emitted
-                yield _sample(whole[:length], labels[:length], weights)
-                labels, weights, length = [IGNORE] * len(whole), [1.0] * len(whole), 0
+            if joined.stops:  # what the server is given next is no longer what the model has emitted
+                yield joined.sample(), joined.stops
+                joined = _Joined(ids or [])
             prompt, response = text[: turn.begin], text[turn.begin : turn.end]
-            if encoding is None:
+            if ids is None:
                 prompt_ids = self._encoder.as_text(prompt)[0]
                 response_ids, ends = self._encoder.as_text(response)
             else:
                 prompt_ids, response_ids, ends = self._encoder.apart(prompt, response)
-            learned = self._labels(turn, response_ids, [turn.begin + end for end in ends])
-            num_prompt = len(prompt_ids)
-            all_weights = [1.0] * num_prompt + [turn.weight] * len(learned)
-            yield _sample(prompt_ids + response_ids, [IGNORE] * num_prompt + learned, all_weights)
-        if length:
-            yield _sample(whole[:length], labels[:length], weights)
-
-    def _end(self, encoding: "Encoding", turn: Turn) -> int:
-        """The number of tokens up to the end of a turn, which is that of its stop token."""
-        last = encoding.char_to_token(turn.end - 1)
-        assert last is not None, "a special token has its text"
-        return last + 1
+            alone = _Joined(prompt_ids + response_ids)
+            alone.learn(len(prompt_ids), self._labels(turn, response_ids, [turn.begin + end for end in ends]), turn.weight)
+            yield alone.sample(), alone.stops
+        if joined.stops:
+            yield joined.sample(), joined.stops
 
     @staticmethod
     def _labels(turn: Turn, ids: list[int], ends: list[int] | None) -> list[int]:
@@ -272,17 +260,19 @@ class Tokenization:
         """The sample with its final labels, cut to length; None where it is lost; the reason for either, and what
         exactly."""
         ids, weights = sample.input_ids, sample.weights
-        labels = [IGNORE, *(ids if self.supervise == "all" else sample.labels)[1:]]
-        if self._bos is not None:  # a server puts it there, wherever it is
+        labels = ids if self.supervise == "all" else sample.labels
+        if labels[0] != IGNORE:
+            labels = [IGNORE, *labels[1:]]
+        if self._bos in labels:  # which a server puts there, wherever it is
             labels = [IGNORE if label == self._bos else label for label in labels]
-        num_context = next((i for i, label in enumerate(labels) if label != IGNORE), 0)
-        if not num_context:
+        if labels.count(IGNORE) == len(labels):
             return None, "no_supervised_token", ""
         if self.supervise == "all":
             weights = None
         excess = len(ids) - self.max_length
         if excess <= 0:
             return Sample(ids, labels, weights), None, ""
+        num_context = next(i for i, label in enumerate(labels) if label != IGNORE)
         if self.overlong != "truncate_prompt" or num_context <= excess:  # a first response token needs one before it
             return None, "overlong", f"a sample of {len(ids)} tokens, and data.max_length={self.max_length}"
         begin = int(ids[0] == self.tokenizer.bos_token_id)
@@ -338,16 +328,34 @@ class _Row:
     texts: list[str] = field(default_factory=list)  # to be encoded
     renderings: list[Rendering] = field(default_factory=list)  # of a chat, one for each text
     plain: tuple[str, str] | None = None  # prompt and response, else
-    samples: list[Sample] = field(default_factory=list)  # that need no encoding
+    samples: "list[Ended]" = field(default_factory=list)  # that need no encoding
     reasons: Mapping[str, str] = field(default_factory=dict)
     unread: frozenset[str] = frozenset()
 
 
-def _sample(ids: list[int], labels: list[int], weights: list[float]) -> Sample:
-    """The weights of tokens that carry no loss are 0."""
-    of_loss = [0.0 if label == IGNORE else weight for label, weight in zip(labels, weights, strict=False)]
-    plain = all(weight in (0.0, 1.0) for weight in of_loss)
-    return Sample(ids, labels, None if plain else of_loss)
+@dataclass
+class _Joined:
+    """A sample in the making: tokens, of which nothing is learned yet."""
+
+    ids: list[int]
+    labels: list[int] = field(default_factory=list)  # up to the end of the newest turn
+    weights: list[tuple[int, int, float]] = field(default_factory=list)  # begin, end, weight of each turn
+    stops: list[int] = field(default_factory=list)
+
+    def learn(self, begin: int, labels: list[int], weight: float) -> None:
+        """Adds a turn that begins after `begin` tokens."""
+        self.labels += [IGNORE] * (begin - len(self.labels)) + labels
+        self.weights.append((begin, len(self.labels), weight))
+        self.stops.append(labels[-1])
+
+    def sample(self) -> Sample:
+        length = len(self.labels)
+        if all(weight == 1.0 for _, _, weight in self.weights):
+            return Sample(self.ids[:length], self.labels)
+        weights = [0.0] * length
+        for begin, end, weight in self.weights:
+            weights[begin:end] = [0.0 if label == IGNORE else weight for label in self.labels[begin:end]]
+        return Sample(self.ids[:length], self.labels, weights)
 
 
 def _mapped(value: object, change: Callable[[str], str]) -> object:
