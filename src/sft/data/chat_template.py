@@ -1,7 +1,7 @@
 """Chat template and tokenizer: the text of a conversation, its tokens, and the token that ends a turn."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING
@@ -40,7 +40,9 @@ class ChatTemplate:
     ) -> str:
         """The text of the messages; `arguments` are the row's own. BadRow if the template refuses them."""
         try:
-            return self._rendered(messages, tools, arguments, add_generation_prompt=add_generation_prompt)[0][0]
+            return self._rendered(
+                self._in_its_words(messages), tools, arguments, add_generation_prompt=add_generation_prompt
+            )[0][0]
         except Exception as error:  # a template is a program: it may raise anything
             if not self.source:
                 raise UserError(
@@ -60,7 +62,9 @@ class ChatTemplate:
         """
         if not self.is_marked:
             return None
-        return list(self._rendered(messages, tools, arguments, return_assistant_tokens_mask=True)[1][0])
+        return list(
+            self._rendered(self._in_its_words(messages), tools, arguments, return_assistant_tokens_mask=True)[1][0]
+        )
 
     def reads(self, name: str) -> bool:
         """Whether the template names a key of a message, or an argument."""
@@ -82,8 +86,9 @@ class ChatTemplate:
     def stop(self) -> str:
         """The special token that ends a reply, at which a server stops.
 
-        It is the first after the reply, where the next turn may begin with it (as GLM's does); or EOS, where the template writes EOS right behind that one in every turn (as
-        Cohere's does), and not behind the last turn alone (as Phi's does). UserError if there is none.
+        It is the first after the reply, with which the next turn may begin (as GLM's does); or EOS, where the template
+        writes EOS right behind that one in every turn (as Cohere's does), and not behind the last turn alone (as Phi's
+        does). UserError if there is none.
         """
         last, in_history = self._ends
         if not (last or in_history):
@@ -123,16 +128,15 @@ class ChatTemplate:
 
     def _rendered(
         self, messages: list[Message], tools: Tools, arguments: Mapping[str, object] | None, **options: bool
-    ) -> "tuple[list[str], list[list[tuple[int, int]]]]":
+    ) -> tuple[list[str], list[list[tuple[int, int]]]]:
         """The text, and its {% generation %} blocks. What `apply_chat_template` calls, without its checks of messages
         that may be anything."""
-        from transformers.utils.chat_template_utils import render_jinja_template
+        from transformers.utils import chat_template_utils
 
+        render: Callable[..., tuple[list[str], list[list[tuple[int, int]]]]]  # it is declared to return a text
+        render = chat_template_utils.render_jinja_template  # type: ignore[assignment]
         given = {**self._arguments, **arguments} if arguments else self._arguments
-        rendered: object = render_jinja_template(
-            [self._in_its_words(messages)], tools=tools, chat_template=self._pinned(tools), **options, **given  # type: ignore[arg-type]
-        )
-        return rendered  # type: ignore[return-value]  # declared as a text
+        return render([messages], tools=tools, chat_template=self._pinned(tools), **options, **given)
 
     def _pinned(self, tools: Tools) -> str:
         """The template for a conversation with or without tools; its clock stands still."""
@@ -158,7 +162,7 @@ class ChatTemplate:
         return _specials(self, [asked, reply]), _specials(self, [asked, reply, asked])
 
     @cached_property
-    def _arguments(self) -> Mapping[str, object]:
+    def _arguments(self) -> dict[str, object]:
         """Given to every rendering."""
         return {**self.tokenizer.special_tokens_map, **pinned("", self.arguments)[1]}
 
@@ -171,15 +175,10 @@ class ChatTemplate:
         """Whether the template reads no text of a message but that of its parts."""
         for content, answer in ((PROBE, False), ([{"type": "text", "text": PROBE}], True)):
             try:
-                text = self.tokenizer.apply_chat_template(
-                    [{"role": "user", "content": content}],
-                    chat_template=self._pinned(None),
-                    tokenize=False,
-                    **self._arguments,
-                )
+                [text], _ = self._rendered([{"role": "user", "content": content}], None, None)
             except Exception:  # see `render`
                 continue
-            if PROBE in str(text):
+            if PROBE in text:
                 return answer
         return False
 
@@ -202,9 +201,11 @@ class ChatTemplate:
 def _specials(template: ChatTemplate, messages: list[Message]) -> list[str]:
     """The special tokens right behind the first reply of a probe, one behind the other."""
     _, found, rest = template.render(messages).rpartition(PROBE)
+    if not found:
+        raise BadRow("content_not_rendered", "the chat template leaves out the text of replies")
     first = template.special_text.search(rest)
     specials = []
-    while found and first:
+    while first:
         specials.append(first[0])
         first = template.special_text.match(rest, first.end())
     return specials

@@ -110,7 +110,8 @@ class Encoder:
         """The text with characters in the place of special tokens' text, as many as it has, that a template can't take
         for one of its own words. BadRow if the text has some of these characters already."""
         if any(chr(STAND_INS) <= char < chr(STAND_INS + len(self._names)) for char in text):
-            raise BadRow("special_text", "the text has characters of Unicode's private use: set data.special_text=as_tokens")
+            why = "it has characters of Unicode's private use beside special tokens: set data.special_text=as_tokens"
+            raise BadRow("special_text", why)
         return self.special_text.sub(lambda match: chr(STAND_INS + self._names.index(match[0])) * len(match[0]), text)
 
     def as_text(self, hidden: str) -> tuple[list[int], list[int]]:
@@ -162,12 +163,12 @@ class Encoder:
 
     @cached_property
     def _ids_of(self) -> dict[str, int]:
-        return {name: self.tokenizer.convert_tokens_to_ids(name) for name in self._names}
+        return dict(zip(self._names, sorted(self.special_ids), strict=True))
 
     @cached_property
     def _names(self) -> list[str]:
         """The text of each special token."""
-        return [str(token) for token in self.tokenizer.convert_ids_to_tokens(sorted(self.special_ids)) if token]
+        return [str(token) for token in self.tokenizer.convert_ids_to_tokens(sorted(self.special_ids))]
 
     @cached_property
     def _anchors(self) -> list[str]:

@@ -183,7 +183,9 @@ class Tokenization:
             )
         hide = found is not None and self.special_text == "as_text"
         if hide:
-            messages = [_mapped(message, self._encoder.hidden) for message in messages]
+            messages = [
+                {key: _mapped(value, self._encoder.hidden) for key, value in message.items()} for message in messages
+            ]
         weights = turn_weights(row, self.train_on)
         renderings, reasons = self._renderer(messages, weights, row.tools, row.template)
         if not renderings and not reasons:
@@ -237,7 +239,8 @@ class Tokenization:
             else:
                 prompt_ids, response_ids, ends = self._encoder.apart(prompt, response)
             alone = _Joined(prompt_ids + response_ids)
-            alone.learn(len(prompt_ids), self._labels(turn, response_ids, [turn.begin + end for end in ends]), turn.weight)
+            labels = self._labels(turn, response_ids, [turn.begin + end for end in ends])
+            alone.learn(len(prompt_ids), labels, turn.weight)
             yield alone.sample(), alone.stops
         if joined.stops:
             yield joined.sample(), joined.stops
@@ -359,7 +362,7 @@ class _Joined:
 
 
 def _mapped(value: object, change: Callable[[str], str]) -> object:
-    """A message with each of its texts changed."""
+    """A value with each of its texts changed."""
     if isinstance(value, str):
         return change(value)
     if isinstance(value, Mapping):

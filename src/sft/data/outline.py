@@ -21,8 +21,10 @@ TEXTS = ("content", REASONING[0])
 # The whitespace around a stand-in shows whether the template strips a text.
 STAND_IN = "\n qj{:05d}xv \n"
 STAND_INS = re.compile(r"(\n )?qj(\d{5})xv( \n)?")
-SEARCHES = ("startswith", "endswith", "find", "rfind", "index", "count", "split", "rsplit", "partition", "rpartition")
-SEARCHES += ("replace", "removeprefix", "removesuffix", "strip", "lstrip", "rstrip")
+SEARCHES = (
+    *("startswith", "endswith", "find", "rfind", "index", "count", "split", "rsplit", "partition", "rpartition"),
+    *("replace", "removeprefix", "removesuffix", "strip", "lstrip", "rstrip"),
+)
 
 
 @dataclass(frozen=True)

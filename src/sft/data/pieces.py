@@ -9,8 +9,10 @@ from sft.data.chat_template import REASONING, ChatTemplate
 from sft.data.conversation import Message
 from sft.errors import BadRow
 
-OPENING = r"<(?:\w+:)?think(?::\w+)?>|<\|START_THINKING\|>|<\|channel>thought\n|\[THINK\]"
-CLOSING = r"</(?:\w+:)?think(?::\w+)?>|<\|END_THINKING\|>|<channel\|>|\[/THINK\]"
+# What begins a thought and what ends it, beside <think> and </think>.
+THOUGHTS = {"<|START_THINKING|>": "<|END_THINKING|>", "<|channel>thought\n": "<channel|>", "[THINK]": "[/THINK]"}
+OPENING = "|".join([r"<(?:\w+:)?think(?::\w+)?>", *map(re.escape, THOUGHTS)])
+CLOSING = "|".join([r"</(?:\w+:)?think(?::\w+)?>", *map(re.escape, THOUGHTS.values())])
 # How a prompt ends that has begun the thought, and perhaps ended it, so that the answer follows.
 PROMPTED = re.compile(rf"(?P<opening>{OPENING})(?P<space>\s*)(?P<closing>(?:{CLOSING})\s*)?\Z")
 # How a turn begins that has a thought, an empty one or half of one.

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from sft.data.chat_template import ChatTemplate
 from sft.data.conversation import Conversation, Message, Tools
 from sft.data.outline import Outline, Outlines
-from sft.data.pieces import PROMPTED, THOUGHT, is_all_thought, locate, thought_and_answer, untrained
+from sft.data.pieces import PROMPTED, THOUGHT, THOUGHTS, is_all_thought, locate, thought_and_answer, untrained
 from sft.errors import BadRow
 
 SWITCHES = ("enable_thinking", "thinking")  # arguments by which templates leave the thought out, or in
@@ -54,9 +54,9 @@ class Renderer:
         if not turns:
             return [], {}
         messages = list(messages[: turns[-1] + 1])
-        if outline := self.outlines.find(messages, tools, arguments):
-            if rendering := self._filled(outline, messages, weights, tools, arguments):
-                return [rendering], {}
+        outline = self.outlines.find(messages, tools, arguments)
+        if outline and (rendering := self._filled(outline, messages, weights, tools, arguments)):
+            return [rendering], {}
         renderings: list[Rendering] = []
         reasons: dict[str, str] = {}
         for i in turns:
@@ -154,12 +154,11 @@ class Renderer:
         if not thought:
             raise BadRow(
                 "no_reasoning",
-                f"the prompt ends in {prompted[0].strip()}, so the answer has to begin with the reasoning, and the message "
-                f"has none: {self._switch('false') or 'give the messages their reasoning_content'}",
+                f"the prompt ends in {prompted[0].strip()}, so the answer has to begin with the reasoning, and the "
+                f"message has none: {self._switch('false') or 'give the messages their reasoning_content'}",
             )
         opening = prompted["opening"]
-        closing = opening.replace("<", "</", 1) if opening.startswith("<") and "|" not in opening else ""
-        closing = closing or {"[": "[/THINK]", "<|S": "<|END_THINKING|>"}.get(opening[: 3 if "|" in opening else 1], "<channel|>")
+        closing = THOUGHTS.get(opening) or opening.replace("<", "</", 1)
         # As R1 writes them: each on a line of its own, if the one that opens the thought is.
         return f"{thought}\n{closing}\n\n{answer}" if "\n" in prompted["space"] else f"{thought}{closing}{answer}"
 
@@ -188,17 +187,15 @@ class Renderer:
         raise BadRow(
             "not_as_served",
             f"with this chat template the assistant's turn (message {len(messages) - 1}) does not begin with the "
-            f"generation prompt (which ends in {prompt[-40:]!r}), so the model would be trained on another text than it "
-            "is served with: set model.chat_template to a template whose turns begin with it",
+            f"generation prompt (which ends in {prompt[-40:]!r}), so the model would be trained on another text "
+            "than it is served with: set model.chat_template to a template whose turns begin with it",
         )
 
 
 def turn_weights(conversation: Conversation, train_on: str) -> list[float]:
     """The weight of each message: 0 for all that aren't to be learned."""
     messages = conversation.messages or []
-    weights = conversation.weights or (1.0,) * len(messages)
-    weights = [weight if message["role"] == "assistant" else 0.0 for message, weight in zip(messages, weights, strict=True)]
-    if train_on == "last":
-        last = max((i for i, message in enumerate(messages) if message["role"] == "assistant"), default=0)
-        weights = [weight if i == last else 0.0 for i, weight in enumerate(weights)]
-    return weights
+    given = conversation.weights or (1.0,) * len(messages)
+    turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+    learned = turns[-1:] if train_on == "last" else turns
+    return [weight if i in learned else 0.0 for i, weight in enumerate(given)]
