@@ -1,7 +1,7 @@
 """Chat template and tokenizer: the text of a conversation, its tokens, and the token that ends a turn."""
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING
@@ -133,10 +133,15 @@ class ChatTemplate:
         that may be anything."""
         from transformers.utils import chat_template_utils
 
-        render: Callable[..., tuple[list[str], list[list[tuple[int, int]]]]]  # it is declared to return a text
-        render = chat_template_utils.render_jinja_template  # type: ignore[assignment]
         given = {**self._arguments, **arguments} if arguments else self._arguments
-        return render([messages], tools=tools, chat_template=self._pinned(tools), **options, **given)
+        rendered: object = chat_template_utils.render_jinja_template(
+            [messages],
+            tools=tools,  # type: ignore[arg-type]  # lists and mappings are invariant
+            chat_template=self._pinned(tools),
+            **options,  # type: ignore[arg-type]
+            **given,  # type: ignore[arg-type]
+        )
+        return rendered  # type: ignore[return-value]  # declared as a text
 
     def _pinned(self, tools: Tools) -> str:
         """The template for a conversation with or without tools; its clock stands still."""
