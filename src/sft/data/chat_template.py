@@ -68,12 +68,16 @@ class ChatTemplate:
 
     def reads(self, name: str) -> bool:
         """Whether the template names a key of a message, or an argument."""
-        return re.search(rf"\b{re.escape(name)}\b", self.source) is not None
+        return name in self._words
 
     @cached_property
     def source(self) -> str:
         template: object = self.tokenizer.chat_template  # some tokenizers have several, by name
         return "\n".join(template.values()) if isinstance(template, dict) else str(template or "")
+
+    @cached_property
+    def _words(self) -> frozenset[str]:
+        return frozenset(re.findall(r"\w+", self.source))
 
     @cached_property
     def special_text(self) -> re.Pattern[str]:
