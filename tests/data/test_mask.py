@@ -7,7 +7,8 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from tokenizers import AddedToken
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
+from transformers import PreTrainedTokenizerFast
 
 from sft.data.chat_template import ChatTemplate, encode
 from sft.data.conversation import Conversation, Empty, messages
@@ -281,6 +282,43 @@ def test_a_response_is_tokenized_with_what_precedes_it() -> None:
     tokenizer = metaspace_tokenizer(["▁Q:", "▁", "yes", "▁yes"], prepend_scheme="always")
     [sample] = tokenized(plain("Q:", "yes"), tokenizer)
     assert tokenizer.convert_ids_to_tokens(sample.input_ids) == ["▁Q:", "yes", "</s>"]
+
+
+@pytest.mark.parametrize("scheme", ["always", "first", "never"])
+@pytest.mark.parametrize(
+    ("prompt", "response"), [("A: ", "Oak."), ("A:", "Oak."), ("A:", " Oak."), ("A: ", " Oak."), ("A:\n", "Oak.")]
+)
+def test_prompt_and_response_are_the_text_of_the_file(scheme: str, prompt: str, response: str) -> None:
+    pieces = ["▁", "▁A", "A", ":", "\n", "▁Oak", "Oak", "."]
+    tokenizer = metaspace_tokenizer(pieces, prepend_scheme=scheme)
+    [sample] = tokenized(plain(prompt, response), tokenizer)
+    assert tokenizer.decode(sample.input_ids) == prompt + response + "</s>"
+    served = encode(tokenizer, prompt).ids
+    assert sample.input_ids[: len(served)] == served
+    assert sample.labels == [_] * len(served) + sample.input_ids[len(served) :]
+
+
+def test_a_legacy_sentencepiece_tokenizer() -> None:
+    """As Llama 2's own file: a normaliser puts the space before every text, and the decoder takes it away."""
+    pieces = ["<unk>", "<s>", "</s>", "▁", "A", ":", "O", "a", "k", "."]
+    backend = Tokenizer(models.BPE({piece: i for i, piece in enumerate(pieces)}, [], unk_token="<unk>", fuse_unk=True))
+    backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    backend.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
+    backend.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in pieces[:3]])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>", bos_token="<s>", eos_token="</s>")
+    [sample] = tokenized(plain("A: ", "Oak."), tokenizer)
+    assert sample == Sample([3, 4, 5, 3, 6, 7, 8, 9, 2], [_, _, _, _, 6, 7, 8, 9, 2])
+    assert tokenizer.decode(sample.input_ids) == "A: Oak.</s>"
+
+
+def test_bos_that_the_text_brings_is_there_once_and_no_target() -> None:
+    tokenizer = word_tokenizer(before="<s>")
+    [sample] = tokenized(plain("", "<s>hi yes"), tokenizer, supervise="all")
+    assert sample == Sample([1, 11, 10, 12, 2], [_, 11, 10, 12, 2])
+    [sample] = tokenized(plain("<s>hi ", "yes"), tokenizer)
+    assert sample == Sample([1, 11, 10, 12, 2], [_, _, _, 12, 2])
+    [sample] = tokenized(plain("", "hi<s>yes"), tokenizer, supervise="all")
+    assert sample == Sample([1, 11, 1, 12, 2], [_, 11, _, 12, 2])
 
 
 def test_supervise_all_puts_loss_on_every_token_but_the_first() -> None:
