@@ -3,11 +3,13 @@
 import csv
 import json
 import re
+import tempfile
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sft.errors import FULL_DISK, UserError, chain
+from sft.errors import FULL_DISK, BadRow, UserError, chain
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -24,10 +26,24 @@ class Source:
     path: str  # a file, a folder with `{split}.jsonl` or the like, a saved data set, or a Hub name
     split: str = "train"  # of files and Hub data sets also a slice: "train[:1000]"
     name: str | None = None  # Hub configuration
+    sample_by: str = "line"  # of a .txt file, a row is a line or the whole document
 
     def __str__(self) -> str:
         path = Path(self.path)
         return path.name if path.suffix in LOADERS else f"{self.path} ({self.split})"
+
+
+def first_rows(source: Source, n: int, *, cache_dir: Path | None = None) -> list[dict[str, object]]:
+    """The first n good rows, or all if there are fewer; reads only the beginning, and writes no cache."""
+    rows = (row for row in all_rows(source, cache_dir=cache_dir) if not isinstance(row, BadRow))
+    return [row for row, _ in zip(rows, range(n), strict=False)]
+
+
+def all_rows(source: Source, *, cache_dir: Path | None = None) -> Iterator[dict[str, object] | BadRow]:
+    """Each row in order; in the place of a bad one a BadRow that says where it is."""
+    with tempfile.TemporaryDirectory(prefix="sft-rows-") as cache:
+        for row in load_rows(source, cache_dir or Path(cache)):
+            yield dict(row)
 
 
 def load_rows(source: Source, cache_dir: Path) -> "Dataset":
