@@ -23,7 +23,7 @@ from sft.errors import FULL_DISK, UserError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-FORMAT = 1  # of a store's files; part of its key
+FORMAT = 2  # of a store's files; part of its key
 # The disk is full, the folder is not ours, or something is in the way.
 UNWRITABLE = (*FULL_DISK, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS, errno.EEXIST, errno.ENOTDIR)
 
@@ -66,11 +66,11 @@ class DataConfig:
 
     def sources(self) -> tuple[list[Source], list[Source]]:
         """The sources of training and of validation; the latter empty if validation samples are held out, or off."""
-        train = _sources(self.path, self.name, self.split)
+        train = _sources(self.path, self.name, self.split, self.sample_by)
         if self.val_path is None and self.val_split is None:
             return train, []
         val_path = self.path if self.val_path is None else self.val_path
-        return train, _sources(val_path, self.name, self.val_split or self.split)
+        return train, _sources(val_path, self.name, self.val_split or self.split, self.sample_by)
 
     def datasets(
         self,
@@ -128,7 +128,17 @@ class DataConfig:
         elif not folder.exists():
             meta = {"data_fingerprint": hashlib.sha256("".join(data).encode()).hexdigest()}
             try:
-                build_store(folder, meta, sources, self.conversation, tokenization, self.num_workers, log)
+                build_store(
+                    folder,
+                    meta,
+                    sources,
+                    self.conversation,
+                    tokenization,
+                    self.num_workers,
+                    log,
+                    cache_dir=cache_dir,
+                    stop_early=self.max_lost < 1,
+                )
             except OSError as error:
                 if error.errno not in UNWRITABLE:
                     raise
@@ -141,10 +151,10 @@ class DataConfig:
         return store
 
 
-def _sources(paths: str | list[str] | None, name: str | None, split: str) -> list[Source]:
+def _sources(paths: str | list[str] | None, name: str | None, split: str, sample_by: str) -> list[Source]:
     if not paths:
         raise UserError("no data is named: set data.path to a file, a folder or a Hub data set")
-    return [Source(path, split, name) for path in ([paths] if isinstance(paths, str) else paths)]
+    return [Source(path, split, name, sample_by) for path in ([paths] if isinstance(paths, str) else paths)]
 
 
 def _wait_for(folder: Path, log: Callable[[str], None]) -> None:
