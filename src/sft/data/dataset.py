@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sft.data import ledger
+from sft.data import ledger, splits
 from sft.data.build import build_store
 from sft.data.conversation import RowFunction
 from sft.data.fingerprint import data_fingerprint, mask_fingerprint
@@ -65,12 +65,15 @@ class DataConfig:
     sample_by: str = "line"
 
     def sources(self) -> tuple[list[Source], list[Source]]:
-        """The sources of training and of validation; the latter empty if validation samples are held out, or off."""
+        """The sources of training and of validation; the latter empty if validation samples are held out, or off.
+        UserError if validation would be on rows of training."""
         train = _sources(self.path, self.name, self.split, self.sample_by)
         if self.val_path is None and self.val_split is None:
             return train, []
         val_path = self.path if self.val_path is None else self.val_path
-        return train, _sources(val_path, self.name, self.val_split or self.split, self.sample_by)
+        val = _sources(val_path, self.name, self.val_split or self.split, self.sample_by)
+        splits.check(train, val, "data.val_split" if self.val_path is None else "data.val_path")
+        return train, val
 
     def datasets(
         self,
@@ -87,8 +90,12 @@ class DataConfig:
         counts: Ledger = {"train": {"sources": train.counts}}
         fingerprint = {"train": train.data_fingerprint}
         if val_sources:
+            splits.check_ranges(train_sources, val_sources, Path(self.cache_dir))
             val = self.store(val_sources, tokenizer, wait=wait, log=log)
             counts["validation"], fingerprint["validation"] = {"sources": val.counts}, val.data_fingerprint
+            if in_both := splits.num_in_both(train.content, val.content):
+                counts["validation"]["also_in_training"] = in_both
+                log(f"{in_both:,} of {len(val):,} validation samples are also in training")
         elif self.val_size:
             kept, held_out = split_held_out(train.content, self.val_size, seed)
             counts["held_out"] = {"samples": len(held_out), "of": "train"}

@@ -179,7 +179,7 @@ def _of_text(file: Path, sample_by: str) -> Iterator[Piece]:
         with opened(file) as stream:
             stream.read(form.begin)
             held: list[Record] = []
-            num_bytes = first = 0
+            first = 0
 
             def piece() -> Piece:
                 begin = replace(form, begin=held[0].begin, line=held[0].line)
@@ -187,11 +187,10 @@ def _of_text(file: Path, sample_by: str) -> Iterator[Piece]:
                 return Piece(file, file.name, first, len(held), held[-1].end, share, 0, begin, tuple(held))
 
             for record in records(stream, form, file):
-                num_bytes += record.end - record.begin
-                if held and (len(held) == CHUNK or num_bytes > CHUNK_BYTES):
+                if held and (len(held) == CHUNK or record.end - held[0].begin > CHUNK_BYTES):
                     yield piece()
                     first += len(held)
-                    held, num_bytes = [], record.end - record.begin
+                    held = []
                 held.append(record)
             if held:
                 yield piece()

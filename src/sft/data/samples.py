@@ -120,8 +120,8 @@ def _conversation(function: RowFunction, row: Row, read: set[str]) -> Conversati
     except MemoryError:
         raise
     except Exception as error:  # a function of the user's own
-        frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__) if frame.f_code.co_filename != __file__]
-        where = f" ({Path(frames[-1].f_code.co_filename).name}, line {frames[-1].f_lineno})" if frames else ""
+        frames = [(Path(frame.f_code.co_filename), line) for frame, line in traceback.walk_tb(error.__traceback__)]
+        where = next((f" ({file.name}, line {line})" for file, line in reversed(frames) if str(file) != __file__), "")
         return BadRow("row_function_failed", f"{type(error).__name__}: {error}{where}")
     if not isinstance(made, Conversation | Empty | BadRow):
         return BadRow("row_function_failed", f"it returned {type(made).__name__}, not a Conversation")

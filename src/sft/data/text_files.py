@@ -159,7 +159,7 @@ def _json_form(file: Path, head: bytes) -> str:
                 "row on a line of its own (jq -c . does it, and jq -c '.data[]' where the rows are the list \"data\")"
             )
         return "lines"
-    several = rest.strip() and _is_json(first)  # a list in each line: each is a bad row
+    several = rest.lstrip().startswith((b"[", b"{")) and _is_json(first)  # lines, of which this one is a bad row
     return "lines" if several else "list"
 
 
