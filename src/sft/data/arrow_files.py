@@ -46,7 +46,7 @@ def to_bytes(batch: "pyarrow.RecordBatch") -> bytes:
     sink = pyarrow.BufferOutputStream()
     with pyarrow.ipc.new_stream(sink, batch.schema) as stream:
         stream.write_batch(batch)
-    return sink.getvalue().to_pybytes()  # type: ignore[no-any-return]
+    return sink.getvalue().to_pybytes()
 
 
 def from_bytes(data: bytes) -> "pyarrow.RecordBatch":
@@ -142,4 +142,4 @@ def _cleaner(kind: "pyarrow.DataType") -> Clean | None:
 def _json_type() -> type:
     import pyarrow
 
-    return pyarrow.JsonType  # type: ignore[no-any-return]
+    return pyarrow.JsonType

@@ -10,7 +10,7 @@ import re
 from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypedDict
+from typing import TYPE_CHECKING, TypedDict
 
 from sft.data.files import SEPARATOR_OF, Source, kind
 from sft.errors import FULL_DISK, UserError, chain
@@ -95,7 +95,7 @@ def _ask(path: str, name: str | None) -> Found | None:
 
     datasets.disable_progress_bars()
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)
-    builder: Any = datasets.load_dataset_builder(path, name)
+    builder = datasets.load_dataset_builder(path, name)
     files: dict[str, list[tuple[str, str, str]]] = {}
     for split, urls in (builder.config.data_files or {}).items():
         matches = [FILE.fullmatch(str(url)) for url in urls]
@@ -106,7 +106,7 @@ def _ask(path: str, name: str | None) -> Found | None:
     return {"files": files, "directory": Path(builder._relative_data_dir()).as_posix()} if files else None
 
 
-def _is_plain(config: Any, kind: str | None) -> bool:
+def _is_plain(config: object, kind: str | None) -> bool:
     """Whether the files mean by themselves what the data set's own settings make of them."""
     module = type(config).__name__.removesuffix("Config").lower()
     if kind is None or MODULES[kind] != module:
@@ -115,7 +115,7 @@ def _is_plain(config: Any, kind: str | None) -> bool:
         usual = type(config)()
         names = ("header", "names", "index_col", "usecols", "skiprows", "nrows", "quotechar", "escapechar", "encoding")
         same = all(getattr(config, name) == getattr(usual, name) for name in names)
-        return same and config.sep == SEPARATOR_OF[kind]
+        return same and getattr(config, "sep", None) == SEPARATOR_OF[kind]
     return getattr(config, "field", None) is None and getattr(config, "columns", None) is None
 
 

@@ -63,11 +63,11 @@ class Watched(dict[str, object]):
         self.read.add(column)
         return super().__getitem__(column)
 
-    def get(self, column: str, default: object = None) -> object:  # type: ignore[override]
+    def get(self, column: str, default: object = None) -> object:
         self.read.add(column)
         return super().get(column, default)
 
-    def pop(self, column: str, *default: object) -> object:  # type: ignore[override]
+    def pop(self, column: str, *default: object) -> object:
         self.read.add(column)
         return super().pop(column, *default)
 
@@ -83,7 +83,7 @@ class Watched(dict[str, object]):
         return super().__iter__()
 
     def __or__(self, other: object) -> dict[str, object]:  # type: ignore[override]
-        return dict(self) | other  # type: ignore[operator,no-any-return]
+        return dict(self) | other  # type: ignore[operator]
 
     def copy(self) -> dict[str, object]:
         return dict(self)

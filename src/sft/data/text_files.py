@@ -282,7 +282,7 @@ def _structure(stream: BinaryIO) -> Iterator[tuple[bytes, list[tuple[int, int]]]
             if in_string:
                 at = INSIDE.match(block, at).end()  # type: ignore[union-attr]  # it matches nothing, too
                 in_string = at == len(block) or block[at] != ord('"')
-                escaped = block[at:] == b"\\"  # what it escapes is in the next block
+                escaped = at < len(block) and in_string  # a backslash ends the block: what it escapes is in the next
                 at += 1
             elif found := STRUCTURE.search(block, at):
                 at = found.end()
