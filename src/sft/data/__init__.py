@@ -1,6 +1,6 @@
 """The way of one sample, one module a step:
 
-rows           file, folder, saved or Hub data set → rows (files and hub find them; text_files and arrow_files read them)
+rows           file, folder, saved or Hub data set → rows (files and hub find it, text_files and arrow_files read)
 conversation   row → messages, or prompt and response
 chat_template  conversation → text
 mask           conversation → input_ids and labels: THE MASK
