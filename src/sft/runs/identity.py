@@ -38,7 +38,8 @@ TARGETS = {
     "sft.model.loading": ("ModelSource",),
     "sft.model.adapter": ("Adapter",),
     "sft.data.dataset": ("DataConfig",),
-    "sft.data.conversation": ("prompt_response", "messages", "text"),
+    "sft.data.conversation": ("prompt_response", "messages", "text", "alpaca", "conversational"),
+    "sft.data.token_ids": ("pretokenized",),
     "sft.model.optimizer": ("constant", "linear", "cosine", "warmup_stable_decay"),
 }
 
