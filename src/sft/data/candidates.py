@@ -125,9 +125,8 @@ def _pairs(rows: Sequence[Row], named: Sequence[str], asked: Mapping[str, object
 
 def _plain(rows: Sequence[Row], named: Sequence[str], asked: Mapping[str, object]) -> list[Found]:
     column = str(asked.get("column", "text"))
-    return (
-        [Found("text", {"column": column}, f"column {column!r} holds texts")] if mostly(rows, column, is_text) else []
-    )
+    found = Found("text", {"column": column}, f"column {column!r} holds texts")
+    return [found] if mostly(rows, column, is_text) else []
 
 
 def without_renderings(found: list[Found], rows: Sequence[Row]) -> list[Found]:

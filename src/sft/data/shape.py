@@ -50,23 +50,21 @@ def chat_in_text(rows: Sequence[Row], column: str) -> str | None:
 
 def _refuse_preferences(where: str, rows: Sequence[Row], named: Sequence[str], asked: Mapping[str, object]) -> None:
     if {"chosen", "rejected"} <= set(named) and not {"chosen", "rejected"} & set(map(str, asked.values())):
-        if keys_of(rows, "chosen") == ("role", "content"):
-            shape = (
-                "conversational data.conversation.response"
-                if keys_of(rows, "prompt")
-                else "messages data.conversation.column"
-            )
-        else:
-            shape = "prompt_response data.conversation.response"
+        is_chat = keys_of(rows, "chosen") == ("role", "content")
+        shape = (
+            "conversational" if is_chat and keys_of(rows, "prompt") else "messages" if is_chat else "prompt_response"
+        )
+        argument = "column" if shape == "messages" else "response"
         raise UserError(
             f"{where}: preference rows, with a chosen and a rejected answer, of which supervised fine-tuning can learn "
-            f"the chosen alone: set data={shape}=chosen to train on those"
+            f"the chosen alone: set data={shape} data.conversation.{argument}=chosen to train on those"
         )
-    others = candidates(rows, named, asked)
-    chats = [
-        one for one in others if one.name not in ("text", "pretokenized") and "label" not in one.arguments.values()
-    ]
-    if "label" in named and chats and mostly(rows, "label", is_preference):
+    found = [one for one in candidates(rows, named, asked) if one.name not in ("text", "pretokenized")]
+    if (
+        "label" in named
+        and any("label" not in one.arguments.values() for one in found)
+        and mostly(rows, "label", is_preference)
+    ):
         raise UserError(
             f"{where}: preference rows, whose column 'label' says whether the answer is good or bad; supervised "
             "fine-tuning would learn both alike: keep the rows with label true in a file without this column"
@@ -81,11 +79,11 @@ def _advice(rows: Sequence[Row], named: Sequence[str], asked: Mapping[str, objec
     start = f"no shape fits its rows (the columns are {counted(named)})"
     if not rows:
         return "it has no row that can be read"
-    lists = [column for column in named if (mostly(rows, column, is_mappings))]
+    lists = [column for column in named if mostly(rows, column, is_mappings)]
     if lists:
         turn = next(turn for row in rows if is_mappings(row.get(lists[0])) for turn in listed(row[lists[0]]))
         keys = [key for key, value in turn.items() if isinstance(value, str)] if isinstance(turn, Mapping) else []
-        role, content = (keys + ["ROLE", "CONTENT"])[:2] if len(keys) > 1 else ("ROLE", "CONTENT")
+        role, content = keys[:2] if len(keys) > 1 else ("ROLE", "CONTENT")
         return (
             f"{start}: set data=messages data.conversation.column={lists[0]} data.conversation.role={role} "
             f"data.conversation.content={content}, the keys of a message"
