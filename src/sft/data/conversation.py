@@ -175,7 +175,8 @@ def is_preference(label: object) -> bool:
 
 
 def _refuse_preference(row: Row, *read: str) -> None:
-    if "label" not in read and "label" in row and is_preference(row["label"]):
+    label = dict.get(row, "label") if isinstance(row, dict) else row.get("label")  # a row notes what `row.get` reads
+    if "label" not in read and is_preference(label):
         raise BadRow(
             "preference_row",
             "column 'label' says whether the answer is good or bad, which supervised fine-tuning can't learn from: "
