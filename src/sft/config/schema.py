@@ -181,9 +181,7 @@ Messages = table(
 Alpaca = table("Alpaca", instruction=Text, input=Text, output=Text, history=Text, system_column=maybe(Text))
 Conversational = table("Conversational", prompt=Text, response=Text, tools=maybe(Text), system_column=maybe(Text))
 Pretokenized = table("Pretokenized", column=Text, labels=maybe(Text), attention_mask=Text)
-Auto = table(
-    "Auto", system=maybe(Text), chat=maybe(Yes), roles=Roles, **dict.fromkeys(ROW_COLUMNS.split(), maybe(Text))
-)
+Auto = table("Auto", system=maybe(Text), chat=Yes, roles=Roles, **dict.fromkeys(ROW_COLUMNS.split(), maybe(Text)))
 Model = table(
     "Model",
     path=maybe(Text),

@@ -25,7 +25,7 @@ def find(where: str, rows: Sequence[Row], asked: Mapping[str, object]) -> tuple[
 
     UserError with the nearest choices where no shape fits, more than one does, or the rows are preferences.
     """
-    asked = {key: value for key, value in asked.items() if value is not None}
+    asked = {key: value for key, value in asked.items() if value is not None and (key, value) != ("chat", True)}
     named = list(dict.fromkeys(column for row in rows for column in row))
     _refuse_preferences(where, rows, named, asked)
     found = without_renderings(candidates(rows, named, asked), rows)

@@ -75,8 +75,11 @@ SHAPES = {
 COLUMNS = {key for shape in SHAPES.values() for key in (*shape.required, *shape.optional)}
 
 
-def check_columns(where: str, rows: Sequence[Row], function: str, arguments: Mapping[str, object]) -> None:
-    """UserError if none of the first rows has a column that the row function needs, or that was named."""
+def check_columns(
+    where: str, rows: Sequence[Row], function: str, arguments: Mapping[str, object], advice: str | None = None
+) -> None:
+    """UserError if none of the first rows has a column that the row function needs, or that was named. `advice`: what to
+    do, instead of a setting for the columns that there are."""
     shape = next((shape for shape in SHAPES.values() if shape.target == function), None)
     named = list(dict.fromkeys(column for row in rows for column in row))
     if shape is None or not rows:
@@ -84,7 +87,8 @@ def check_columns(where: str, rows: Sequence[Row], function: str, arguments: Map
     for key in shape.required:
         column = arguments.get(key) or shape.arguments[key]
         if column not in named:
-            raise UserError(f"{where}: no column {column!r}: {columns(dict.fromkeys(named))}")
+            given = f"the columns are {counted(named)}: {advice}" if advice else columns(dict.fromkeys(named))
+            raise UserError(f"{where}: no column {column!r}: {given}")
     for key, default in shape.optional.items():
         column = arguments.get(key) or default
         if column not in (default, *named):

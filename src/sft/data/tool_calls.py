@@ -39,10 +39,16 @@ def tools(value: object, column: str) -> list[dict[str, object]] | None:
     value = parsed(value, f"column {column!r}") if isinstance(value, str) and value.strip() else value
     if not value or isinstance(value, str):  # "" is none
         return None
-    given = [parsed(tool, "a tool") if isinstance(tool, str) else tool for tool in value] if is_list(value) else None  # type: ignore[attr-defined]
-    if given is None or not all(isinstance(tool, Mapping) for tool in given):
+    if not is_list(value):
         raise BadRow("not_tools", f"column {column!r} holds {short(value)}, not a list of tool definitions")
-    return [dict(tool) if "function" in tool else {"type": "function", "function": tool} for tool in given]
+    return [_tool(tool, column) for tool in value] or None  # type: ignore[attr-defined]
+
+
+def _tool(value: object, column: str) -> dict[str, object]:
+    tool = parsed(value, f"a tool of column {column!r}") if isinstance(value, str) else value
+    if not isinstance(tool, Mapping):
+        raise BadRow("not_tools", f"column {column!r} holds {short(value)} among the tools, not a definition")
+    return dict(tool) if "function" in tool else {"type": "function", "function": tool}
 
 
 def _call(call: object) -> Call:
