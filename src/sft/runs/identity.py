@@ -32,6 +32,17 @@ NOT_DECIDING = (
     "data.cache_dir",
     "data.max_lost",
 )
+# Settings that came later and that runs begun before lack: each decides nothing at the value that means what there was
+# without it.
+NEUTRAL = {
+    "model.template": {},
+    "model.template.today": None,
+    "data.train_on": "all",
+    "data.train_reasoning": True,
+    "data.train_tool_calls": True,
+    "data.special_text": None,
+    "data.sample_by": "line",
+}
 # The module of the project's own classes and functions decides nothing: each counts by the name that it had when the
 # first hash was made of it.
 TARGETS = {
@@ -48,7 +59,9 @@ def deciding(config: Config) -> dict[str, object]:
     return {
         name: _first_name(str(value)) if name.endswith("._target_") else value
         for name, value in sorted(flatten(config).items())
-        if _within(name, DECIDING) and not _within(name, NOT_DECIDING)
+        if _within(name, DECIDING)
+        and not _within(name, NOT_DECIDING)
+        and not (name in NEUTRAL and value == NEUTRAL[name])
     }
 
 
