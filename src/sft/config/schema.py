@@ -184,13 +184,21 @@ Data = table(
     num_workers=whole(1),
     cache_dir=Text,
 )
+Roles = maybe(described("a mapping of role names", dict[str, Text]))
+ROW_COLUMNS = """
+    prompt response column role content tools system_column instruction input output history labels attention_mask
+"""
+Pair = table(
+    "PromptResponse", prompt=Text, response=Text, system=maybe(Text), chat=Yes, system_column=rare(maybe(Text))
+)
 Messages = table(
-    "Messages",
-    column=Text,
-    role=Text,
-    content=Text,
-    roles=maybe(described("a mapping of role names", dict[str, Text])),
-    tools=maybe(Text),
+    "Messages", column=Text, role=Text, content=Text, roles=Roles, tools=maybe(Text), system_column=rare(maybe(Text))
+)
+Alpaca = table("Alpaca", instruction=Text, input=Text, output=Text, history=Text, system_column=maybe(Text))
+Conversational = table("Conversational", prompt=Text, response=Text, tools=maybe(Text), system_column=maybe(Text))
+Pretokenized = table("Pretokenized", column=Text, labels=maybe(Text), attention_mask=Text)
+Auto = table(
+    "Auto", system=maybe(Text), chat=maybe(Yes), roles=Roles, **dict.fromkeys(ROW_COLUMNS.split(), maybe(Text))
 )
 Model = table(
     "Model",
@@ -354,8 +362,12 @@ Nothing = table("Nothing")
 OPTIONS: dict[str, dict[str, type[Settings]]] = {
     "data": {"DataConfig": Data},
     "data.conversation": {
-        "prompt_response": table("PromptResponse", prompt=Text, response=Text, system=maybe(Text), chat=Yes),
+        "prompt_response": Pair,
         "messages": Messages,
+        "alpaca": Alpaca,
+        "conversational": Conversational,
+        "pretokenized": Pretokenized,
+        "auto": Auto,
         "text": table("PlainText", column=Text),
     },
     "model": {"ModelSource": Model},

@@ -42,6 +42,7 @@ NEUTRAL = {
     "data.train_tool_calls": True,
     "data.special_text": None,
     "data.sample_by": "line",
+    "data.conversation.system_column": None,
 }
 # The module of the project's own classes and functions decides nothing: each counts by the name that it had when the
 # first hash was made of it.
@@ -49,13 +50,26 @@ TARGETS = {
     "sft.model.loading": ("ModelSource",),
     "sft.model.adapter": ("Adapter",),
     "sft.data.dataset": ("DataConfig",),
-    "sft.data.conversation": ("prompt_response", "messages", "text"),
+    "sft.data.conversation": ("prompt_response", "messages", "text", "alpaca", "conversational"),
+    "sft.data.token_ids": ("pretokenized",),
     "sft.model.optimizer": ("constant", "linear", "cosine", "warmup_stable_decay"),
+}
+
+
+# data=auto, while no row has been read, counts as what was the default before it.
+UNREAD = "sft.data.shape.auto"
+UNREAD_MEANS = {
+    "_target_": "sft.data.conversation.prompt_response",
+    **{"prompt": "prompt", "response": "response", "system": None, "chat": True},
 }
 
 
 def deciding(config: Config) -> dict[str, object]:
     """The settings of a resolved configuration that decide the numbers, by dotted name."""
+    data = config.get("data") or {}
+    if (conversation := data.get("conversation") or {}).get("_target_") == UNREAD:
+        asked = {key: value for key, value in conversation.items() if key != "_target_" and value is not None}
+        config = {**config, "data": {**data, "conversation": {**UNREAD_MEANS, **asked}}}
     return {
         name: _first_name(str(value)) if name.endswith("._target_") else value
         for name, value in sorted(flatten(config).items())
