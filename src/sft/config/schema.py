@@ -3,6 +3,8 @@
 A group's option is known by its `_target_`. What a class or function of the user's own takes is for it to say.
 """
 
+import re
+from datetime import date
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, create_model
@@ -35,6 +37,13 @@ def _legal(name: str) -> str:
     return name
 
 
+def _day(text: str) -> str:
+    if not re.fullmatch(r"\d{4}-\d\d-\d\d", text):
+        raise ValueError
+    date.fromisoformat(text)
+    return text
+
+
 def described(words: str, kind: Any) -> Any:
     """A type with what a setting must be, as a sentence goes on with it."""
     return Annotated[kind, Field(description=words)]
@@ -50,6 +59,7 @@ Name = described(
     "a name of at most 120 characters, none of them one of / \\ # ? % : and no . or - at its start",
     Annotated[Text, AfterValidator(_legal)],
 )
+Day = described("a day, YYYY-MM-DD", Annotated[str, AfterValidator(_day)])
 Fraction = Annotated[float, Field(ge=0, allow_inf_nan=False), AfterValidator(_share_or_whole)]
 Size = described("0, a share below 1, or a whole number from 1 on", Fraction)
 Steps = described("a share of the run from 0 to below 1, or a whole number of steps", Fraction)
@@ -62,6 +72,12 @@ Seed = whole(0, 2**32 - 1)
 
 class Settings(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, protected_namespaces=())
+
+
+class OpenSettings(Settings):
+    """Settings beside which names of the user's own choice may stand."""
+
+    model_config = ConfigDict(extra="allow")
 
 
 def maybe(kind: Any) -> Any:
@@ -188,6 +204,7 @@ Model = table(
     revision=maybe(Text),
     tokenizer=maybe(Text),
     chat_template=maybe(Text),
+    template=table("Template", OpenSettings, today=maybe(Day)),
     init=one_of("pretrained", "random"),
     config=Open,
     attention=Text,

@@ -35,6 +35,13 @@ NOT_DECIDING = (
 # Settings that came later and that runs begun before lack: each decides nothing at the value that means what there was
 # without it.
 NEUTRAL = {
+    "model.template": {},
+    "model.template.today": None,
+    "data.train_on": "all",
+    "data.train_reasoning": True,
+    "data.train_tool_calls": True,
+    "data.special_text": None,
+    "data.sample_by": "line",
     "data.conversation.system_column": None,
 }
 # The module of the project's own classes and functions decides nothing: each counts by the name that it had when the
