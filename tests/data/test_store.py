@@ -134,7 +134,7 @@ def test_the_ledger_counts_every_row_by_reason(tmp_path: Path) -> None:
                 "empty_response": lines(2),
                 "empty_prompt": lines(3),
                 "truncated_prompt": lines(4),
-                "overlong": lines(5),
+                "overlong": [{**lines(5)[0], "why": "a sample of 21 tokens, and data.max_length=12"}],
             },
             "unread": {"columns": {}, "message_keys": {}},
             "stops": store.counts[0]["stops"],
