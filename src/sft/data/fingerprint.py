@@ -14,13 +14,22 @@ from types import ModuleType
 from sft.data import (
     arrow_files,
     chat_template,
+    clock,
     conversation,
     csv_records,
+    encoding,
     hub,
     json_records,
     mask,
+    message,
+    outline,
+    pieces,
+    rendering,
     rows,
     text_files,
+    token_ids,
+    tool_calls,
+    value,
 )
 from sft.data.conversation import RowFunction
 from sft.data.files import Source, kind, local_files
@@ -33,7 +42,16 @@ MASK_CODE: tuple[ModuleType, ...] = (
     arrow_files,
     rows,
     conversation,
+    message,
+    tool_calls,
+    value,
+    token_ids,
     chat_template,
+    clock,
+    rendering,
+    outline,
+    pieces,
+    encoding,
     mask,
 )
 RACY_SECONDS = 2.0  # of modification times, on the coarsest file systems

@@ -17,6 +17,7 @@ from sft.data.dataset import Datasets
 from sft.model.loading import ModelSource
 from sft.training.datamodule import SFTDataModule
 from sft.training.log import is_main, log
+from sft.training.shape import settle_data
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,7 @@ def model_source(config: DictConfig) -> ModelSource:
 
 def setup(config: DictConfig, start_step: int = 0) -> Prepared:
     """Checks model, tokenizer and data against each other; builds or opens the token stores."""
+    settle_data(config)  # where no command line has
     source = model_source(config)
     data_config = instantiate(config.data, _convert_="all")
     tokenizer = source.load_tokenizer()
