@@ -21,7 +21,7 @@ def mean_of_each_micro_batch() -> None:
     def training_step(self: SFTModule, batch: Batch, batch_idx: int) -> torch.Tensor:
         copies = self.trainer.world_size * self.trainer.accumulate_grad_batches
         own = max(1, int((batch["labels"] != IGNORE).sum()))
-        return original(self, batch, batch_idx) * (batch["num_supervised"] / (copies * own))
+        return original(self, batch, batch_idx) * (batch["step_weight"] / (copies * own))
 
     SFTModule.training_step = training_step
 
@@ -98,7 +98,7 @@ def tokens_without_loss_counted() -> None:
 
     def __init__(self: excerpt.Excerpt, *arguments: Any) -> None:
         original(self, *arguments)
-        self.num_supervised = self.lengths
+        self.num_supervised = self.weight_sums = self.lengths
 
     excerpt.Excerpt.__init__ = __init__
 

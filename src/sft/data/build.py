@@ -27,7 +27,7 @@ from sft.data.conversation import RowFunction
 from sft.data.ledger import Counts, SourceCounts
 from sft.data.mask import IGNORE, Tokenization
 from sft.data.rows import Source, load_rows
-from sft.data.store import DTYPES
+from sft.data.store import DTYPES, sum_weights
 from sft.errors import UserError
 from sft.runs.files import fsync
 from sft.runs.process import exit_with_parent
@@ -84,6 +84,7 @@ def build_store(
         rows = [load_rows(source, staging / "datasets") for source in sources]
         work = _Work(rows, [str(source) for source in sources], row_function, tokenization)
         counts = _write(unfinished, work, num_workers, log)
+        sum_weights(unfinished)
         named: list[SourceCounts] = [
             {"source": name, **of_source} for name, of_source in zip(work.names, counts, strict=True)
         ]
