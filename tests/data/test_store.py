@@ -24,7 +24,8 @@ from sft.data import dataset as dataset_module
 from sft.data import ledger
 from sft.data import staging as staging_module
 from sft.data.conversation import messages, prompt_response
-from sft.data.mask import IGNORE, Sample, Tokenized
+from sft.data.labels import IGNORE, Sample
+from sft.data.mask import Tokenized
 from sft.data.rows import Source
 from sft.data.samples import Samples, columns_of
 from sft.data.staging import Staging
