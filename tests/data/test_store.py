@@ -24,8 +24,10 @@ from sft.data import dataset as dataset_module
 from sft.data import ledger
 from sft.data import staging as staging_module
 from sft.data.conversation import messages, prompt_response
-from sft.data.mask import IGNORE
+from sft.data.mask import IGNORE, Sample, Tokenized
 from sft.data.rows import Source
+from sft.data.samples import Samples, columns_of
+from sft.data.staging import Staging
 from sft.data.store import DTYPES, Store
 from sft.errors import UserError
 
@@ -147,7 +149,7 @@ def test_too_many_lost_rows_are_refused_at_build_and_at_open(tmp_path: Path) -> 
     file = rows_file(tmp_path / "a.jsonl", rows)
     message = (
         r"^2 of 10 rows lost, more than data\.max_lost=0\.1 of them: 2 overlong \(a\.jsonl line 9, a\.jsonl line 10.*\)"
-        r": raise data\.max_length or set data\.overlong=truncate_prompt\. Or raise data\.max_lost$"
+        r": raise data\.max_length or set data\.overlong=truncate_prompt; correct these rows or raise data\.max_lost$"
     )
     for _attempt in ("build", "open"):
         with pytest.raises(UserError, match=message):
@@ -196,7 +198,7 @@ def test_whatever_is_wrong_with_a_line_is_counted_by_reason_and_place(tmp_path: 
     message = (
         r"^4 of 7 rows lost, more than data\.max_lost=0\.5 of them: 2 not_utf8 \(a\.jsonl line 6, a\.jsonl line 7: "
         r"byte 0xe9 is not UTF-8\): save the file as UTF-8; 1 broken_json \(a\.jsonl line 3: broken JSON.*\): correct "
-        r"or remove the lines; 1 not_an_object \(.*\): .*\. Or raise data\.max_lost$"
+        r"or remove the lines; 1 not_an_object \(.*\): .*; correct these rows or raise data\.max_lost$"
     )
     with pytest.raises(UserError, match=message):
         open_store(file, cache=tmp_path / "cache", max_lost=0.5)
@@ -487,6 +489,20 @@ def test_a_cache_that_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "cache").write_text("a file")
     with pytest.raises(UserError, match=r"cache: the token store cannot be written .* set data\.cache_dir to another"):
         open_store(file, cache=tmp_path / "cache")
+
+
+def test_weights_are_written_once_a_sample_has_some(tmp_path: Path) -> None:
+    def samples(labels: list[int], weights: list[float] | None) -> Samples:
+        return columns_of(0, [Tokenized([Sample([5] * len(labels), labels, weights)], {})])
+
+    with Staging(tmp_path / "stores" / "key") as staging:
+        staging.write(samples([_, 5, 5], None))
+        assert not (staging.store / "weights.bin").exists()
+        staging.write(samples([_, 5, _, 5], [9.0, 0.5, 9.0, 2.0]))
+        staging.write(samples([_, 5], None))
+        staging.publish({})
+    weights = np.fromfile(tmp_path / "stores/key/weights.bin", np.float32)
+    assert weights.tolist() == [0, 1, 1, 0, 0.5, 0, 2, 0, 1]
 
 
 class Clock:

@@ -14,10 +14,17 @@ from types import ModuleType
 from sft.data import (
     arrow_files,
     chat_template,
+    clock,
     conversation,
+    csv_records,
+    encoding,
     hub,
+    json_records,
     mask,
     message,
+    outline,
+    pieces,
+    rendering,
     rows,
     text_files,
     token_ids,
@@ -30,6 +37,8 @@ from sft.errors import UserError
 
 MASK_CODE: tuple[ModuleType, ...] = (
     text_files,
+    json_records,
+    csv_records,
     arrow_files,
     rows,
     conversation,
@@ -38,6 +47,11 @@ MASK_CODE: tuple[ModuleType, ...] = (
     value,
     token_ids,
     chat_template,
+    clock,
+    rendering,
+    outline,
+    pieces,
+    encoding,
     mask,
 )
 RACY_SECONDS = 2.0  # of modification times, on the coarsest file systems

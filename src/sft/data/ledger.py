@@ -201,7 +201,7 @@ def check(sources: Sequence[SourceCounts], max_lost: float) -> None:
         + ("which leaves nothing to train on" if nothing_left else f"more than data.max_lost={max_lost:g} of them")
         + f": {'; '.join(described)}"
         + (f"; and {others} other reason{'s' * (others > 1)}" if others else "")
-        + ("" if nothing_left else ". Or raise data.max_lost")
+        + ("" if nothing_left else "; correct these rows or raise data.max_lost")
     )
 
 

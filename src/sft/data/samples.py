@@ -102,7 +102,7 @@ def samples_of(work: Work, piece: Piece, first: int) -> Samples:
         if not isinstance(row, BadRow):
             has.update(row.keys())
         conversations.append(row if isinstance(row, BadRow) else _conversation(work.row_function, row, read))
-    samples = _columns(first, _tokenized(work.tokenization, conversations, places))
+    samples = columns_of(first, _tokenized(work.tokenization, conversations, places))
     samples.has, samples.read = has, read
     for lost in samples.lost:
         lost.reasons.update({reason: _short(why) for reason, why in lost.reasons.items()})
@@ -140,7 +140,8 @@ def _tokenized(
         raise
 
 
-def _columns(first: int, tokenized: Sequence[Tokenized]) -> Samples:
+def columns_of(first: int, tokenized: Sequence[Tokenized]) -> Samples:
+    """Those of rows from number `first` on, as the bytes of a store."""
     # Arrays from the start: a Python integer takes nine times the memory.
     ids, masks = [np.zeros(0, np.int32)], [np.zeros(0, np.bool_)]
     rows, content, lost = [], [], []
