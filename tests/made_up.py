@@ -35,9 +35,10 @@ def pack(lengths: list[int]) -> dict:
         "labels": labels,
         "position_ids": torch.cat([torch.arange(length) for length in lengths])[None],
         "predicting": (labels[0, 1:] != IGNORE).nonzero()[:, 0],
+        "weights": None,
         "cu_seqlens": torch.tensor(bounds, dtype=torch.int32),
         "max_seqlen": max(lengths),
-        "num_supervised": sum(length - NUM_PROMPT for length in lengths),
+        "step_weight": sum(length - NUM_PROMPT for length in lengths),
         "num_tokens": bounds[-1],
     }
 

@@ -22,7 +22,7 @@ import numpy as np
 
 from sft.data.ledger import Counts
 from sft.data.samples import Samples
-from sft.data.store import DTYPES
+from sft.data.store import DTYPES, sum_weights
 from sft.errors import UserError
 from sft.runs.files import fsync, write_json
 
@@ -106,6 +106,7 @@ class Staging:
         """Makes the store appear, whole."""
         for file in self._files.values():
             file.close()
+        sum_weights(self.store)
         (self.store / "meta.json").write_text(json.dumps(meta, indent=1))
         for path in (*self.store.iterdir(), self.store):
             fsync(path)
