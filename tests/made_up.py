@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sft.data.mask import IGNORE
+from sft.data.labels import IGNORE
 
 NUM_PROMPT = 2  # tokens without loss at the start of each of a pack's samples
 # A small model of any family.

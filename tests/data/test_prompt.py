@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 
 from sft.data.conversation import Conversation, messages, prompt_response, text
-from sft.data.mask import IGNORE, Tokenization
+from sft.data.labels import IGNORE
+from sft.data.mask import Tokenization
 from sft.data.prompt import served, served_ids, shown
 from sft.errors import UserError
 

@@ -22,8 +22,8 @@ from rich.table import Table
 from rich.text import Text
 from transformers import PreTrainedTokenizerFast
 
+from sft.data.labels import IGNORE
 from sft.data.ledger import Ledger, not_read
-from sft.data.mask import IGNORE
 from sft.data.step_plan import check_division
 from sft.runs.files import output_file
 from sft.training.prepare import Prepared, quiet, setup
