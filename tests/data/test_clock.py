@@ -48,8 +48,11 @@ def test_other_arguments_reach_the_template_as_they_are() -> None:
 
 
 def test_the_day_decides_a_rendering_only_where_the_template_asks_for_it() -> None:
-    assert settled(DATED, {"today": None, "thinking": True}, "2025-01-02") == {"thinking": True, "today": "2025-01-02"}
-    assert settled(DATED, {"today": "2024-02-29"}, "2025-01-02") == {"today": "2024-02-29"}
-    assert settled(PLAIN, {"today": "2024-02-29"}, "2025-01-02") == {}
-    assert settled({"default": PLAIN, "tool_use": DATED}, {}, "2025-01-02") == {"today": "2025-01-02"}
-    assert settled(None, {}, "2025-01-02") == {}
+    assert settled(DATED, {"today": None, "thinking": True}, lambda: "2025-01-02") == {
+        "thinking": True,
+        "today": "2025-01-02",
+    }
+    assert settled(DATED, {"today": "2024-02-29"}, lambda: "2025-01-02") == {"today": "2024-02-29"}
+    assert settled(PLAIN, {"today": "2024-02-29"}, lambda: "2025-01-02") == {}
+    assert settled({"default": PLAIN, "tool_use": DATED}, {}, lambda: "2025-01-02") == {"today": "2025-01-02"}
+    assert settled(None, {}, lambda: "2025-01-02") == {}

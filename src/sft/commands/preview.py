@@ -13,10 +13,11 @@ Supervised tokens are green and bold on a terminal; elsewhere, or with NO_COLOR,
 import io
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -26,6 +27,7 @@ from sft.data.labels import IGNORE
 from sft.data.ledger import Ledger, not_read
 from sft.data.step_plan import check_division
 from sft.runs.files import output_file
+from sft.runs.run import Run
 from sft.training.prepare import Prepared, quiet, setup
 from sft.training.settings import world_size
 
@@ -34,7 +36,8 @@ def main(config: DictConfig) -> None:
     quiet()
     path = output_file(config.preview.dump, "preview.dump") if config.preview.dump else None
     check_division(config.global_batch_size, world_size(config), config.micro_batch_size)
-    prepared = setup(config)
+    settings: Any = OmegaConf.to_container(config, resolve=True)
+    prepared = setup(config, run=Run.named(settings))
     console = Console(highlight=False, soft_wrap=True)
     colour = console.color_system is not None and not console.no_color
     show(console, prepared, config.preview.packs, colour)

@@ -110,7 +110,7 @@ def _check(config: DictConfig, folder: Path, num_rows: int) -> str:
     run = Run.of(settings)
     check_writable(Path(config.data.cache_dir), "data.cache_dir")
     cut_data(small.data, folder, num_rows)
-    prepared = setup(small)
+    prepared = setup(small, run=run)
     stops = check_stops(prepared)
     if config.export:
         try_export(prepared)
@@ -155,6 +155,7 @@ def shrink_job(config: DictConfig, prepared: Prepared, folder: Path) -> None:
     """Turns a configuration into that of a run of seconds on this machine's processor."""
     precision = config.trainer.precision
     shrink(config, folder, "cpu", precision if precision in PRECISIONS else "32-true")
+    config.model.template = prepared.template
     splits = prepared.splits
     config.data.max_length = int(max(split.lengths.max() for split in (splits.train, splits.val) if split))
     config.trainer.devices = NUM_RANKS if config.strategy else 1

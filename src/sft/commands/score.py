@@ -32,7 +32,7 @@ from sft.model import attention
 from sft.model.loss import head_is_plain_matrix, token_log_probs
 from sft.runs.files import output_file
 from sft.runs.run import Run
-from sft.training.prepare import quiet
+from sft.training.prepare import quiet, template_settings
 
 
 def main(config: DictConfig) -> None:
@@ -51,7 +51,10 @@ def main(config: DictConfig) -> None:
             advice = f"rename them as in the run's data ({run.folder}/config.yaml, data.conversation)"
             check_columns(str(source), rows, function, arguments, advice)
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    splits = data_config.datasets(tokenizer, seed=settings["seed"], log=lambda line: print(line, file=sys.stderr))
+    template = template_settings(settings["model"].get("template") or {}, tokenizer, run)
+    splits = data_config.datasets(
+        tokenizer, seed=settings["seed"], template=template, log=lambda line: print(line, file=sys.stderr)
+    )
     samples = splits.train if config.path is not None else splits.val
     if samples is None:
         raise UserError(f"{run.folder} has no validation data: name what to score with data=")

@@ -204,7 +204,7 @@ Model = table(
     revision=maybe(Text),
     tokenizer=maybe(Text),
     chat_template=maybe(Text),
-    template=table("Template", OpenSettings, today=maybe(Day)),
+    template=table("Template", OpenSettings, today=rare(maybe(Day))),
     init=one_of("pretrained", "random"),
     config=Open,
     attention=Text,

@@ -3,7 +3,7 @@ rendering is a function of its rows only if the clock stands still."""
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from datetime import date, datetime
 
 CLOCK = "strftime_now"  # transformers' function for templates
@@ -26,12 +26,12 @@ def reads_clock(chat_template: str | Mapping[str, str] | None) -> bool:
 
 
 def settled(
-    chat_template: str | Mapping[str, str] | None, template: Mapping[str, object], day: str
+    chat_template: str | Mapping[str, str] | None, template: Mapping[str, object], day: Callable[[], str]
 ) -> dict[str, object]:
-    """What of `model.template` decides a rendering: `today` is `day` where it isn't set, and left out where the chat
-    template doesn't ask for the date."""
+    """What of `model.template` decides a rendering: `today` is that of `day` where it isn't set, and left out where the
+    chat template doesn't ask for the date."""
     arguments = {name: value for name, value in template.items() if name != TODAY}
-    return {**arguments, TODAY: template.get(TODAY) or day} if reads_clock(chat_template) else arguments
+    return {**arguments, TODAY: template.get(TODAY) or day()} if reads_clock(chat_template) else arguments
 
 
 def pinned(chat_template: str, template: Mapping[str, object]) -> tuple[str, dict[str, object]]:

@@ -2,7 +2,8 @@
 
 import json
 import re
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -40,7 +41,9 @@ class ModelSource:
     gradient_checkpointing: bool
     activation_offload: bool
     trust_remote_code: bool
-    compile: bool = False  # runs begun before the setting existed lack it
+    # Runs begun before these settings existed lack them.
+    compile: bool = False
+    template: Mapping[str, object] = field(default_factory=dict)  # arguments of the chat template, and `today`
     adapter: Adapter | None = None  # of conf/adapter/*.yaml; None: every weight is trained
 
     def __post_init__(self) -> None:
