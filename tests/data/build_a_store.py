@@ -6,7 +6,7 @@ import time
 from typing import Any
 
 from conftest import data_config, word_tokenizer
-from sft.data import build
+from sft.data import build, staging
 from sft.data.conversation import Conversation, Empty, prompt_response
 from sft.data.rows import Source
 
@@ -18,10 +18,11 @@ def slow(row: Any) -> Conversation | Empty:
 
 if __name__ == "__main__":
     build.NUM_ROWS_WORTH_WORKERS = 1000  # whatever it is worth, the workers are to be seen
+    staging.SAVE_EVERY = 0.1
     print("ready", flush=True)
     sys.stdin.readline()
     config = data_config(
         conversation=slow, max_length=100, cache_dir=sys.argv[2], num_workers=int(sys.argv[3]), max_lost=1.0
     )
-    store = config.store([Source(sys.argv[1])], word_tokenizer(), log=lambda line: None)
+    store = config.store([Source(sys.argv[1])], word_tokenizer(), log=lambda line: print(line, file=sys.stderr))
     print(store.fingerprint)

@@ -32,6 +32,7 @@ def word_tokenizer(
     vocabulary = {token: i for i, token in enumerate(SPECIAL + WORDS)}
     backend = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     backend.pre_tokenizer = pre_tokenizers.Split(Regex(r"\w+|\s|."), "isolated")
+    backend.decoder = decoders.Fuse()
     backend.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL])
     if before or after:
         backend.post_processor = processors.TemplateProcessing(

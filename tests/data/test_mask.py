@@ -1,14 +1,16 @@
 """The mask: literal token ids in, literal labels out. Ids are listed in conftest.py."""
 
 import json
+import re
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from tokenizers import AddedToken
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
+from transformers import PreTrainedTokenizerFast
 
-from sft.data.chat_template import encode, render, stop_token_id
+from sft.data.chat_template import ChatTemplate, encode
 from sft.data.conversation import Conversation, Empty, messages
 from sft.data.mask import IGNORE, Sample, Tokenization
 from sft.errors import UserError
@@ -98,7 +100,7 @@ def test_an_assistant_turn_with_nothing_before_it_is_context() -> None:
 
 
 def test_a_stop_token_in_the_text_does_not_end_the_turn() -> None:
-    [sample] = tokenized(chat("user hi", "assistant yes<|end|>so"), word_tokenizer())
+    [sample] = tokenized(chat("user hi", "assistant yes<|end|>so"), word_tokenizer(), special_text="as_tokens")
     assert sample == Sample([4, 11, 6, 9, 5, 12, 6, 14, 6], [_, _, _, _, _, 12, 6, 14, 6])
 
 
@@ -195,14 +197,15 @@ def test_generation_marks_that_begin_with_a_space() -> None:
 
 TOOLS = (
     "{% for m in messages %}<|{{ m.role }}|>{% if m.tool_calls %}{% for c in m.tool_calls %}"
-    "{{ c.function.name }} {{ c.function.arguments.to }}{% endfor %}<|call|>"
+    "{{ c.function.name }}{% for k, v in c.function.arguments.items() %} {{ k }} {{ v }}{% endfor %}{% endfor %}"
+    "<|call|>"
     "{% else %}{{ m.content }}<|end|>{% endif %}{{ '\n' }}{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
 
 
 def test_a_tool_call_ends_with_the_token_the_template_ends_it_with() -> None:
-    call = {"type": "function", "function": {"name": "add", "arguments": {"to": "so"}}}
+    call = {"type": "function", "function": {"name": "add", "arguments": {"be": "so"}}}
     conversation = Conversation(
         messages=[
             {"role": "user", "content": "hi"},
@@ -213,8 +216,8 @@ def test_a_tool_call_ends_with_the_token_the_template_ends_it_with() -> None:
     )
     [sample] = tokenized(conversation, word_tokenizer(TOOLS))
     assert sample == Sample(
-        [4, 11, 6, 9, 5, 18, 10, 14, 7, 9, 8, 16, 6, 9, 5, 12, 6],
-        [_, _, _, _, _, 18, 10, 14, 7, _, _, _, _, _, _, 12, 6],
+        [4, 11, 6, 9, 5, 18, 10, 15, 10, 14, 7, 9, 8, 16, 6, 9, 5, 12, 6],
+        [_, _, _, _, _, 18, 10, 15, 10, 14, 7, _, _, _, _, _, _, 12, 6],
     )
 
 
@@ -281,6 +284,43 @@ def test_a_response_is_tokenized_with_what_precedes_it() -> None:
     assert tokenizer.convert_ids_to_tokens(sample.input_ids) == ["▁Q:", "yes", "</s>"]
 
 
+@pytest.mark.parametrize("scheme", ["always", "first", "never"])
+@pytest.mark.parametrize(
+    ("prompt", "response"), [("A: ", "Oak."), ("A:", "Oak."), ("A:", " Oak."), ("A: ", " Oak."), ("A:\n", "Oak.")]
+)
+def test_prompt_and_response_are_the_text_of_the_file(scheme: str, prompt: str, response: str) -> None:
+    pieces = ["▁", "▁A", "A", ":", "\n", "▁Oak", "Oak", "."]
+    tokenizer = metaspace_tokenizer(pieces, prepend_scheme=scheme)
+    [sample] = tokenized(plain(prompt, response), tokenizer)
+    assert tokenizer.decode(sample.input_ids) == prompt + response + "</s>"
+    served = encode(tokenizer, prompt).ids
+    assert sample.input_ids[: len(served)] == served
+    assert sample.labels == [_] * len(served) + sample.input_ids[len(served) :]
+
+
+def test_a_legacy_sentencepiece_tokenizer() -> None:
+    """As Llama 2's own file: a normaliser puts the space before every text, and the decoder takes it away."""
+    pieces = ["<unk>", "<s>", "</s>", "▁", "A", ":", "O", "a", "k", "."]
+    backend = Tokenizer(models.BPE({piece: i for i, piece in enumerate(pieces)}, [], unk_token="<unk>", fuse_unk=True))
+    backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    backend.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
+    backend.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in pieces[:3]])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>", bos_token="<s>", eos_token="</s>")
+    [sample] = tokenized(plain("A: ", "Oak."), tokenizer)
+    assert sample == Sample([3, 4, 5, 3, 6, 7, 8, 9, 2], [_, _, _, _, 6, 7, 8, 9, 2])
+    assert tokenizer.decode(sample.input_ids) == "A: Oak.</s>"
+
+
+def test_bos_that_the_text_brings_is_there_once_and_no_target() -> None:
+    tokenizer = word_tokenizer(before="<s>")
+    [sample] = tokenized(plain("", "<s>hi yes"), tokenizer, supervise="all")
+    assert sample == Sample([1, 11, 10, 12, 2], [_, 11, 10, 12, 2])
+    [sample] = tokenized(plain("<s>hi ", "yes"), tokenizer)
+    assert sample == Sample([1, 11, 10, 12, 2], [_, _, _, 12, 2])
+    [sample] = tokenized(plain("", "hi<s>yes"), tokenizer, supervise="all")
+    assert sample == Sample([1, 11, 1, 12, 2], [_, 11, _, 12, 2])
+
+
 def test_supervise_all_puts_loss_on_every_token_but_the_first() -> None:
     [sample] = tokenized(chat("user hi", "assistant yes"), word_tokenizer(), supervise="all")
     assert sample == Sample([4, 11, 6, 9, 5, 12, 6], [_, 11, 6, 9, 5, 12, 6])
@@ -296,9 +336,9 @@ class TestOverlong:
     def test_drop(self) -> None:
         assert lost(self.conversation, word_tokenizer(), max_length=10) == {"overlong"}
 
-    def test_error(self) -> None:
-        with pytest.raises(UserError, match=r"a sample of 11 tokens does not fit data.max_length=10: raise it, or"):
-            tokenized(self.conversation, word_tokenizer(), max_length=10, overlong="error")
+    def test_the_length_is_told(self) -> None:
+        made = Tokenization(word_tokenizer(), max_length=10, overlong="error")(self.conversation)
+        assert made.reasons == {"overlong": "a sample of 11 tokens, and data.max_length=10"}
 
     def test_truncate_prompt_takes_the_oldest_tokens(self) -> None:
         made = Tokenization(word_tokenizer(), max_length=8, overlong="truncate_prompt")(self.conversation)
@@ -327,9 +367,8 @@ def test_an_empty_conversation_is_lost_for_its_reason() -> None:
 
 
 def test_stop_token() -> None:
-    assert stop_token_id(word_tokenizer(), chat=True) == 6
-    assert stop_token_id(word_tokenizer(), chat=False) == 2
-    assert stop_token_id(word_tokenizer(CHAT.replace("<|end|>", "{{ eos_token }}")), chat=True) == 2
+    assert ChatTemplate(word_tokenizer()).stop == "<|end|>"
+    assert ChatTemplate(word_tokenizer(CHAT.replace("<|end|>", "{{ eos_token }}"))).stop == "</s>"
 
 
 @pytest.mark.parametrize(
@@ -355,9 +394,13 @@ def test_stop_token() -> None:
     ],
 )
 def test_a_template_that_cannot_be_used(template: str | None, message: str) -> None:
-    with pytest.raises(UserError, match=message) as caught:
-        tokenized(chat("user hi", "assistant yes"), word_tokenizer(template))
-    assert "\n" not in str(caught.value)
+    try:
+        made = Tokenization(word_tokenizer(template), max_length=100)(chat("user hi", "assistant yes"))
+        [why] = made.reasons.values()
+    except UserError as error:  # of the template itself, whatever the row
+        why = str(error)
+    assert re.search(message, why)
+    assert "\n" not in why
 
 
 def test_a_tokenizer_that_cannot_be_used() -> None:
@@ -401,6 +444,6 @@ def test_real_conversations_teach_the_assistants_words_and_nothing_else() -> Non
         learned = tokenizer.decode([t for t in sample.labels if t != IGNORE])
         assert learned == "".join(f"{reply}<|end|>" for reply in said)
         first = next(i for i, m in enumerate(conversation.messages) if m["role"] == "assistant")
-        served = encode(tokenizer, render(tokenizer, conversation.messages[:first], None, True)).ids
+        served = encode(tokenizer, ChatTemplate(tokenizer).render(conversation.messages[:first], None, True)).ids
         assert sample.input_ids[: len(served)] == served
         assert all(label in (IGNORE, token) for token, label in zip(sample.input_ids, sample.labels, strict=True))

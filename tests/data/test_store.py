@@ -4,6 +4,8 @@ lost."""
 import errno
 import json
 import os
+import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -19,6 +21,8 @@ import pytest
 
 from sft.data import build as build_module
 from sft.data import dataset as dataset_module
+from sft.data import ledger
+from sft.data import staging as staging_module
 from sft.data.conversation import messages, prompt_response
 from sft.data.mask import IGNORE
 from sft.data.rows import Source
@@ -108,6 +112,10 @@ def test_the_ledger_counts_every_row_by_reason(tmp_path: Path) -> None:
         said(("user", "hi"), ("assistant", "yes yes yes yes yes yes yes yes")),
         *[said(("user", "hi"))] * 6,
     ]
+
+    def lines(*rows: int) -> list[dict[str, object]]:
+        return [{"row": row, "place": f"a.jsonl line {row + 1}", "why": ""} for row in rows]
+
     file = rows_file(tmp_path / "a.jsonl", rows)
     cut = {"max_length": 12, "overlong": "truncate_prompt"}
     store = open_store(file, cache=tmp_path / "cache", conversation=messages, **cut)
@@ -122,12 +130,14 @@ def test_the_ledger_counts_every_row_by_reason(tmp_path: Path) -> None:
             "lost": {"no_assistant_turn": 7, "empty_response": 1, "empty_prompt": 1, "overlong": 1},
             "truncated_prompt": 1,
             "examples": {
-                "no_assistant_turn": [1, 6, 7, 8, 9],
-                "empty_response": [2],
-                "empty_prompt": [3],
-                "truncated_prompt": [4],
-                "overlong": [5],
+                "no_assistant_turn": lines(1, 6, 7, 8, 9),
+                "empty_response": lines(2),
+                "empty_prompt": lines(3),
+                "truncated_prompt": lines(4),
+                "overlong": [{**lines(5)[0], "why": "a sample of 21 tokens, and data.max_length=12"}],
             },
+            "unread": {"columns": {}, "message_keys": {}},
+            "stops": store.counts[0]["stops"],
         }
     ]
 
@@ -136,8 +146,8 @@ def test_too_many_lost_rows_are_refused_at_build_and_at_open(tmp_path: Path) -> 
     rows = [{"prompt": "hi", "response": "yes"}] * 8 + [{"prompt": "hi", "response": "yes " * 200}] * 2
     file = rows_file(tmp_path / "a.jsonl", rows)
     message = (
-        r"^2 of 10 rows lost, more than data\.max_lost=0\.1 of them; 2 are overlong \(row 8, 9 of a\.jsonl\)"
-        r": raise data\.max_length or set data\.overlong=truncate_prompt, or raise data\.max_lost$"
+        r"^2 of 10 rows lost, more than data\.max_lost=0\.1 of them: 2 overlong \(a\.jsonl line 9, a\.jsonl line 10.*\)"
+        r": raise data\.max_length or set data\.overlong=truncate_prompt\. Or raise data\.max_lost$"
     )
     for _attempt in ("build", "open"):
         with pytest.raises(UserError, match=message):
@@ -153,30 +163,84 @@ def test_cut_prompts_are_not_lost(tmp_path: Path) -> None:
 
 def test_nothing_to_train_on(tmp_path: Path) -> None:
     file = rows_file(tmp_path / "a.jsonl", [{"prompt": "hi", "response": " "}] * 3)
-    with pytest.raises(UserError, match=r"^3 of 3 rows lost, which leaves nothing to train on; 3 are empty_response"):
+    with pytest.raises(UserError, match=r"^3 of 3 rows lost, which leaves nothing to train on: 3 empty_response"):
         open_store(file, cache=tmp_path / "cache")
     assert folders(tmp_path / "cache") == []
 
 
-def test_a_bad_row_is_named_and_nothing_stays_behind(tmp_path: Path) -> None:
-    rows = [*many_rows(2500), {"prompt": "hi", "response": "yes"}]
+def test_one_bad_row_ends_nothing_whoever_reads_it(tmp_path: Path) -> None:
+    rows = many_rows(2500)
     for number, num_workers in ((17, 1), (2300, 2)):
         bad = [{**row, "response": {"a": 1}} if i == number else row for i, row in enumerate(rows)]
         file = rows_file(tmp_path / f"{number}.jsonl", bad)
-        with pytest.raises(UserError, match=rf"^row {number} of {number}\.jsonl: column 'response' holds .* string$"):
-            open_store(file, cache=tmp_path / "cache", num_workers=num_workers)
+        store = open_store(file, cache=tmp_path / "cache", num_workers=num_workers)
+        assert len(store) == 2449
+        assert store.counts[0]["lost"] == {"empty_response": 50, "bad_row": 1}
+        why = "column 'response' holds {'a': 1} (dict), not a string"
+        place = f"{number}.jsonl line {number + 1}"
+        assert store.counts[0]["examples"]["bad_row"] == [{"row": number, "place": place, "why": why}]
+
+
+def test_whatever_is_wrong_with_a_line_is_counted_by_reason_and_place(tmp_path: Path) -> None:
+    good = b'{"prompt": "hi", "response": "yes"}\n'
+    lines = [good, b"\n", b'{"prompt": "hi"', good, b"[1]\n", b'{"prompt": "\xe9"}\n', b'{"prompt": "\\ud800"}\n', good]
+    file = tmp_path / "a.jsonl"
+    file.write_bytes(b"".join(lines[:2]) + b'{"prompt": "hi"\n' + b"".join(lines[3:]))
+    counts = open_store(file, cache=tmp_path / "cache").counts[0]
+    assert (counts["rows"], counts["samples"], counts["rows_lost"]) == (7, 3, 4)
+    assert {reason: [(each["row"], each["place"]) for each in of] for reason, of in counts["examples"].items()} == {
+        "broken_json": [(1, "a.jsonl line 3")],
+        "not_an_object": [(3, "a.jsonl line 5")],
+        "not_utf8": [(4, "a.jsonl line 6"), (5, "a.jsonl line 7")],
+    }
+    message = (
+        r"^4 of 7 rows lost, more than data\.max_lost=0\.5 of them: 2 not_utf8 \(a\.jsonl line 6, a\.jsonl line 7: "
+        r"byte 0xe9 is not UTF-8\): save the file as UTF-8; 1 broken_json \(a\.jsonl line 3: broken JSON.*\): correct "
+        r"or remove the lines; 1 not_an_object \(.*\): .*\. Or raise data\.max_lost$"
+    )
+    with pytest.raises(UserError, match=message):
+        open_store(file, cache=tmp_path / "cache", max_lost=0.5)
+
+
+def test_a_fault_in_all_of_the_first_rows_is_one_of_the_settings(tmp_path: Path) -> None:
+    file = rows_file(tmp_path / "a.jsonl", [{"prompt": "hi"}] * 1000 + many_rows(2000))
+    with pytest.raises(
+        UserError, match=r"^all of the first 1,000 rows are lost: 1,000 bad_row \(a\.jsonl line 1, .*: no"
+    ):
+        open_store(file, cache=tmp_path / "cache", max_lost=0.9)
     assert folders(tmp_path / "cache") == []
+    longest_first = [{"prompt": "hi", "response": "yes " * 200}] * 1000 + many_rows(2000)
+    file = rows_file(tmp_path / "b.jsonl", longest_first)
+    assert len(open_store(file, cache=tmp_path / "cache", max_lost=0.9)) == 1960
+
+
+def test_what_nobody_reads_is_named_once_with_the_number_of_rows_that_have_it(tmp_path: Path) -> None:
+    rows = [{"id": 1, "prompt": "hi", "response": "yes", "source": "x"}, {"prompt": "hi", "response": "so", "id": None}]
+    store = open_store(rows_file(tmp_path / "a.jsonl", rows), cache=tmp_path / "cache")
+    assert store.counts[0]["unread"] == {"columns": {"id": 2, "source": 1}, "message_keys": {}}
+    assert ledger.not_read({"train": {"sources": store.counts}}) == "not read: columns id, source"
+
+
+def reads_all(row: Any) -> Any:
+    return PLAIN({**row})
+
+
+def test_a_function_that_copies_its_row_reads_all_of_it(tmp_path: Path) -> None:
+    rows = [{"id": 1, "prompt": "hi", "response": "yes"}]
+    store = open_store(rows_file(tmp_path / "a.jsonl", rows), cache=tmp_path / "cache", conversation=reads_all)
+    assert store.counts[0]["unread"]["columns"] == {}
 
 
 def broken_function(row: Any) -> Any:
-    return row["nothing"]
+    return row["nothing"] if row["prompt"] == "hi" else PLAIN(row)
 
 
-def test_a_bug_in_a_row_function_keeps_its_traceback_and_names_the_row(tmp_path: Path) -> None:
-    file = rows_file(tmp_path / "a.jsonl", many_rows(3))
-    with pytest.raises(KeyError) as caught:
-        open_store(file, cache=tmp_path / "cache", conversation=broken_function)
-    assert caught.value.__notes__ == ["row 0 of a.jsonl"]
+def test_a_bug_in_a_row_function_is_counted_with_its_line(tmp_path: Path) -> None:
+    rows = [{"prompt": "hi", "response": "yes"}, {"prompt": "why", "response": "so"}]
+    store = open_store(rows_file(tmp_path / "a.jsonl", rows), cache=tmp_path / "cache", conversation=broken_function)
+    [example] = store.counts[0]["examples"]["row_function_failed"]
+    assert re.fullmatch(r"KeyError: 'nothing' \(test_store\.py, line \d+\)", example["why"])
+    assert len(store) == 1
 
 
 def test_the_number_of_workers_changes_not_one_byte(tmp_path: Path) -> None:
@@ -226,6 +290,7 @@ def builder(file: Path, cache: Path, num_workers: int, seconds_per_row: float) -
         env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
         text=True,
     )
 
@@ -296,6 +361,76 @@ def test_after_a_kill_the_store_is_not_there_its_workers_end_and_the_next_build_
     assert len(Store(cache / "stores" / key, [Source(str(file))])) == 1960
 
 
+def test_a_killed_build_is_continued_and_changes_not_one_byte(tmp_path: Path) -> None:
+    file, cache = rows_file(tmp_path / "a.jsonl", many_rows(2000)), tmp_path / "cache"
+    with builder(file, cache, 1, 0.002) as process:
+        wait_for_ready(process)
+        start(process)
+        wait_until(lambda: any(num_pieces(path) >= 2 for path in (cache / "stores").glob(".building-*")))
+        process.send_signal(signal.SIGKILL)
+    lines: list[str] = []
+    [left] = (cache / "stores").iterdir()
+    num_rows = 250 * num_pieces(left)
+    with (left / "store/input_ids.bin").open("ab") as written_after_the_progress:
+        written_after_the_progress.write(b"half a sample")
+    with builder(file, cache, 1, 0.0) as process:
+        wait_for_ready(process)
+        start(process)
+        key, said = (text.strip() for text in process.communicate(timeout=60))
+    lines = said.splitlines()
+    assert lines[0] == f"token store: continued after {num_rows:,} rows"
+    assert lines[-1].startswith("token store: 2,000 rows, 1,960 samples, ")
+    assert folders(cache) == [key]
+    with builder(file, tmp_path / "other", 1, 0.0) as process:
+        wait_for_ready(process)
+        start(process)
+        assert process.communicate(timeout=60)[0].strip() == key
+    for path in (cache / "stores" / key).iterdir():
+        assert path.read_bytes() == (tmp_path / "other/stores" / key / path.name).read_bytes(), path.name
+
+
+def num_pieces(folder: Path) -> int:
+    progress = folder / "progress.json"
+    return int(json.loads(progress.read_text())["num_pieces"]) if progress.exists() else 0
+
+
+def test_a_build_that_died_on_another_machine_is_continued_from_a_copy(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file, cache = rows_file(tmp_path / "a.jsonl", many_rows(1000)), tmp_path / "cache"
+    key = open_store(file, cache=tmp_path / "elsewhere").fingerprint
+
+    class Killed(BaseException):
+        pass
+
+    monkeypatch.setattr(staging_module, "SAVE_EVERY", 0.0)
+    monkeypatch.setattr(staging_module.socket, "gethostname", lambda: "other-1")
+    calls = []
+
+    def save(staging: Any) -> None:
+        real(staging)
+        calls.append(staging)
+        if len(calls) == 2:
+            raise Killed
+
+    real = staging_module.Staging.save
+    monkeypatch.setattr(staging_module.Staging, "save", save)
+    with pytest.raises(Killed):
+        open_store(file, cache=cache)
+    monkeypatch.undo()
+    [theirs] = (cache / "stores").iterdir()
+    lines: list[str] = []
+    open_store(file, cache=tmp_path / "cache", log=lines.append)
+    assert len(lines) == 1  # it may be alive
+    shutil.rmtree(cache / "stores" / key)
+    os.utime(theirs / "progress.json", (time.time() - 1000,) * 2)
+    open_store(file, cache=cache, log=lines.append)
+    assert lines[1] == "token store: continued after 500 rows"
+    assert folders(cache) == sorted([theirs.name, key])
+    for path in (cache / "stores" / key).iterdir():
+        assert path.read_bytes() == (tmp_path / "elsewhere/stores" / key / path.name).read_bytes(), path.name
+
+
 def test_what_may_belong_to_another_is_left_alone(tmp_path: Path) -> None:
     """The staging folders of a process that lives, of another machine, and of another store."""
     file = rows_file(tmp_path / "a.jsonl", many_rows(3))
@@ -340,7 +475,7 @@ def test_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(path: Path) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(build_module, "fsync", full)
+    monkeypatch.setattr(staging_module, "fsync", full)
     file = rows_file(tmp_path / "a.jsonl", many_rows(3))
     with pytest.raises(UserError, match=r"cache: the token store cannot be written \(No space left on device\): make"):
         open_store(file, cache=tmp_path / "cache")
@@ -372,7 +507,7 @@ def test_a_long_build_tells_of_its_progress(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setattr(build_module, "time", Clock(1.5))
     lines: list[str] = []
     open_store(rows_file(tmp_path / "a.jsonl", many_rows(400)), cache=tmp_path / "cache", log=lines.append)
-    assert lines == ["token store: 400 of 400 rows, 133 rows/s"]
+    assert lines == ["token store: 400 rows, 100%, 3 s", "token store: 400 rows, 392 samples, 4.5 s"]
 
 
 def test_other_ranks_wait_for_the_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

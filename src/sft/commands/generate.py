@@ -13,7 +13,6 @@
 
 import json
 import sys
-import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -23,9 +22,10 @@ from omegaconf import DictConfig
 from transformers import AutoTokenizer
 
 from sft.data.conversation import Row, RowFunction
+from sft.data.files import kind
 from sft.data.prompt import prompt_column, served, served_ids, shown
-from sft.data.rows import LOADERS, Source, load_rows
-from sft.errors import UserError
+from sft.data.rows import Source, all_rows
+from sft.errors import BadRow, UserError
 from sft.export.folder import load_exported
 from sft.runs.files import input_file
 from sft.runs.run import Run
@@ -93,7 +93,7 @@ def read(config: DictConfig, row_function: RowFunction) -> Sequence[Row | str]:
         return [str(config.prompt)]
     if config.file is not None:
         path = input_file(config.file, "file")
-        if path.suffix in LOADERS:
+        if kind(path) not in (None, "text"):
             return read_rows(path, row_function)
         try:
             text = path.read_text()
@@ -113,9 +113,11 @@ def read(config: DictConfig, row_function: RowFunction) -> Sequence[Row | str]:
 
 def read_rows(path: Path, row_function: RowFunction) -> list[Row]:
     """The rows as training reads them; UserError without the column that it takes the prompt from."""
-    with tempfile.TemporaryDirectory(prefix="sft-generate-") as cache:
-        data = load_rows(Source(str(path)), Path(cache))
-        rows: list[Row] = [dict(row) for row in data]
+    rows: list[Row] = []
+    for row in all_rows(Source(str(path))):
+        if isinstance(row, BadRow):
+            raise row
+        rows.append(row)
     setting, column = prompt_column(row_function) or (None, None)
     if column is not None and column not in rows[0]:
         raise UserError(

@@ -22,7 +22,7 @@ from rich.table import Table
 from rich.text import Text
 from transformers import PreTrainedTokenizerFast
 
-from sft.data.ledger import Ledger
+from sft.data.ledger import Ledger, not_read
 from sft.data.mask import IGNORE
 from sft.data.step_plan import check_division
 from sft.runs.files import output_file
@@ -49,6 +49,10 @@ def show(console: Console, prepared: Prepared, num_packs: int, colour: bool) -> 
     packs = data.epoch(0).packs
     console.print(figures(prepared))
     console.print(ledger_table(prepared.splits.ledger))
+    for line in lost_rows(prepared.splits.ledger):
+        console.print(Text(line))
+    if unread := not_read(prepared.splits.ledger):
+        console.print(Text(unread))
     for number, pack in enumerate(packs[:num_packs]):
         num_tokens = int(train.lengths[pack].sum())
         full = f"{num_tokens / data.max_length:.1%} full"
@@ -104,6 +108,17 @@ def ledger_table(ledger: Ledger) -> Table:
             numbers = f"{counts['rows']:,}", f"{counts['samples']:,}", lost, str(counts["truncated_prompt"])
             table.add_row(split, counts["source"], *numbers)
     return table
+
+
+def lost_rows(ledger: Ledger) -> list[str]:
+    """A line for each reason and source: the first places, and what exactly was wrong there."""
+    return [
+        f"{reason}: {', '.join(example['place'] for example in examples)}" + (f": {why}" if why else "")
+        for part in ledger.values()
+        for counts in part.get("sources", [])
+        for reason, examples in counts["examples"].items()
+        for why in [next((example["why"] for example in examples if example["why"]), "")]
+    ]
 
 
 def dump(path: Path, prepared: Prepared) -> None:

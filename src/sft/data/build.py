@@ -1,65 +1,30 @@
-"""Builds a token store: rows in chunks to worker processes, their samples in row order to disk."""
+"""Builds a token store: rows in pieces to worker processes, their samples in row order to disk."""
 
-import hashlib
-import json
 import multiprocessing
 import os
-import re
-import secrets
-import shutil
 import signal
-import socket
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import chain, islice
 from pathlib import Path
-from typing import TYPE_CHECKING
-
-import numpy as np
-from numpy.typing import NDArray
 
 from sft.data import ledger
 from sft.data.conversation import RowFunction
-from sft.data.ledger import Counts, SourceCounts
-from sft.data.mask import IGNORE, Tokenization
-from sft.data.rows import Source, load_rows
-from sft.data.store import DTYPES, sum_weights
+from sft.data.ledger import SourceCounts
+from sft.data.mask import Tokenization
+from sft.data.rows import Piece, Source, pieces
+from sft.data.samples import Samples, Work, samples_of
+from sft.data.staging import Staging
 from sft.errors import UserError
-from sft.runs.files import fsync
 from sft.runs.process import exit_with_parent
 from sft.runs.signals import shielded
 
-if TYPE_CHECKING:
-    from datasets import Dataset
-
-CHUNK = 250  # rows to a task of a worker
-NUM_ROWS_WORTH_WORKERS = 5_000  # with fewer, starting the workers takes longer than the work
-
-
-@dataclass(frozen=True)
-class _Work:
-    """What a worker process needs, sent to it once."""
-
-    rows: "list[Dataset]"
-    names: list[str]  # of the sources
-    row_function: RowFunction
-    tokenization: Tokenization
-
-
-@dataclass(frozen=True)
-class _Chunk:
-    """The samples of a range of one source's rows."""
-
-    source: int
-    num_rows: int
-    lengths: NDArray[np.int32]
-    num_supervised: NDArray[np.int32]
-    columns: dict[str, bytes]  # of DTYPES, all but the offsets
-    reasons: list[tuple[int, frozenset[str]]]  # (row, why samples of it were lost or cut)
+NUM_ROWS_WORTH_WORKERS = 5_000  # with fewer, starting the workers takes longer than the work,
+NUM_BYTES_WORTH_WORKERS = 16 << 20  # unless they are long
 
 
 def build_store(
@@ -70,83 +35,100 @@ def build_store(
     tokenization: Tokenization,
     num_workers: int,
     log: Callable[[str], None],
+    *,
+    cache_dir: Path | None = None,
+    stop_early: bool = False,
 ) -> None:
-    """Builds the store and publishes it as `folder`, with `meta` in its meta.json. Leaves nothing else behind.
+    """Builds the store and publishes it as `folder`, with `meta` in its meta.json. What a killed build of the same
+    store has done is not done again. Leaves nothing behind that can't be continued.
 
-    UserError for bad rows, and if no sample is left; OSError if the disk is full or cannot be written.
+    UserError for a source that can't be read, if no sample is left, and, with `stop_early`, soon if all of the first
+    rows are lost for one reason. OSError if the disk is full or cannot be written.
     """
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    _remove_leftovers(folder)
-    staging = folder.parent / f"{_staging_prefix(folder)}{os.getpid()}-{secrets.token_hex(4)}"
-    unfinished = staging / "store"
-    try:
-        unfinished.mkdir(parents=True)
-        rows = [load_rows(source, staging / "datasets") for source in sources]
-        work = _Work(rows, [str(source) for source in sources], row_function, tokenization)
-        counts = _write(unfinished, work, num_workers, log)
-        sum_weights(unfinished)
-        named: list[SourceCounts] = [
-            {"source": name, **of_source} for name, of_source in zip(work.names, counts, strict=True)
-        ]
-        ledger.check(named, max_lost=1.0)  # a store without samples is never published
-        (unfinished / "meta.json").write_text(json.dumps({**meta, "sources": counts}, indent=1))
-        for path in (*unfinished.iterdir(), unfinished):
-            fsync(path)
-        try:
-            unfinished.rename(folder)
-        except OSError:
-            if not folder.exists():
-                raise
-            # Another process was faster; its store is the same.
-        fsync(folder.parent)
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
-
-
-def _write(folder: Path, work: _Work, num_workers: int, log: Callable[[str], None]) -> list[Counts]:
-    """Writes all samples, in row order whatever the number of workers. Returns the counts of each source."""
-    counts = [ledger.empty() for _ in work.rows]
-    num_rows, num_done, num_tokens = sum(map(len, work.rows)), 0, 0
     started = time.monotonic()
     next_line = 2.0
-    with ExitStack() as stack:
-        files = {name: stack.enter_context((folder / f"{name}.bin").open("wb")) for name in DTYPES}
-        files["offsets"].write(np.zeros(1, DTYPES["offsets"]).tobytes())
-        for chunk in _chunks(work, num_workers):
-            offsets = num_tokens + np.cumsum(chunk.lengths, dtype=np.int64)
-            for name, values in {**chunk.columns, "offsets": offsets.tobytes()}.items():
-                files[name].write(values)
-            ledger.add(counts[chunk.source], chunk.num_rows, chunk.lengths, chunk.num_supervised, chunk.reasons)
-            num_tokens += int(chunk.lengths.sum(dtype=np.int64))
-            num_done += chunk.num_rows
+    with Staging(folder) as staging:
+        progress = staging.progress
+        if progress.num_pieces:
+            log(f"token store: continued after {ledger.num_rows(progress.counts):,} rows")
+        work = Work(row_function, tokenization)
+        tasks = islice(_tasks(sources, cache_dir), progress.num_pieces, None)
+        for task, samples in _in_order(tasks, work, num_workers):
+            while len(progress.counts) <= task.source:
+                progress.counts.append(ledger.empty())
+            counts = progress.counts[task.source]
+            staging.write(samples)
+            ledger.add(counts, samples)
+            progress.num_tokens += int(samples.lengths.sum())
+            progress.num_pieces += 1
+            if stop_early:
+                ledger.check_beginning({"source": str(sources[task.source]), **counts})
+            staging.save()
             if (elapsed := time.monotonic() - started) > next_line:
-                log(f"token store: {num_done:,} of {num_rows:,} rows, {num_done / elapsed:,.0f} rows/s")
+                share = (task.source + task.piece.share) / len(sources)
+                log(f"token store: {ledger.num_rows(progress.counts):,} rows, {share:.0%}, {elapsed:.0f} s")
                 next_line = elapsed + 10.0
-    return counts
+        finished = [ledger.finished(counts) for counts in progress.counts]
+        named: list[SourceCounts] = [
+            {"source": str(source), **counts} for source, counts in zip(sources, finished, strict=True)
+        ]
+        ledger.check(named, max_lost=1.0)  # a store without samples is never published
+        staging.publish({**meta, "sources": finished})
+    num_rows, num_samples = ledger.num_rows(finished), sum(counts["samples"] for counts in finished)
+    log(f"token store: {num_rows:,} rows, {num_samples:,} samples, {time.monotonic() - started:.1f} s")
 
 
-def _chunks(work: _Work, num_workers: int) -> Iterator[_Chunk]:
-    ranges = [
-        (source, begin, min(begin + CHUNK, len(rows)))
-        for source, rows in enumerate(work.rows)
-        for begin in range(0, len(rows), CHUNK)
-    ]
-    if num_workers <= 1 or sum(map(len, work.rows)) < NUM_ROWS_WORTH_WORKERS:
-        for source, begin, end in ranges:
-            yield _tokenize(work, source, begin, end)
-        return
+@dataclass(frozen=True)
+class _Task:
+    """A piece of one source's rows. `first`: the number of its first row in the source."""
+
+    source: int
+    piece: Piece
+    first: int
+
+
+def _tasks(sources: Sequence[Source], cache_dir: Path | None) -> Iterator[_Task]:
+    for number, source in enumerate(sources):
+        first = 0
+        for piece in pieces(source, cache_dir):
+            yield _Task(number, piece, first)
+            first += piece.num_rows
+
+
+def _in_order(tasks: Iterator[_Task], work: Work, num_workers: int) -> Iterator[tuple[_Task, Samples]]:
+    """The samples of each task, in the tasks' order. Workers are started if there is enough to do for them."""
+    few: deque[_Task] = deque()
+    num_rows = num_bytes = 0
+    while num_workers > 1 and num_rows < NUM_ROWS_WORTH_WORKERS and num_bytes < NUM_BYTES_WORTH_WORKERS:
+        task = next(tasks, None)
+        if task is None:
+            break
+        few.append(task)
+        num_rows, num_bytes = num_rows + task.piece.num_rows, num_bytes + task.piece.num_bytes
+    else:
+        if num_workers > 1:
+            yield from _by_workers(chain(few, tasks), work, num_workers)
+            return
+    for task in chain(few, tasks):
+        yield task, samples_of(work, task.piece, task.first)
+
+
+def _by_workers(tasks: Iterator[_Task], work: Work, num_workers: int) -> Iterator[tuple[_Task, Samples]]:
     # Not forked: the parent may hold threads and GPUs.
     context = multiprocessing.get_context("spawn")
-    workers = ProcessPoolExecutor(min(num_workers, len(ranges)), context, _start_worker, (work,))
+    workers = ProcessPoolExecutor(num_workers, context, _start_worker, (work,))
     try:
-        pending: deque[Future[_Chunk]] = deque()
-        for source, begin, end in ranges:
+        pending: deque[tuple[_Task, Future[Samples]]] = deque()
+        for task in tasks:
             with shielded([signal.SIGUSR1]):  # not SIGTERM, by which the pool itself ends a worker
-                pending.append(workers.submit(_tokenize_chunk, source, begin, end))  # starts a worker, up to the limit
+                future = workers.submit(_samples_of, task.piece.without_rows(), task.first)  # may start a worker
+            pending.append((replace(task, piece=replace(task.piece, held=None)), future))
             if len(pending) > 2 * num_workers:  # no more results in memory than keep the workers busy
-                yield pending.popleft().result()
+                done, future = pending.popleft()
+                yield done, future.result()
         while pending:
-            yield pending.popleft().result()
+            done, future = pending.popleft()
+            yield done, future.result()
     except BrokenProcessPool as error:
         raise UserError(
             "a process that builds the token store was killed, most likely for lack of memory: lower data.num_workers"
@@ -155,75 +137,15 @@ def _chunks(work: _Work, num_workers: int) -> Iterator[_Chunk]:
         workers.shutdown(cancel_futures=True)
 
 
-_work: _Work  # in a worker process
+_work: Work  # in a worker process
 
 
-def _start_worker(work: _Work) -> None:
+def _start_worker(work: Work) -> None:
     global _work
     _work = work
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # there is one process a core already
     exit_with_parent()  # or it would wait for a killed parent's tasks forever
 
 
-def _tokenize_chunk(source: int, begin: int, end: int) -> _Chunk:
-    return _tokenize(_work, source, begin, end)
-
-
-def _tokenize(work: _Work, source: int, begin: int, end: int) -> _Chunk:
-    columns = work.rows[source][begin:end]
-    # Arrays from the start: a Python integer takes nine times the memory.
-    ids, masks = [np.zeros(0, np.int32)], [np.zeros(0, np.bool_)]
-    rows, content, reasons = [], [], []
-    for number in range(begin, end):
-        row = {name: values[number - begin] for name, values in columns.items()}
-        try:
-            tokenized = work.tokenization(work.row_function(row))
-        except UserError as error:
-            raise UserError(f"row {number} of {work.names[source]}: {error}") from error
-        except Exception as error:
-            error.add_note(f"row {number} of {work.names[source]}")
-            raise
-        digest = hashlib.blake2b(digest_size=8)
-        for sample in tokenized.samples:
-            ids.append(np.array(sample.input_ids, np.int32))
-            masks.append(np.array(sample.labels) != IGNORE)
-            digest.update(len(sample.input_ids).to_bytes(8, "little") + ids[-1].tobytes())
-        rows += [number] * len(tokenized.samples)
-        content += [int.from_bytes(digest.digest(), "little")] * len(tokenized.samples)
-        if tokenized.reasons:
-            reasons.append((number, frozenset(tokenized.reasons)))
-    lengths = np.array([len(mask) for mask in masks[1:]], np.int32)
-    num_supervised = np.array([mask.sum() for mask in masks[1:]], np.int32)
-    values = {
-        "input_ids": np.concatenate(ids),
-        "supervised": np.concatenate(masks),
-        "lengths": lengths,
-        "num_supervised": num_supervised,
-        "rows": np.array(rows),
-        "content": np.array(content, np.uint64),
-    }
-    bytes_of = {name: array.astype(DTYPES[name]).tobytes() for name, array in values.items()}
-    return _Chunk(source, end - begin, lengths, num_supervised, bytes_of, reasons)
-
-
-def _staging_prefix(folder: Path) -> str:
-    return f".building-{folder.name}-{socket.gethostname()}-"
-
-
-def _remove_leftovers(folder: Path) -> None:
-    """Removes the staging folders of killed builders of this store on this machine; others may still be alive."""
-    prefix = _staging_prefix(folder)
-    for path in folder.parent.glob(f"{prefix}*"):
-        match = re.fullmatch(r"(\d+)-[0-9a-f]+", path.name.removeprefix(prefix))
-        if match and not _is_alive(int(match[1])):
-            shutil.rmtree(path, ignore_errors=True)
-
-
-def _is_alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:  # another user's
-        pass
-    return True
+def _samples_of(piece: Piece, first: int) -> Samples:
+    return samples_of(_work, piece, first)

@@ -6,10 +6,11 @@ import json
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sft.data import ledger
+from sft.data import ledger, splits
 from sft.data.build import build_store
 from sft.data.conversation import RowFunction
 from sft.data.fingerprint import data_fingerprint, mask_fingerprint
@@ -23,7 +24,7 @@ from sft.errors import FULL_DISK, UserError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-FORMAT = 1  # of a store's files; part of its key
+FORMAT = 2  # of a store's files; part of its key
 # The disk is full, the folder is not ours, or something is in the way.
 UNWRITABLE = (*FULL_DISK, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS, errno.EEXIST, errno.ENOTDIR)
 
@@ -64,13 +65,21 @@ class DataConfig:
     special_text: str | None = None
     sample_by: str = "line"
 
+    def __post_init__(self) -> None:
+        function = self.conversation
+        if isinstance(function, partial):  # Hydra's, which takes a tenth of a millisecond to check each call
+            object.__setattr__(self, "conversation", partial(function.func, *function.args, **function.keywords))
+
     def sources(self) -> tuple[list[Source], list[Source]]:
-        """The sources of training and of validation; the latter empty if validation samples are held out, or off."""
-        train = _sources(self.path, self.name, self.split)
+        """The sources of training and of validation; the latter empty if validation samples are held out, or off.
+        UserError if validation would be on rows of training."""
+        train = _sources(self.path, self.name, self.split, self.sample_by)
         if self.val_path is None and self.val_split is None:
             return train, []
         val_path = self.path if self.val_path is None else self.val_path
-        return train, _sources(val_path, self.name, self.val_split or self.split)
+        val = _sources(val_path, self.name, self.val_split or self.split, self.sample_by)
+        splits.check(train, val, "data.val_split" if self.val_path is None else "data.val_path")
+        return train, val
 
     def datasets(
         self,
@@ -87,8 +96,12 @@ class DataConfig:
         counts: Ledger = {"train": {"sources": train.counts}}
         fingerprint = {"train": train.data_fingerprint}
         if val_sources:
+            splits.check_ranges(train_sources, val_sources, Path(self.cache_dir))
             val = self.store(val_sources, tokenizer, wait=wait, log=log)
             counts["validation"], fingerprint["validation"] = {"sources": val.counts}, val.data_fingerprint
+            if in_both := splits.num_in_both(train.content, val.content):
+                counts["validation"]["also_in_training"] = in_both
+                log(f"{in_both:,} of {len(val):,} validation samples are also in training")
         elif self.val_size:
             kept, held_out = split_held_out(train.content, self.val_size, seed)
             counts["held_out"] = {"samples": len(held_out), "of": "train"}
@@ -128,7 +141,17 @@ class DataConfig:
         elif not folder.exists():
             meta = {"data_fingerprint": hashlib.sha256("".join(data).encode()).hexdigest()}
             try:
-                build_store(folder, meta, sources, self.conversation, tokenization, self.num_workers, log)
+                build_store(
+                    folder,
+                    meta,
+                    sources,
+                    self.conversation,
+                    tokenization,
+                    self.num_workers,
+                    log,
+                    cache_dir=cache_dir,
+                    stop_early=self.max_lost < 1,
+                )
             except OSError as error:
                 if error.errno not in UNWRITABLE:
                     raise
@@ -141,10 +164,10 @@ class DataConfig:
         return store
 
 
-def _sources(paths: str | list[str] | None, name: str | None, split: str) -> list[Source]:
+def _sources(paths: str | list[str] | None, name: str | None, split: str, sample_by: str) -> list[Source]:
     if not paths:
         raise UserError("no data is named: set data.path to a file, a folder or a Hub data set")
-    return [Source(path, split, name) for path in ([paths] if isinstance(paths, str) else paths)]
+    return [Source(path, split, name, sample_by) for path in ([paths] if isinstance(paths, str) else paths)]
 
 
 def _wait_for(folder: Path, log: Callable[[str], None]) -> None:

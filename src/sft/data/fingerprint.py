@@ -6,16 +6,17 @@ import json
 import time
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
+from dataclasses import fields
 from functools import partial
 from pathlib import Path
 from types import ModuleType
 
-from sft.data import chat_template, conversation, mask
+from sft.data import arrow_files, chat_template, conversation, hub, mask, rows, text_files
 from sft.data.conversation import RowFunction
-from sft.data.rows import Source, load_rows, local_files
+from sft.data.files import Source, kind, local_files
 from sft.errors import UserError
 
-MASK_CODE: tuple[ModuleType, ...] = (conversation, chat_template, mask)
+MASK_CODE: tuple[ModuleType, ...] = (text_files, arrow_files, rows, conversation, chat_template, mask)
 RACY_SECONDS = 2.0  # of modification times, on the coarsest file systems
 NUM_DIGITS = 64  # of a sha256
 
@@ -26,7 +27,9 @@ def data_fingerprint(source: Source, cache_dir: Path) -> str:
     digest = hashlib.sha256(source.split.encode())
     files = local_files(source)
     if files is None:
-        digest.update(load_rows(source, cache_dir)._fingerprint.encode())
+        digest.update(hub.fingerprint(source, cache_dir).encode())
+    elif source.sample_by != "line" and any(kind(file) == "text" for file in files):
+        digest.update(source.sample_by.encode())
     for file in files or ():
         try:
             digest.update(f"\n{file.name} {_file_hash(file, cache_dir / 'fingerprints')}".encode())
@@ -63,9 +66,9 @@ def mask_fingerprint(tokenization: mask.Tokenization, row_function: RowFunction)
     settings = {
         "template": tokenizer.chat_template,
         "special_tokens": tokenizer.special_tokens_map,
-        "supervise": tokenization.supervise,
-        "max_length": tokenization.max_length,
-        "overlong": tokenization.overlong,
+        "settings": {
+            each.name: getattr(tokenization, each.name) for each in fields(tokenization) if each.name != "tokenizer"
+        },
         "function": f"{bound.func.__module__}.{bound.func.__qualname__}",
         "arguments": [bound.args, bound.keywords],
     }

@@ -9,9 +9,9 @@ Each assistant turn i of a conversation is one term log Pr(y_i | x_i) of the obj
 y_i carries loss and x_i does not. The tokens of x_i are those of its text tokenized alone, as a server does. If a
 token of the whole text would straddle the boundary, y_i is tokenized separately.
 
-If x_{i+1} begins with [x_i, y_i], token by token, turn i + 1 continues the sample of turn i. Otherwise it begins a
-new sample, so a row may give several (some templates rewrite history: Qwen3's drops earlier thinking). A turn with no
-message before it answers nothing: it is context for the others.
+If x_{i+1} begins with [x_i, y_i], turn i + 1 continues the sample of turn i. Otherwise it begins a new sample, so a row
+may give several (some templates rewrite history: Qwen3's drops earlier thinking). A turn with no message before it
+answers nothing: it is context for the others; so is one of weight 0. `rendering` finds x_i and y_i.
 
 If the template has {% generation %} marks, only marked tokens of y_i carry loss. The stop token is learned with the
 rest of its turn, inside the marks or not.
@@ -19,21 +19,17 @@ rest of its turn, inside the marks or not.
 Labels come from these spans, never from token ids, so a padding token may equal the stop token.
 """
 
-from collections.abc import Mapping, Sequence
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Final
 
-from sft.data.chat_template import (
-    NO_STOP,
-    encode,
-    generation_spans,
-    render,
-    special_ids,
-    stop_token_id,
-    text_prefix,
-)
-from sft.data.conversation import Conversation, Empty, Message, Tools
+from sft.data.chat_template import REASONING, ChatTemplate, text_prefix
+from sft.data.conversation import Conversation, Empty, Message
+from sft.data.encoding import Encoder
+from sft.data.outline import Outlines
+from sft.data.rendering import Renderer, Rendering, Turn, turn_weights
 from sft.errors import BadRow, UserError
 
 if TYPE_CHECKING:
@@ -41,6 +37,7 @@ if TYPE_CHECKING:
 
 IGNORE = -100  # the label of a token that carries no loss
 TRUNCATED: Final = "truncated_prompt"  # the only reason that loses no sample
+READ = frozenset({"role", "content", "tool_calls", REASONING[0]})  # keys of a message whose loss is noticed
 
 
 @dataclass(frozen=True)
@@ -51,6 +48,9 @@ class Sample:
     input_ids: list[int]
     labels: list[int]
     weights: list[float] | None = None  # of each token's loss; None: all 1, as nearly always
+
+
+Ended = tuple[Sample, list[int]]  # a sample, and the token that ends each of its responses
 
 
 @dataclass(frozen=True)
@@ -68,8 +68,10 @@ class Tokenization:
     """Conversation → samples of at most `max_length` tokens. Picklable, for worker processes.
 
     `supervise`: "response", or "all" for loss on every token but the first. `overlong`: a longer sample is
-    lost ("drop"), is a UserError ("error"), or loses the oldest tokens of its first prompt ("truncate_prompt"):
-    never BOS, never part of a response; if that is not enough, the sample is lost.
+    lost ("drop", "error"), or loses the oldest tokens of its first prompt ("truncate_prompt"): never BOS, never part of
+    a response; if that is not enough, the sample is lost. `train_on`: "all" turns of the assistant, or the "last".
+    `special_text`: what the text of a special token in a message is, "as_text" or "as_tokens"; None: the row is lost
+    (in plain text, it is tokens). `template`: arguments of the chat template.
     """
 
     tokenizer: "PreTrainedTokenizerBase"
@@ -90,125 +92,279 @@ class Tokenization:
                 f"{type(self.tokenizer).__name__} is not a fast tokenizer: use a model with a tokenizer.json"
             )
 
+    def __call__(self, conversation: Conversation | Empty | BadRow) -> Tokenized:
+        return self.batch([conversation])[0]
+
     def batch(self, conversations: Sequence[Conversation | Empty | BadRow]) -> list[Tokenized]:
         """The samples of several rows, encoded together."""
-        return [self(conversation) for conversation in conversations]
+        rows = [self._rendered(conversation) for conversation in conversations]
+        texts = [text for row in rows for text in row.texts]
+        encodings = iter(self._encoder.batch(texts))
+        return [self._tokenized(row, [next(encodings) for _ in row.texts]) for row in rows]
 
-    def __call__(self, conversation: Conversation | Empty | BadRow) -> Tokenized:
-        if isinstance(conversation, Empty | BadRow):
-            return Tokenized([], {conversation.reason: str(conversation) if isinstance(conversation, BadRow) else ""})
-        if conversation.messages is None:
-            samples = [self._plain(conversation.prompt, conversation.response)]
-        else:
-            samples = self._chat(conversation.messages, conversation.tools)
-        if not samples:  # the only assistant turn has no message before it
-            return Tokenized([], {"empty_prompt": ""})
-        fitted = [self._fit(sample) for sample in samples]
-        return Tokenized(
-            [sample for sample, _ in fitted if sample is not None],
-            {reason: "" for _, reason in fitted if reason is not None},
-        )
+    def _rendered(self, conversation: Conversation | Empty | BadRow) -> "_Row":
+        """What is to be encoded of a row."""
+        if isinstance(conversation, Empty):
+            return _Row(reasons={conversation.reason: ""})
+        if isinstance(conversation, BadRow):
+            return _Row(reasons={conversation.reason: str(conversation)})
+        try:
+            if conversation.input_ids is not None:
+                sample = self._own_tokens(conversation)
+                return _Row(samples=[(sample, sample.labels[-1:] if sample.labels[-1:] != [IGNORE] else [])])
+            if conversation.messages is None:
+                return self._plain(conversation)
+            return self._chat(conversation, conversation.messages)
+        except BadRow as error:
+            return _Row(reasons={error.reason: str(error)})
 
-    def _plain(self, prompt: str, response: str) -> Sample:
-        prompt_ids, response_ids, _ = self._split(prompt, prompt + response)
-        prompt_ids = self._text_prefix + prompt_ids
-        stop = stop_token_id(self.tokenizer, chat=False)
-        if response_ids[-1:] != [stop]:  # some responses already end in it
-            response_ids.append(stop)
-        return Sample(prompt_ids + response_ids, [IGNORE] * len(prompt_ids) + response_ids)
+    def _tokenized(self, row: "_Row", encodings: list[list[int]]) -> Tokenized:
+        reasons = dict(row.reasons)
+        samples = list(row.samples)
+        try:
+            if row.plain:
+                sample = self._joined(*row.plain, *encodings)
+                samples.append((sample, sample.input_ids[-1:]))
+            for rendering, encoding in zip(row.renderings, encodings, strict=not row.plain):
+                samples += self._samples(rendering, encoding)
+        except BadRow as error:
+            reasons.setdefault(error.reason, str(error))
+        kept, stops = [], []
+        for sample, ends in samples:
+            fitted, reason, why = self._fit(sample)
+            if reason:
+                reasons[reason] = why
+            if fitted:
+                kept.append(fitted)
+                stops += ends
+        return Tokenized(kept, reasons, row.unread, tuple(stop for stop in stops if stop != IGNORE))
 
-    def _chat(self, messages: list[Message], tools: Tools) -> list[Sample]:
-        samples: list[Sample] = []
-        ids: list[int] = []
-        labels: list[int] = []
-        for i, message in enumerate(messages):
-            if message["role"] != "assistant" or i == 0:
-                continue
-            prompt_ids, response_ids, response_labels = self._turn(messages, i, tools)
-            if prompt_ids[: len(ids)] != ids:  # the template has rewritten history
-                samples.append(Sample(ids, labels))
-                ids, labels = [], []
-            labels = labels + [IGNORE] * (len(prompt_ids) - len(ids)) + response_labels
-            ids = prompt_ids + response_ids
-        return [*samples, Sample(ids, labels)] if ids else []
+    def _own_tokens(self, row: Conversation) -> Sample:
+        """A row that was tokenized before."""
+        assert row.input_ids is not None and row.labels is not None
+        unknown = next((token for token in row.input_ids if not 0 <= token < self._num_tokens), None)
+        if unknown is not None:
+            raise BadRow("unknown_token", f"token {unknown} is none of the tokenizer's {self._num_tokens}")
+        return Sample(row.input_ids, row.labels)
 
-    def _turn(self, messages: list[Message], i: int, tools: Tools) -> tuple[list[int], list[int], list[int]]:
-        """The tokens of x_i, the tokens of y_i and the labels of y_i."""
-        prompt = render(self.tokenizer, messages[:i], tools, add_generation_prompt=True)
-        whole = render(self.tokenizer, messages[: i + 1], tools)
-        if not whole.startswith(prompt):
-            raise UserError(
-                f"with this chat template the assistant's turn (message {i}) does not begin with the "
-                f"generation prompt (which ends in {prompt[-40:]!r}), so the model would be trained on another text "
-                "than it is served with: set model.chat_template to a template whose turns begin with it"
+    def _plain(self, row: Conversation) -> "_Row":
+        prompt, response = row.prompt, row.response
+        if self.special_text == "as_text" and self._template.special_text.search(prompt + response):
+            prompt, response = self._encoder.hidden(prompt), self._encoder.hidden(response)
+            prompt_ids, response_ids = self._encoder.as_text(prompt)[0], self._encoder.as_text(response)[0]
+            sample = self._with_ends(prompt_ids, response_ids)
+            return _Row(samples=[(sample, sample.input_ids[-1:])])
+        return _Row(texts=[prompt, prompt + response], plain=(prompt, response))
+
+    def _joined(self, prompt: str, response: str, prompt_ids: list[int], ids: list[int]) -> Sample:
+        """Prompt and response, end to end."""
+        if ids[: len(prompt_ids)] == prompt_ids:
+            return self._with_ends(prompt_ids, ids[len(prompt_ids) :])
+        return self._with_ends(*self._encoder.apart(prompt, response)[:2])
+
+    def _with_ends(self, prompt_ids: list[int], response_ids: list[int]) -> Sample:
+        """A sample with what the tokenizer puts before a text, and EOS behind it, unless the text has them already."""
+        eos = self.tokenizer.eos_token_id
+        if eos is None:
+            raise UserError("the tokenizer has no EOS token to end a response with: set its eos_token")
+        prefix = self._text_prefix
+        if prefix and (prompt_ids + response_ids)[: len(prefix)] == prefix:
+            prefix = []
+        if response_ids[-1:] != [eos]:
+            response_ids = [*response_ids, int(eos)]
+        return Sample(prefix + prompt_ids + response_ids, [IGNORE] * len(prefix + prompt_ids) + response_ids)
+
+    def _chat(self, row: Conversation, messages: list[Message]) -> "_Row":
+        found = self._special_text_in(messages)
+        if found and self.special_text is None:
+            raise BadRow(
+                "special_text",
+                f"a message holds {found!r}, which is a special token: set data.special_text=as_text, or as_tokens",
             )
-        prompt_ids, rest, ends = self._split(prompt, whole)
-        response = rest[: self._response_length(rest)]
-        spans = generation_spans(self.tokenizer, messages[: i + 1], tools)
-        if spans is None:
-            return prompt_ids, response, response
-        marked = [any(begin < end <= stop for begin, stop in spans) for end in ends[: len(response)]]
-        marked[-1] = any(marked)
-        labels = [t if is_marked else IGNORE for t, is_marked in zip(response, marked, strict=True)]
-        return prompt_ids, response, labels
+        hide = found is not None and self.special_text == "as_text"
+        if hide:
+            messages = [
+                {key: _mapped(value, self._encoder.hidden) for key, value in message.items()} for message in messages
+            ]
+        weights = turn_weights(row, self.train_on)
+        renderings, reasons = self._renderer(messages, weights, row.tools, row.template)
+        if not renderings and not reasons:
+            answers = any(message["role"] == "assistant" for message in messages[1:])
+            reasons = {"no_supervised_token": "no turn is to be learned"} if answers else {"empty_prompt": ""}
+        keys = set().union(*messages) - READ | row.template.keys()
+        unread = frozenset(key for key in keys if not self._template.reads(key))
+        if hide:
+            samples = [sample for rendering in renderings for sample in self._samples(rendering, None)]
+            return _Row(samples=samples, reasons=reasons, unread=unread)
+        sure = [rendering for rendering in renderings if not self._surely_overlong(rendering.text)]
+        if len(sure) < len(renderings):
+            reasons = {**reasons, "overlong": f"more than data.max_length={self.max_length} tokens"}
+        texts = [rendering.text for rendering in sure]
+        return _Row(texts=texts, renderings=sure, reasons=reasons, unread=unread)
 
-    def _split(self, prompt: str, whole: str) -> tuple[list[int], list[int], list[int]]:
-        """The tokens of `prompt`, the tokens of the rest of `whole`, and the character at which each of these ends."""
-        prompt_ids = encode(self.tokenizer, prompt).ids
-        num_prompt = len(prompt_ids)
-        joint = encode(self.tokenizer, whole)
-        # By ids, not offsets: those of a byte-level token may hide a leading space that straddles the boundary.
-        if joint.ids[:num_prompt] == prompt_ids:
-            return prompt_ids, joint.ids[num_prompt:], [end for _, end in joint.offsets[num_prompt:]]
-        rest = encode(self.tokenizer, self._anchor + whole[len(prompt) :])
-        num_anchor, shift = int(self._anchor != ""), len(prompt) - len(self._anchor)
-        return prompt_ids, rest.ids[num_anchor:], [end + shift for _, end in rest.offsets[num_anchor:]]
+    def _special_text_in(self, messages: list[Message]) -> str | None:
+        """The first special token whose text a message holds."""
+        for message in messages:
+            for key, value in message.items():
+                if key != "role" and value:
+                    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
+                    if match := self._template.special_text.search(text):
+                        return match[0]
+        return None
 
-    def _response_length(self, rest: list[int]) -> int:
-        """The number of tokens up to and including the stop token, or, without one (a tool call may end differently),
-        up to the last special token."""
-        for ends in ({self._chat_stop}, self._special_ids):
-            positions = [i for i, token in enumerate(rest) if token in ends]
-            if positions:
-                return positions[-1] + 1
-        raise UserError(NO_STOP)
+    def _samples(self, rendering: Rendering, ids: list[int] | None) -> "Iterator[Ended]":
+        """The samples of a text and its tokens: one, unless a token straddles where a response begins. Without tokens,
+        special tokens' text is hidden in the text."""
+        text = rendering.text
+        spans = [(turn.begin, turn.end) for turn in rendering.turns]
+        borders = iter([None] * len(spans)) if ids is None else self._encoder.borders(text, ids, spans)
+        all_ends = None
+        joined = _Joined(ids or [])
+        for turn, border in zip(rendering.turns, borders, strict=True):
+            if ids is not None and border is not None:
+                begin, end = border
+                ends = None
+                if turn.untrained or turn.marked is not None:
+                    all_ends = all_ends or self._encoder.ends(text)
+                    ends = all_ends[begin:end]
+                joined.learn(begin, self._labels(turn, ids[begin:end], ends), turn.weight)
+                continue
+            if joined.stops:  # what the server is given next is no longer what the model has emitted
+                yield joined.sample(), joined.stops
+                joined = _Joined(ids or [])
+            prompt, response = text[: turn.begin], text[turn.begin : turn.end]
+            if ids is None:
+                prompt_ids = self._encoder.as_text(prompt)[0]
+                response_ids, ends = self._encoder.as_text(response)
+            else:
+                prompt_ids, response_ids, ends = self._encoder.apart(prompt, response)
+            alone = _Joined(prompt_ids + response_ids)
+            labels = self._labels(turn, response_ids, [turn.begin + end for end in ends])
+            alone.learn(len(prompt_ids), labels, turn.weight)
+            yield alone.sample(), alone.stops
+        if joined.stops:
+            yield joined.sample(), joined.stops
 
-    def _fit(self, sample: Sample) -> tuple[Sample | None, str | None]:
-        """The sample with its final labels, cut to length; None where it is lost; and the reason for either."""
-        ids = sample.input_ids
-        labels = [IGNORE, *(ids if self.supervise == "all" else sample.labels)[1:]]
-        num_context = next((i for i, label in enumerate(labels) if label != IGNORE), 0)
-        if not num_context:
-            return None, "no_supervised_token"
+    @staticmethod
+    def _labels(turn: Turn, ids: list[int], ends: list[int] | None) -> list[int]:
+        """The labels of a response; `ends`: where in the text each token ends, if that decides them."""
+        if ends is None:
+            return ids
+        marked, off = turn.marked, turn.untrained
+        learned = [
+            (marked is None or any(begin < end <= stop for begin, stop in marked))
+            and not any(begin < end <= stop for begin, stop in off)
+            for end in ends
+        ]
+        learned[-1] = any(learned)
+        return [token if is_learned else IGNORE for token, is_learned in zip(ids, learned, strict=True)]
+
+    def _fit(self, sample: Sample) -> tuple[Sample | None, str | None, str]:
+        """The sample with its final labels, cut to length; None where it is lost; the reason for either, and what
+        exactly."""
+        ids, weights = sample.input_ids, sample.weights
+        labels = ids if self.supervise == "all" else sample.labels
+        if labels[0] != IGNORE:
+            labels = [IGNORE, *labels[1:]]
+        if self._bos in labels:  # which a server puts there, wherever it is
+            labels = [IGNORE if label == self._bos else label for label in labels]
+        if labels.count(IGNORE) == len(labels):
+            return None, "no_supervised_token", ""
+        if self.supervise == "all":
+            weights = None
         excess = len(ids) - self.max_length
         if excess <= 0:
-            return Sample(ids, labels), None
-        if self.overlong == "error":
-            raise UserError(
-                f"a sample of {len(ids)} tokens does not fit data.max_length={self.max_length}: raise it, or "
-                "set data.overlong to drop or truncate_prompt"
-            )
-        if self.overlong == "drop" or num_context <= excess:  # the first response token needs one before it
-            return None, "overlong"
+            return Sample(ids, labels, weights), None, ""
+        num_context = next(i for i, label in enumerate(labels) if label != IGNORE)
+        if self.overlong != "truncate_prompt" or num_context <= excess:  # a first response token needs one before it
+            return None, "overlong", f"a sample of {len(ids)} tokens, and data.max_length={self.max_length}"
         begin = int(ids[0] == self.tokenizer.bos_token_id)
         end = begin + excess
-        return Sample(ids[:begin] + ids[end:], labels[:begin] + labels[end:]), TRUNCATED
+        kept = weights and weights[:begin] + weights[end:]
+        return Sample(ids[:begin] + ids[end:], labels[:begin] + labels[end:], kept), TRUNCATED, ""
+
+    def _surely_overlong(self, text: str) -> bool:
+        """Whether a text has too many tokens however it is encoded: a row of 50 MB isn't."""
+        return self.overlong != "truncate_prompt" and len(text) > self._most_characters
 
     @cached_property
-    def _chat_stop(self) -> int:
-        return stop_token_id(self.tokenizer, chat=True)
+    def _most_characters(self) -> float:
+        """That `max_length` tokens can have. Four times as many: a text may be normalised to a shorter one."""
+        import tokenizers
+
+        model = self.tokenizer.backend_tokenizer.model
+        if not isinstance(model, tokenizers.models.BPE) or model.unk_token is not None:
+            return float("inf")  # one unknown token may stand for any length
+        return 4.0 * self.max_length * max(map(len, self.tokenizer.get_vocab()))
 
     @cached_property
-    def _special_ids(self) -> frozenset[int]:
-        return special_ids(self.tokenizer)
+    def _template(self) -> ChatTemplate:
+        return ChatTemplate(self.tokenizer, self.template)
+
+    @cached_property
+    def _renderer(self) -> Renderer:
+        return Renderer(self._template, self.train_reasoning, self.train_tool_calls, Outlines(self._template))
+
+    @cached_property
+    def _encoder(self) -> Encoder:
+        return Encoder(self.tokenizer, self._template.special_text)
+
+    @cached_property
+    def _num_tokens(self) -> int:
+        return max(self.tokenizer.get_vocab().values()) + 1
+
+    @cached_property
+    def _bos(self) -> int | None:
+        """BOS, unless it ends a text, too."""
+        bos = self.tokenizer.bos_token_id
+        return None if bos is None or bos == self.tokenizer.eos_token_id else int(bos)
 
     @cached_property
     def _text_prefix(self) -> list[int]:
         return text_prefix(self.tokenizer)
 
-    @cached_property
-    def _anchor(self) -> str:
-        """A special token to put before a continuation that is tokenized separately, because some tokenizers begin a
-        text with a space; not one that swallows the space after it (`rstrip`)."""
-        added = self.tokenizer.added_tokens_decoder.values()
-        return next((token.content for token in added if token.special and not token.rstrip), "")
+
+@dataclass(frozen=True)
+class _Row:
+    """A row between its rendering and its encoding."""
+
+    texts: list[str] = field(default_factory=list)  # to be encoded
+    renderings: list[Rendering] = field(default_factory=list)  # of a chat, one for each text
+    plain: tuple[str, str] | None = None  # prompt and response, else
+    samples: "list[Ended]" = field(default_factory=list)  # that need no encoding
+    reasons: Mapping[str, str] = field(default_factory=dict)
+    unread: frozenset[str] = frozenset()
+
+
+@dataclass
+class _Joined:
+    """A sample in the making: tokens, of which nothing is learned yet."""
+
+    ids: list[int]
+    labels: list[int] = field(default_factory=list)  # up to the end of the newest turn
+    weights: list[tuple[int, int, float]] = field(default_factory=list)  # begin, end, weight of each turn
+    stops: list[int] = field(default_factory=list)
+
+    def learn(self, begin: int, labels: list[int], weight: float) -> None:
+        """Adds a turn that begins after `begin` tokens."""
+        self.labels += [IGNORE] * (begin - len(self.labels)) + labels
+        self.weights.append((begin, len(self.labels), weight))
+        self.stops.append(labels[-1])
+
+    def sample(self) -> Sample:
+        length = len(self.labels)
+        if all(weight == 1.0 for _, _, weight in self.weights):
+            return Sample(self.ids[:length], self.labels)
+        weights = [0.0] * length
+        for begin, end, weight in self.weights:
+            weights[begin:end] = [0.0 if label == IGNORE else weight for label in self.labels[begin:end]]
+        return Sample(self.ids[:length], self.labels, weights)
+
+
+def _mapped(value: object, change: Callable[[str], str]) -> object:
+    """A value with each of its texts changed."""
+    if isinstance(value, str):
+        return change(value)
+    if isinstance(value, Mapping):
+        return {key: _mapped(inner, change) for key, inner in value.items()}
+    return [_mapped(inner, change) for inner in value] if isinstance(value, list) else value

@@ -1,11 +1,12 @@
 """A prompt as a server gives it to the model: x of log Pr(y | x), in the tokens of training."""
 
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING
 
 from sft.data import conversation
-from sft.data.chat_template import encode, render, text_prefix
+from sft.data.chat_template import ChatTemplate, encode, text_prefix
 from sft.data.conversation import Conversation, Empty, Row, RowFunction
 from sft.errors import UserError
 
@@ -15,12 +16,21 @@ if TYPE_CHECKING:
 PLACEHOLDER = "-"  # an answer where a row has none, for row functions that need one
 
 
-def served_ids(tokenizer: "PreTrainedTokenizerBase", row_function: RowFunction, asked: Row | str) -> list[int]:
-    """Token ids that a model trained through `row_function` continues: of a row up to its answer, or of a prompt."""
+def served_ids(
+    tokenizer: "PreTrainedTokenizerBase",
+    row_function: RowFunction,
+    asked: Row | str,
+    template: Mapping[str, object] | None = None,
+) -> list[int]:
+    """Token ids that a model trained through `row_function` continues: of a row up to its answer, or of a prompt.
+    `template`: arguments of the chat template."""
     given, _ = served(row_function, asked)
     if given.messages:
-        return encode(tokenizer, render(tokenizer, given.messages, given.tools, add_generation_prompt=True)).ids
-    return [*text_prefix(tokenizer), *encode(tokenizer, given.prompt).ids]
+        rendering = ChatTemplate(tokenizer, template or {})
+        text = rendering.render(given.messages, given.tools, add_generation_prompt=True, arguments=given.template)
+        return encode(tokenizer, text).ids
+    prefix, ids = text_prefix(tokenizer), encode(tokenizer, given.prompt).ids
+    return ids if prefix and ids[: len(prefix)] == prefix else [*prefix, *ids]
 
 
 def served(row_function: RowFunction, asked: Row | str) -> tuple[Conversation, object]:

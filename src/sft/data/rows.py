@@ -1,199 +1,227 @@
-"""Files, folders, saved data sets and Hub data sets → rows."""
+"""A source → rows, verbatim, in pieces that a process can read by itself."""
 
-import csv
 import json
 import re
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from sft.errors import FULL_DISK, UserError, chain
+from sft.data import arrow_files, hub
+from sft.data.files import COMPRESSIONS, SAVED, base_splits, kind, split_files
+from sft.data.files import Source as Source
+from sft.data.files import local_files as local_files
+from sft.data.text_files import MAX_RECORD, Layout, Record, layout, opened, records, row_of
+from sft.errors import BadRow, UserError
 
-if TYPE_CHECKING:
-    from datasets import Dataset
+Row = dict[str, object]
 
-LOADERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
-TEXT = (".jsonl", ".json", ".csv")
-SAVED = "state.json"  # in each folder that `save_to_disk` writes
+CHUNK = 250  # rows to a piece
+CHUNK_BYTES = 4 << 20  # to a piece of more than one row
+NO_END = 1 << 62  # of a slice
+NEEDS_COUNT = re.compile(r"%|\[\s*-|:\s*-")  # a slice in percent, or from the end
 
 
 @dataclass(frozen=True)
-class Source:
-    """Where rows come from. A row is named by its number in the split, counted from 0."""
+class Piece:
+    """Some rows that follow each other in a file: where in it they are, or the rows themselves."""
 
-    path: str  # a file, a folder with `{split}.jsonl` or the like, a saved data set, or a Hub name
-    split: str = "train"  # of files and Hub data sets also a slice: "train[:1000]"
-    name: str | None = None  # Hub configuration
+    file: Path
+    name: str  # of the file, as a user knows it
+    first: int  # row of the file, counted from 0
+    num_rows: int
+    end: int  # byte after the last; of Arrow a row
+    share: float = 1.0  # of its file that is read with this piece, from 0 to 1
+    skip: int = 0  # rows at the beginning that are not wanted, beside `num_rows` that are
+    layout: Layout | None = None  # of the first byte; None: Arrow
+    held: tuple[Record, ...] | bytes | None = None  # the records, or Arrow's bytes
 
-    def __str__(self) -> str:
-        path = Path(self.path)
-        return path.name if path.suffix in LOADERS else f"{self.path} ({self.split})"
+    @property
+    def num_bytes(self) -> int:
+        return self.end - self.layout.begin if self.layout else len(self.held or b"")
+
+    def rows(self) -> Iterator[tuple[str, Row | BadRow]]:
+        """Each row with its place, as a user would look it up."""
+        every = self._text() if self.layout else self._arrow()
+        return islice(every, self.skip, self.skip + self.num_rows)
+
+    def without_rows(self) -> "Piece":
+        """The same for another process: as small as can be."""
+        return self if self.layout is None or self.file.suffix in COMPRESSIONS else replace(self, held=None)
+
+    def _arrow(self) -> Iterator[tuple[str, Row | BadRow]]:
+        assert isinstance(self.held, bytes)
+        for number, row in enumerate(arrow_files.rows_of(arrow_files.from_bytes(self.held)), self.first):
+            yield f"row {number} of {self.name}", row
+
+    def _text(self) -> Iterator[tuple[str, Row | BadRow]]:
+        assert self.layout is not None
+        held = self.held
+        for record in held if isinstance(held, tuple) else self._read(self.layout):
+            try:
+                row: Row | BadRow = row_of(record, self.layout)
+            except BadRow as error:
+                row = error
+            yield f"{self.name} line {record.line}", row
+
+    def _read(self, layout: Layout) -> Iterator[Record]:
+        size = self.end - layout.begin
+        if size > MAX_RECORD:  # a piece of one row
+            yield Record(layout.begin, self.end, layout.line, None)
+            return
+        with self.file.open("rb") as file:
+            file.seek(layout.begin)
+            yield from records(file, layout, self.file, size)
 
 
-def load_rows(source: Source, cache_dir: Path) -> "Dataset":
-    """All rows of a source, memory-mapped.
+def first_rows(source: Source, n: int, *, cache_dir: Path | None = None) -> list[Row]:
+    """The first n good rows, or all if there are fewer; reads only the beginning, and writes no cache."""
+    good = (row for row in all_rows(source, cache_dir=cache_dir) if not isinstance(row, BadRow))
+    return list(islice(good, n))
 
-    `datasets` puts its Arrow copy of local files under `cache_dir` and locks it: give it a private one, because some
-    cluster file systems have no locks. UserError in one line for anything that cannot be read, with the file and line
-    if they are known; OSError if the disk is full.
-    """
-    files = local_files(source)
-    for file in files or ():
-        if file.stat().st_size == 0:
-            raise UserError(f"{file}: the file is empty")
-        if file.suffix in TEXT:  # `datasets` accepts bad bytes, and fails later, when the row is read
-            _check_encoding(file)
-    try:
-        rows = _load(source, files, cache_dir)
-    except Exception as error:
-        causes = chain(error)
-        for cause in causes:
-            if isinstance(cause, OSError) and cause.errno in FULL_DISK:
-                raise cause from error
-        # `datasets` wraps the error that says something in one that doesn't.
-        cause = causes[1] if len(causes) > 1 and type(error).__name__ == "DatasetGenerationError" else error
-        where = f"{source.path} (not a local path, so a Hub data set)" if files is None else str(source)
-        raise UserError(_fault(files or []) or f"{where}: {_one_line(cause)}") from error
-    if len(rows) == 0:
+
+def all_rows(source: Source, *, cache_dir: Path | None = None) -> Iterator[Row | BadRow]:
+    """Each row in order; in the place of a bad one a BadRow that says where it is."""
+    for piece in pieces(source, cache_dir):
+        for place, row in piece.rows():
+            yield BadRow(row.reason, f"{place}: {row}") if isinstance(row, BadRow) else row
+
+
+def pieces(source: Source, cache_dir: Path | None) -> Iterator[Piece]:
+    """All rows of a source. UserError in one line for what can't be read as a whole, with the file and its line if they
+    are known, and for a source without rows."""
+    num_rows = 0
+    for split, begin, end in ranges(source, cache_dir):
+        files = _files(source, split, cache_dir)
+        every = _of_dataset(source) if files is None else _of_files(files, source.sample_by)
+        for piece in _cut(every, begin, end):
+            num_rows += piece.num_rows
+            yield piece
+        if files is None:
+            break  # it has all splits and slices
+    if num_rows == 0:
         raise UserError(f"{source}: it has no rows")
-    return rows
 
 
-def local_files(source: Source) -> list[Path] | None:
-    """The files that hold the rows; None for a Hub data set. UserError for a path or split that does not exist."""
-    path = Path(source.path).expanduser()
-    if path.is_file():
-        if path.suffix not in LOADERS:
-            raise UserError(f"{path}: not a known kind of file ({', '.join(LOADERS)})")
-        return [path]
-    if path.is_dir():
-        saved = _saved(path, source.split)
-        if saved is not None:
-            return sorted(file for file in saved.iterdir() if file.is_file())
-        return _split_files(path, _base(source.split))
-    if source.path.startswith((".", "/", "~")) or path.suffix in LOADERS:
-        raise UserError(f"{source.path}: no such file or folder (looked in {Path.cwd()})")
-    return None
+def ranges(source: Source, cache_dir: Path | None) -> list[tuple[str, int, int]]:
+    """The rows of each split that a source means: (split, first row, row after the last), NO_END for all."""
+    if "[" not in source.split or _files(source, base_splits(source.split)[0], cache_dir) is None:
+        return [(split.strip(), 0, NO_END) for split in source.split.split("+")]
+    from datasets import ReadInstruction
+
+    count: Callable[[str], int] = (
+        (lambda split: _count(source, split, cache_dir)) if NEEDS_COUNT.search(source.split) else lambda split: NO_END
+    )
+    lengths = {split: count(split) for split in base_splits(source.split)}
+    try:
+        slices = ReadInstruction.from_spec(source.split).to_absolute(lengths)
+    except (ValueError, AssertionError) as error:
+        raise UserError(
+            f"split {source.split!r} can't be read ({error}): write train[:1000] or train[10%:20%]"
+        ) from None
+    return [(each.splitname, each.from_, each.to) for each in slices]
 
 
-def _load(source: Source, files: list[Path] | None, cache_dir: Path) -> "Dataset":
-    import datasets
-
-    datasets.disable_progress_bars()
-    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # we report its errors ourselves
+def _files(source: Source, split: str, cache_dir: Path | None) -> list[Path] | None:
+    """The files of a split, local or of the Hub; None if only `datasets` can read them."""
+    files = split_files(source, split)
     if files is None:
-        return datasets.load_dataset(source.path, source.name, split=source.split)
-    if Path(source.path).expanduser().is_dir() and any(file.name == SAVED for file in files):
-        return datasets.load_from_disk(str(files[0].parent))
-    options = {}
-    if files[0].suffix == ".csv":  # text as it stands there: 007 is no number, and NA not a missing value
-        with files[0].open(newline="", encoding="utf-8-sig") as file:
-            columns = next(csv.reader(file))
-        features = datasets.Features({column: datasets.Value("string") for column in columns})
-        options = {"features": features, "keep_default_na": False}
-    return datasets.load_dataset(
-        LOADERS[files[0].suffix],
-        data_files={_base(source.split): [str(file) for file in files]},
-        split=source.split,
-        cache_dir=str(cache_dir),
-        **options,
+        return hub.split_files(source, split, cache_dir)
+    state = next((file for file in files if file.name == SAVED), None)
+    if state is None:
+        return files
+    return [state.parent / file["filename"] for file in json.loads(state.read_text())["_data_files"]]
+
+
+def _count(source: Source, split: str, cache_dir: Path | None) -> int:
+    return sum(
+        _count_file(file, file.stat().st_size, file.stat().st_mtime_ns, source.sample_by)
+        for file in _files(source, split, cache_dir) or []
     )
 
 
-def _base(split: str) -> str:
-    """train[:1000] → train"""
-    return split.partition("[")[0]
+@lru_cache
+def _count_file(file: Path, size: int, modified: int, sample_by: str) -> int:
+    if kind(file) in ("parquet", "arrow"):
+        return arrow_files.num_rows(file)
+    return sum(piece.num_rows for piece in _of_text(file, sample_by))
 
 
-def _saved(path: Path, split: str) -> Path | None:
-    """The folder in which `save_to_disk` put the split; None if it did not write this folder."""
-    if (path / "dataset_dict.json").is_file():
-        splits = json.loads((path / "dataset_dict.json").read_text())["splits"]
-        folder = path / split
-    elif (path / SAVED).is_file():
-        splits, folder = ["train"], path
-    else:
-        return None
-    if split not in splits:
-        raise UserError(f"{path}: the saved data set has no split {split!r}, only {', '.join(splits)}")
-    return folder
+def _cut(pieces: Iterator[Piece], begin: int, end: int) -> Iterator[Piece]:
+    position = 0
+    for piece in pieces:
+        if position >= end:
+            return
+        skip = max(begin - position, 0)
+        num_rows = min(piece.num_rows, end - position) - skip
+        position += piece.num_rows
+        if num_rows > 0:
+            yield replace(piece, skip=skip, num_rows=num_rows)
 
 
-def _split_files(folder: Path, split: str) -> list[Path]:
-    data_files = sorted(file for file in folder.iterdir() if file.suffix in LOADERS)
-    files = [file for file in data_files if file.stem == split or file.stem.startswith(f"{split}-")]
-    if not files:
-        names = ", ".join(file.name for file in data_files[:10]) or "no data file"
-        raise UserError(f"{folder}: no file for split {split!r} ({split}.jsonl or the like), only {names}")
-    if len({LOADERS[file.suffix] for file in files}) > 1:
-        names = ", ".join(file.name for file in files)
-        raise UserError(f"{folder}: split {split!r} is in several formats ({names}): give the path of one file")
-    return files
+def _of_files(files: list[Path], sample_by: str) -> Iterator[Piece]:
+    sizes = [file.stat().st_size for file in files]
+    before = 0
+    for file, size in zip(files, sizes, strict=True):
+        if size == 0:
+            raise UserError(f"{file}: the file is empty")
+        for piece in _of_arrow(file) if kind(file) in ("parquet", "arrow") else _of_text(file, sample_by):
+            yield replace(piece, share=(before + piece.share * size) / sum(sizes))
+        before += size
 
 
-def _check_encoding(file: Path) -> None:
-    with file.open("rb") as lines:
-        for number, line in enumerate(lines, 1):
-            try:
-                line.decode()
-            except UnicodeDecodeError as error:
-                byte = line[error.start]
-                raise UserError(
-                    f"{file}, line {number}: not UTF-8 (byte 0x{byte:02x}): save the file as UTF-8"
-                ) from error
+def _of_text(file: Path, sample_by: str) -> Iterator[Piece]:
+    with _readable(file):
+        form = layout(file, sample_by)
+        size = file.stat().st_size
+        with opened(file) as stream:
+            stream.read(form.begin)
+            held: list[Record] = []
+            first = 0
+
+            def piece() -> Piece:
+                begin = replace(form, begin=held[0].begin, line=held[0].line)
+                share = min(held[-1].end / size, 1.0)
+                return Piece(file, file.name, first, len(held), held[-1].end, share, 0, begin, tuple(held))
+
+            for record in records(stream, form, file):
+                if held and (len(held) == CHUNK or record.end - held[0].begin > CHUNK_BYTES):
+                    yield piece()
+                    first += len(held)
+                    held = []
+                held.append(record)
+            if held:
+                yield piece()
 
 
-def _fault(files: list[Path]) -> str | None:
-    """The first fault in files of JSON, with its line, as far as we can tell."""
-    for file in files:
-        if LOADERS.get(file.suffix) == "json" and file.name not in (SAVED, "dataset_info.json"):
-            with file.open(encoding="utf-8") as lines:
-                is_list = lines.readline().lstrip().startswith("[")
-            fault = _list_fault(file) if is_list else _lines_fault(file)
-            if fault:
-                return fault
-    return None
+def _of_arrow(file: Path) -> Iterator[Piece]:
+    first, num_rows = 0, arrow_files.num_rows(file)
+    for batch in arrow_files.batches(file, CHUNK, CHUNK_BYTES):
+        end = first + batch.num_rows
+        yield Piece(file, file.name, first, batch.num_rows, end, end / num_rows, held=arrow_files.to_bytes(batch))
+        first = end
 
 
-def _lines_fault(file: Path) -> str | None:
-    seen: dict[str, tuple[int, str]] = {}  # column → the first line that has it, and its type there
-    with file.open(encoding="utf-8") as lines:
-        for number, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except ValueError as error:
-                return f"{file}, line {number}: broken JSON ({_one_line(error)}): correct or remove the line"
-            if not isinstance(row, dict):
-                return f"{file}, line {number}: a row is a JSON object, not {_json_type(row)}"
-            for column, value in row.items():
-                if value is None:
-                    continue
-                first, kind = seen.setdefault(column, (number, _json_type(value)))
-                if kind != _json_type(value):
-                    return (
-                        f"{file}, line {number}: column {column!r} holds {_json_type(value)}, "
-                        f"but {kind} in line {first}: give it one type"
-                    )
-    return None
+def _of_dataset(source: Source) -> Iterator[Piece]:
+    rows = hub.dataset(source)
+    first = 0
+    for whole in rows.with_format("arrow").iter(CHUNK):
+        for batch in whole.combine_chunks().to_batches():
+            for part in arrow_files.slices(batch, CHUNK, CHUNK_BYTES):
+                end = first + part.num_rows
+                held = arrow_files.to_bytes(part)
+                yield Piece(Path(source.path), source.path, first, part.num_rows, end, end / len(rows), held=held)
+                first = end
 
 
-def _list_fault(file: Path) -> str | None:
+@contextmanager
+def _readable(file: Path) -> Iterator[None]:
+    """Makes errors of reading ones of the user's."""
     try:
-        rows = json.loads(file.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        return f"{file}, line {error.lineno}: broken JSON ({_one_line(error)})"
-    for number, row in enumerate(rows):
-        if not isinstance(row, dict):
-            return f"{file}, row {number}: a row is a JSON object, not {_json_type(row)}"
-    return None
-
-
-def _json_type(value: object) -> str:
-    kinds = {bool: "a boolean", int: "a number", float: "a number", str: "a string", list: "a list"}
-    return kinds.get(type(value), "an object")
-
-
-def _one_line(error: BaseException) -> str:
-    return re.sub(r"\s+", " ", str(error)).strip()[:300] or type(error).__name__
+        yield
+    except OSError as error:
+        if file.suffix not in COMPRESSIONS or error.errno is not None:
+            raise
+        raise UserError(f"{file}: the compressed file is broken ({error}): write it again") from error

@@ -161,9 +161,10 @@ def split_held_out(content: NDArray[np.uint64], size: float, seed: int) -> tuple
     """
     num_held_out = round(size * len(content)) if size < 1 else int(size)
     if not 0 < num_held_out < len(content):
+        number = f"data.val_size to a number of samples from 1 to {len(content) - 1}, " if len(content) > 1 else ""
         raise UserError(
-            f"{size:g} of {len(content)} samples cannot be held out for validation: set data.val_size to a "
-            f"share between 0 and 1 or a number from 1 to {len(content) - 1}"
+            f"{size:g} of {len(content)} sample{'s' * (len(content) != 1)} cannot be held out for validation: set "
+            f"{number}data.val_size=0 for none, or data.val_path to a file of other rows"
         )
     mixed = _mix(content, seed)
     held_out = mixed <= np.partition(mixed, num_held_out - 1)[num_held_out - 1]

@@ -1,0 +1,53 @@
+"""The day that a chat template sees. Some write today's date into each conversation (Llama 3.2, gpt-oss), and then a
+rendering is a function of its rows only if the clock stands still."""
+
+import json
+import re
+from collections.abc import Mapping
+from datetime import date, datetime
+
+CLOCK = "strftime_now"  # transformers' function for templates
+TODAY = "today"  # the one name in `model.template` that is ours: YYYY-MM-DD
+# A macro of the clock's name stands before the function. transformers passes a template nothing that can be called,
+# and trims the line break after a block, so that what follows still begins a line.
+MACRO = """\
+{%- macro strftime_now(format) -%}
+{%- set written = namespace(text=format) -%}
+{%- for code, value in CODES -%}{%- set written.text = written.text.replace(code, value) -%}{%- endfor -%}
+{{- written.text -}}
+{%- endmacro %}
+"""
+
+
+def reads_clock(chat_template: str | Mapping[str, str] | None) -> bool:
+    """Whether a chat template, or one of several by name, asks for the date."""
+    templates = chat_template.values() if isinstance(chat_template, Mapping) else [chat_template or ""]
+    return any(CLOCK in template for template in templates)
+
+
+def settled(
+    chat_template: str | Mapping[str, str] | None, template: Mapping[str, object], day: str
+) -> dict[str, object]:
+    """What of `model.template` decides a rendering: `today` is `day` where it isn't set, and left out where the chat
+    template doesn't ask for the date."""
+    arguments = {name: value for name, value in template.items() if name != TODAY}
+    return {**arguments, TODAY: template.get(TODAY) or day} if reads_clock(chat_template) else arguments
+
+
+def pinned(chat_template: str, template: Mapping[str, object]) -> tuple[str, dict[str, object]]:
+    """The chat template to render with, whose clock stands on `today` where that is given, and the arguments to render
+    it with: those of `model.template` without `today`."""
+    arguments = {name: value for name, value in template.items() if name != TODAY}
+    day = template.get(TODAY)
+    if not day or not reads_clock(chat_template):
+        return chat_template, arguments
+    midnight = datetime.fromisoformat(str(day))
+    codes = sorted(set(re.findall(r"%-?[A-Za-z]", chat_template)))
+    # %% last, by way of a sign that no format has: its second % begins no code.
+    values = [["%%", "\0"], *([code, midnight.strftime(code)] for code in codes), ["\0", "%"]]
+    return MACRO.replace("CODES", json.dumps(values)) + chat_template, arguments
+
+
+def today() -> str:
+    """This machine's day, YYYY-MM-DD."""
+    return date.today().isoformat()
