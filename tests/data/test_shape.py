@@ -1,11 +1,17 @@
 """Rows of every shape in use are found by themselves, or refused with what to set."""
 
+import json
+import re
 from collections.abc import Sequence
+from importlib import import_module
 from typing import Any
 
 import pytest
 
+from pages import PAGES, ROOT
+from sft.data.conversation import Conversation
 from sft.data.shape import find
+from sft.data.shapes import SHAPES
 from sft.errors import UserError
 
 CHAT = [{"role": "user", "content": "Name a lake."}, {"role": "assistant", "content": "Como is one of them."}]
@@ -205,3 +211,29 @@ def test_labels_of_good_and_bad_are_refused(row: dict[str, Any], label: Any) -> 
 
 def test_a_label_of_something_else_is_a_column_like_others() -> None:
     assert find("my.jsonl", [{"text": "abc", "label": True}], {})[0].typed() == "data=text"
+
+
+def examples() -> list[tuple[str, str, list[dict[str, Any]]]]:
+    """Each shape of the page: its heading, its name, and its lines."""
+    page = PAGES[ROOT / "docs" / "data.md"]
+    found = re.findall(r"^## ([^\n]+)\n\n`data=(\w+)`.*?```jsonl\n(.*?)```", page, re.S | re.M)
+    return [(heading, name, [json.loads(line) for line in lines.splitlines()]) for heading, name, lines in found]
+
+
+@pytest.mark.parametrize(("heading", "name", "rows"), examples(), ids=[name for _, name, _ in examples()])
+def test_the_examples_of_the_page_are_found_as_it_says(heading: str, name: str, rows: list[dict[str, Any]]) -> None:
+    assert len(rows) == 3
+    found, _ = find("my.jsonl", rows, {})
+    assert found.typed() == f"data={name}"
+    module, _, function = SHAPES[name].target.rpartition(".")
+    made = [getattr(import_module(module), function)(row, **found.arguments) for row in rows]
+    assert all(isinstance(each, Conversation) for each in made)
+
+
+def test_the_page_has_every_shape_and_every_reason() -> None:
+    assert {name for _, name, _ in examples()} == SHAPES.keys()
+    sources = "".join(path.read_text() for path in (ROOT / "src" / "sft" / "data").glob("*.py"))
+    raised = set(re.findall(r'(?:BadRow|Empty)\(\s*"(\w+)"', sources))
+    assert len(raised) > 30
+    explained = set(re.findall(r"`(\w+)`", PAGES[ROOT / "docs" / "data.md"].split("## Rows that are lost")[1]))
+    assert raised - explained == set()

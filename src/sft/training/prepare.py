@@ -81,7 +81,7 @@ def template_settings(
 
 def setup(config: DictConfig, start_step: int = 0, run: Run | None = None) -> Prepared:
     """Checks model, tokenizer and data against each other; builds or opens the token stores."""
-    if config.data.conversation._target_ == UNREAD:  # no command line has
+    if config.data.conversation._target_ == UNREAD:  # no command line has settled it
         settle_data(config)
     source = model_source(config)
     data_config = instantiate(config.data, _convert_="all")
