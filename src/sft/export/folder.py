@@ -113,7 +113,8 @@ def generation_config(
     stop_ids: list[int],
     log: Callable[[str], None] = print,
 ) -> GenerationConfig:
-    """The base model's, ending at `stop_ids`, and at the tokens at which that model ends. It keeps a sampling temperature, which is its author's advice.
+    """The base model's, ending at `stop_ids`, and at the tokens at which that model ends. It keeps a sampling
+    temperature, which is its author's advice.
 
     `log` gets a line if settings are left out. UserError if transformers can't use the base model's.
     """
