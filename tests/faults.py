@@ -3,10 +3,11 @@
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 
 from sft.data.batch import Batch
-from sft.data.mask import IGNORE
+from sft.data.labels import IGNORE
 from sft.model import loss
 from sft.proof import excerpt
 from sft.proof.cells import Cell
@@ -20,8 +21,9 @@ def mean_of_each_micro_batch() -> None:
 
     def training_step(self: SFTModule, batch: Batch, batch_idx: int) -> torch.Tensor:
         copies = self.trainer.world_size * self.trainer.accumulate_grad_batches
-        own = max(1, int((batch["labels"] != IGNORE).sum()))
-        return original(self, batch, batch_idx) * (batch["num_supervised"] / (copies * own))
+        weights = batch["weights"]
+        own = max(1, int((batch["labels"] != IGNORE).sum())) if weights is None else float(weights.sum())
+        return original(self, batch, batch_idx) * (batch["step_weight"] / (copies * own))
 
     SFTModule.training_step = training_step
 
@@ -98,9 +100,42 @@ def tokens_without_loss_counted() -> None:
 
     def __init__(self: excerpt.Excerpt, *arguments: Any) -> None:
         original(self, *arguments)
-        self.num_supervised = self.lengths
+        self.num_supervised = self.weight_sums = self.lengths
 
     excerpt.Excerpt.__init__ = __init__
+
+
+def weights_ignored() -> None:
+    excerpt.Excerpt.reweighted = lambda self, seed: self
+
+
+def weights_left_out_of_the_sum() -> None:
+    excerpt.Excerpt.weights = lambda self, index: None
+
+
+def weights_left_out_of_the_gradient() -> None:
+    original = loss.linear_nll
+
+    def linear_nll(hidden: torch.Tensor, weight: torch.Tensor, target_N: torch.Tensor, **weights: Any) -> torch.Tensor:
+        plain = original(hidden, weight, target_N)
+        return plain + (original(hidden, weight, target_N, **weights) - plain).detach()
+
+    loss.linear_nll = linear_nll
+
+
+def weights_left_out_of_the_divisor() -> None:
+    original = excerpt.Excerpt.__init__
+
+    def __init__(self: excerpt.Excerpt, *arguments: Any) -> None:
+        original(self, *arguments)
+        self.weight_sums = self.num_supervised
+
+    excerpt.Excerpt.__init__ = __init__
+
+
+def weight_of_the_token_before() -> None:
+    original = excerpt.Excerpt.weights
+    excerpt.Excerpt.weights = lambda self, index: np.roll(original(self, index), 1)
 
 
 def weights_decay_all() -> None:
@@ -161,12 +196,17 @@ def cell(
     resumed: bool = False,
     optimizer: str = "sgd",
     precision: str = "32-true",
+    weighted: bool = False,
 ) -> Cell:
-    return Cell(strategy, num_ranks, accumulation, packed, resumed, optimizer, precision)
+    return Cell(strategy, num_ranks, accumulation, packed, resumed, optimizer, precision, weighted=weighted)
+
+
+PLAIN, WEIGHTED = cell(accumulation=2, packed=True), cell(accumulation=2, packed=True, weighted=True)
+WEIGHTED_RANKS = cell("ddp", 2, 2, packed=True, weighted=True)
 
 
 FAULTS: dict[Callable[[], None], tuple[list[Cell], list[Cell]]] = {  # fault -> cells that fail, cells that pass
-    mean_of_each_micro_batch: ([cell("ddp", 2), cell(accumulation=2)], [cell()]),
+    mean_of_each_micro_batch: ([cell("ddp", 2), cell(accumulation=2), WEIGHTED, WEIGHTED_RANKS], [cell()]),
     divided_by_the_accumulation_again: ([cell(accumulation=4)], [cell()]),
     divided_by_the_accumulation_again_by_deepspeed: (
         [cell(f"deepspeed_zero{stage}", accumulation=2) for stage in (1, 2, 3)],
@@ -179,6 +219,11 @@ FAULTS: dict[Callable[[], None], tuple[list[Cell], list[Cell]]] = {  # fault -> 
     small_step_dropped: ([cell()], []),
     small_step_without_update: ([cell()], []),
     tokens_without_loss_counted: ([cell()], []),
+    weights_ignored: ([WEIGHTED], [PLAIN]),
+    weights_left_out_of_the_sum: ([WEIGHTED, WEIGHTED_RANKS], [PLAIN]),
+    weights_left_out_of_the_gradient: ([WEIGHTED], [PLAIN]),
+    weights_left_out_of_the_divisor: ([WEIGHTED, WEIGHTED_RANKS], [PLAIN]),
+    weight_of_the_token_before: ([WEIGHTED], []),
     weights_decay_all: ([cell()], [cell(optimizer="adamw")]),
     optimizer_forgotten_on_resume: (
         [cell(optimizer="adamw", resumed=True)],

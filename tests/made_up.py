@@ -2,12 +2,16 @@
 
 import weakref
 from itertools import accumulate
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from sft.data.mask import IGNORE
+from sft.data.labels import IGNORE
+from sft.data.rows import Source
+from sft.data.store import Store, sum_weights
 
 NUM_PROMPT = 2  # tokens without loss at the start of each of a pack's samples
 # A small model of any family.
@@ -35,11 +39,26 @@ def pack(lengths: list[int]) -> dict:
         "labels": labels,
         "position_ids": torch.cat([torch.arange(length) for length in lengths])[None],
         "predicting": (labels[0, 1:] != IGNORE).nonzero()[:, 0],
+        "weights": None,
         "cu_seqlens": torch.tensor(bounds, dtype=torch.int32),
         "max_seqlen": max(lengths),
-        "num_supervised": sum(length - NUM_PROMPT for length in lengths),
+        "step_weight": sum(length - NUM_PROMPT for length in lengths),
         "num_tokens": bounds[-1],
     }
+
+
+def drawn(labels: list[int]) -> list[float]:
+    """Weights of tokens' losses that differ within a sample and between samples, and whose mean isn't 1."""
+    return [0.0 if label == IGNORE else 0.5 + (place + len(labels)) % 4 for place, label in enumerate(labels)]
+
+
+def weigh(cache: Path) -> None:
+    """Gives the tokens of the only token store in a cache such weights."""
+    (folder,) = (path.parent for path in cache.glob("stores/*/meta.json"))
+    store = Store(folder, [Source("any")])
+    weights = np.concatenate([drawn(store[i][1].tolist()) for i in range(len(store))])
+    weights.astype(np.float32).tofile(folder / "weights.bin")
+    sum_weights(folder)
 
 
 class Weights:

@@ -71,7 +71,7 @@ def faults(place: Place, precision: str) -> tuple[str, dict[str, Any]]:
         # transformers' own attention, which is what a cache or a mask confuses.
         config, excerpt = prepare(composed(place, precision, "model.attention=sdpa"), folder)
         used = {cell for cells in table.values() for each in cells for cell in each}
-        keys = sorted({(cell.optimizer, cell.packed) for cell in used})
+        keys = sorted({cell.key for cell in used})
         references, config.trainer.gradient_clip_val = make_references(config, folder, excerpt, keys)
         for fault, (failing, passing) in table.items():
             begun = time.monotonic()

@@ -13,11 +13,12 @@ from omegaconf import DictConfig
 import faults
 import warm
 from faults import FAULTS, cell
+from made_up import drawn, weigh
 from running import Sft
 from sft.commands import certify
 from sft.config import CONF
 from sft.proof import cells
-from sft.proof.cells import STRATEGIES, Cell, all_cells
+from sft.proof.cells import STRATEGIES, Cell, Key, all_cells
 from sft.proof.certificate import Certificate
 from sft.proof.excerpt import Excerpt
 from sft.proof.rank_pool import seeing
@@ -26,7 +27,7 @@ from sft.proof.reference import Reference
 pytestmark = pytest.mark.xdist_group("certify")  # the plain loop is made once
 
 
-References = tuple[dict[tuple[str, bool], Reference], float]
+References = tuple[dict[Key, Reference], float]
 
 
 def composed(*overrides: str) -> DictConfig:
@@ -42,12 +43,13 @@ def made(folder: Path, chosen: list[Cell], before: Callable[[], None] | None = N
 
 @pytest.fixture(scope="module")
 def references(tmp_path_factory: pytest.TempPathFactory) -> References:
-    """The plain loop, by each optimizer and packed or not."""
+    """The plain loop, by each optimizer and packed or not, and once with weights."""
     warm.start()
     with seeing("cpu"):
         folder = tmp_path_factory.mktemp("references")
         config, excerpt = certify.prepare(composed(), folder)
-        return certify.make_references(config, folder, excerpt, list(product(("adamw", "sgd"), (False, True))))
+        keys = [*product(("adamw", "sgd"), (False, True), (False,)), ("sgd", True, True)]
+        return certify.make_references(config, folder, excerpt, keys)
 
 
 @pytest.fixture
@@ -55,7 +57,7 @@ def same_references(references: References, monkeypatch: pytest.MonkeyPatch) -> 
     """The loop is not made again: no fault is planted in it."""
     made, clip = references
 
-    def known(config: DictConfig, folder: Path, excerpt: Excerpt, keys: list[tuple[str, bool]]) -> References:
+    def known(config: DictConfig, folder: Path, excerpt: Excerpt, keys: list[Key]) -> References:
         return {key: made[key] for key in keys}, clip
 
     monkeypatch.setattr(certify, "make_references", known)
@@ -64,12 +66,15 @@ def same_references(references: References, monkeypatch: pytest.MonkeyPatch) -> 
 def test_matrix_is_whole() -> None:
     assert set(STRATEGIES) <= {path.stem for path in (CONF / "strategy").glob("*.yaml")}
     everything = all_cells()
-    assert len(set(everything)) == len(everything) == (1 + 5 * 3) * 24
+    assert len(set(everything)) == len(everything) == (1 + 5 * 3) * 25
     quick = all_cells(quick=True)
     assert set(quick) <= set(everything)
     assert {each.strategy for each in quick} == set(STRATEGIES)
     for name, values in {"num_ranks": {2}, "accumulation": {1, 2}, "packed": {True, False}}.items():
         assert {getattr(each, name) for each in quick if each.strategy == "ddp"} == values
+    assert [str(each) for each in quick if each.weighted] == [
+        "ddp-2ranks-accumulation2-packed-sgd-uninterrupted-weighted"
+    ]
     assert {each.strategy for each in all_cells(quick=True, max_ranks=1)} == set(STRATEGIES)
 
 
@@ -82,6 +87,7 @@ def test_quick_certificate_passes(sft: Sft, capfd: pytest.CaptureFixture[str]) -
     for reference in document["references"]:
         assert 0 < reference["num_clipped"] < 20
         assert reference["movement"] > 5e-3
+    assert [reference["weighted"] for reference in document["references"]].count(True) == 1
     assert "# Certificate passed" in Path("certificate/certificate.md").read_text()
 
 
@@ -162,6 +168,27 @@ def test_own_model_and_data(sft: Sft, model_folder: Path, data_file: Path, tmp_p
     assert certificate.model["num_attention_heads"] == 2 * certificate.model["num_key_value_heads"]
     assert certificate.model["tie_word_embeddings"]
     assert len(certificate.excerpt) in (51, 50, 49)  # of 60: three steps of 16 and a small one
+
+
+@pytest.mark.parametrize(
+    ("fault", "passes"),
+    [(None, True), (faults.weights_left_out_of_the_sum, False), (faults.weights_left_out_of_the_divisor, False)],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
+def test_own_data_with_weights(
+    fault: Callable[[], None] | None, passes: bool, model_folder: Path, data_file: Path, tmp_path: Path
+) -> None:
+    settings = (f"model.path={model_folder}", f"data.path={data_file}", "data.max_length=256", "data.num_workers=1",
+                f"data.cache_dir={tmp_path}/cache")  # fmt: skip
+    warm.start()
+    with seeing("cpu"):
+        certify.prepare(composed(*settings), tmp_path)
+    weigh(tmp_path / "cache")
+    certificate = made(tmp_path, [cell("ddp", 2, 2, packed=True)], fault, *settings)
+    assert certificate.passed is passes
+    _, labels = certificate.excerpt[0]
+    weights = certificate.excerpt.weights(0)
+    assert weights is not None and weights.tolist() == drawn(labels.tolist())
 
 
 def test_adapter_is_certified(tmp_path: Path) -> None:

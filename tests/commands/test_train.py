@@ -3,6 +3,7 @@
 import json
 import os
 from importlib.metadata import version
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import observers
+from made_up import drawn, weigh
 from runfiles import rows, weights
 from running import Sft
 from sft.checkpoint.checkpoint import complete
@@ -23,20 +25,24 @@ from sft.training.module import SFTModule
 SGD = ("optimizer=sgd", "optimizer.lr=0.5", "trainer.gradient_clip_val=null", "schedule=constant")
 
 
-def reference(
-    sft: Sft, steps: list[list[dict[str, list[int]]]], lr: float
-) -> tuple[list[float], dict[str, torch.Tensor]]:
+def weights_of(sample: dict[str, list]) -> list[float]:
+    """1 where there is loss, unless the sample brings weights."""
+    return sample.get("weights", [float(label != -100) for label in sample["labels"]])
+
+
+def reference(sft: Sft, steps: list[list[dict[str, list]]], lr: float) -> tuple[list[float], dict[str, torch.Tensor]]:
     """Losses and weights of a loop that shares no code with training: whole logits, a sample at a time, SGD by hand."""
     path = sft.settings[0].removeprefix("model.path=")
     model = AutoModelForCausalLM.from_pretrained(path, attn_implementation="eager").train()
     losses = []
     for step in steps:
-        count = sum(sum(label != -100 for label in sample["labels"]) for sample in step)
+        count = sum(sum(weights_of(sample)) for sample in step)
         total = torch.zeros(())
         for sample in step:
             logits = model(torch.tensor([sample["input_ids"]]), use_cache=False).logits[0, :-1]
             labels = torch.tensor(sample["labels"])[1:]
-            total = total + F.cross_entropy(logits, labels, reduction="sum", ignore_index=-100)
+            terms = F.cross_entropy(logits, labels, reduction="none", ignore_index=-100)
+            total = total + (torch.tensor(weights_of(sample))[1:] * terms).sum()
         model.zero_grad()
         (total / count).backward()
         losses.append(total.item() / count)
@@ -46,7 +52,7 @@ def reference(
     return losses, {name: parameter.detach() for name, parameter in model.named_parameters()}
 
 
-def planned(sft: Sft, num_steps: int, packing: bool = True) -> list[list[dict[str, list[int]]]]:
+def planned(sft: Sft, num_steps: int, packing: bool = True) -> list[list[dict[str, list]]]:
     """The samples of each step, from the step plan over what `sft preview` dumps."""
     from sft.data.step_plan import epoch_plan
 
@@ -71,6 +77,52 @@ def test_update_is_that_of_a_plain_loop(sft: Sft, micro_batch_size: int, packing
     assert made.keys() == expected.keys()
     for name, tensor in made.items():
         torch.testing.assert_close(tensor, expected[name], rtol=0, atol=2e-6, msg=name)
+
+
+@pytest.mark.parametrize("packing", [True, False], ids=["packed", "unpacked"])
+def test_weighted_update_is_that_of_a_plain_loop_however_it_is_shared_out(sft: Sft, packing: bool) -> None:
+    steps = planned(sft, 3, packing)
+    steps = [[sample | {"weights": drawn(sample["labels"])} for sample in step] for step in steps]
+    losses, expected = reference(sft, steps, lr=0.1)
+    weigh(sft.folder / "cache")
+    common = (*SGD, "optimizer.lr=0.1", f"data.packing={packing}", "data.val_size=0", "max_steps=3", "export=false")
+    for micro_batch_size in (1, 2, 4):
+        assert (
+            sft.train(f"run=accumulate-{4 // micro_batch_size}", f"micro_batch_size={micro_batch_size}", *common) == 0
+        )
+    two = ("micro_batch_size=1", "strategy=ddp", "trainer.devices=2", *common)
+    ended = sft.process("train", *sft.settings, "run=two-ranks", *two)
+    assert ended.code == 0, ended.output
+    for run in ("accumulate-1", "accumulate-2", "accumulate-4", "two-ranks"):
+        for row, loss in zip(rows(sft.run_folder(run)), losses, strict=True):
+            assert float(row["train/loss"]) == pytest.approx(loss, abs=2e-6)
+        for name, tensor in weights(sft.run_folder(run)).items():
+            torch.testing.assert_close(tensor, expected[name], rtol=0, atol=2e-6, msg=name)
+
+
+def test_validation_is_a_weighted_mean(sft: Sft, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert sft("preview", *sft.settings, "preview.packs=1") == 0
+    weigh(sft.folder / "cache")
+    batches: list[Batch] = []
+    original = SFTModule.validation_step
+
+    def validation_step(self: SFTModule, batch: Batch, batch_idx: int) -> None:
+        batches.append(batch)
+        original(self, batch, batch_idx)
+
+    monkeypatch.setattr(SFTModule, "validation_step", validation_step)
+    assert sft.train("run=run", "max_steps=1", "export=false", "micro_batch_size=1", "data.packing=false") == 0
+    model = AutoModelForCausalLM.from_pretrained(sft.settings[0].removeprefix("model.path="))
+    weighted, weight = 0.0, 0.0
+    for batch in batches:
+        for begin, end in pairwise(batch["cu_seqlens"].tolist()):
+            ids, labels = batch["input_ids"][:, begin:end], batch["labels"][0, begin:end].tolist()
+            log_probs = model(ids, use_cache=False).logits[0].log_softmax(-1)
+            of_tokens = drawn(labels)
+            weighted -= sum(of_tokens[t] * log_probs[t - 1, ids[0, t]].item() for t in range(1, len(of_tokens)))
+            weight += sum(of_tokens)
+    assert len(batches) == 2 * 3  # before and after the step
+    assert float(rows(sft.run_folder())[0]["val/loss"]) == pytest.approx(weighted / weight, abs=1e-5)
 
 
 def test_two_ranks_equal_one(sft: Sft) -> None:

@@ -62,6 +62,18 @@ def test_a_step_knows_its_tokens(lengths: np.ndarray) -> None:
     assert step.num_supervised == sum(lengths[i] // 2 for i in samples_of(step))
 
 
+def test_a_step_knows_its_weight(lengths: np.ndarray) -> None:
+    plain = plan_of(lengths).step(3)
+    assert type(plain.weight) is float and plain.weight == plain.num_supervised
+    sums = lengths * 0.25
+    weighted = epoch_plan(
+        lengths, lengths // 2, sums, seed=0, epoch=0, global_batch_size=8, max_length=MAX_LENGTH, packing=True
+    ).step(3)
+    assert weighted.weight == sum(lengths[i] / 4 for i in samples_of(weighted))
+    # Weights change neither which samples form a step nor how many tokens are counted.
+    assert (samples_of(weighted), weighted.num_supervised) == (samples_of(plain), plain.num_supervised)
+
+
 def test_the_plan_is_a_function_of_seed_and_epoch(lengths: np.ndarray) -> None:
     first = [samples_of(plan_of(lengths).step(k)) for k in range(3)]
     assert first == [samples_of(plan_of(lengths).step(k)) for k in range(3)]
@@ -125,7 +137,7 @@ def test_attention_cost_is_shared_evenly() -> None:
 def test_snake_order() -> None:
     """Costs 6 5 4 3 2 1 to two ranks: 6, 3, 2 and 5, 4, 1."""
     lengths = np.array([1, 2, 3, 4, 5, 6])
-    step = Step([np.array([i]) for i in range(6)], num_supervised=6, num_tokens=21)
+    step = Step([np.array([i]) for i in range(6)], num_supervised=6, weight=6, num_tokens=21)
     deal = [
         [lengths[samples].tolist() for samples in
          share(step, lengths, world_size=2, micro_batch_size=2, accumulation=2, rank=rank)]
@@ -135,7 +147,7 @@ def test_snake_order() -> None:
 
 
 def test_the_last_step_gives_every_rank_as_many_micro_batches() -> None:
-    step = Step([np.array([0])], num_supervised=1, num_tokens=2)
+    step = Step([np.array([0])], num_supervised=1, weight=1, num_tokens=2)
     shares = [
         share(step, np.array([2]), world_size=2, micro_batch_size=1, accumulation=2, rank=rank) for rank in range(2)
     ]

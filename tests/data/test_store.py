@@ -24,7 +24,8 @@ from sft.data import dataset as dataset_module
 from sft.data import ledger
 from sft.data import staging as staging_module
 from sft.data.conversation import messages, prompt_response
-from sft.data.mask import IGNORE, Sample, Tokenized
+from sft.data.labels import IGNORE, Sample
+from sft.data.mask import Tokenized
 from sft.data.rows import Source
 from sft.data.samples import Samples, columns_of
 from sft.data.staging import Staging
@@ -177,10 +178,10 @@ def test_one_bad_row_ends_nothing_whoever_reads_it(tmp_path: Path) -> None:
         file = rows_file(tmp_path / f"{number}.jsonl", bad)
         store = open_store(file, cache=tmp_path / "cache", num_workers=num_workers)
         assert len(store) == 2449
-        assert store.counts[0]["lost"] == {"empty_response": 50, "bad_row": 1}
-        why = "column 'response' holds {'a': 1} (dict), not a string"
+        assert store.counts[0]["lost"] == {"empty_response": 50, "not_a_text": 1}
+        why = "column 'response' holds {'a': 1} (dict), not a text"
         place = f"{number}.jsonl line {number + 1}"
-        assert store.counts[0]["examples"]["bad_row"] == [{"row": number, "place": place, "why": why}]
+        assert store.counts[0]["examples"]["not_a_text"] == [{"row": number, "place": place, "why": why}]
 
 
 def test_whatever_is_wrong_with_a_line_is_counted_by_reason_and_place(tmp_path: Path) -> None:
@@ -207,7 +208,7 @@ def test_whatever_is_wrong_with_a_line_is_counted_by_reason_and_place(tmp_path: 
 def test_a_fault_in_all_of_the_first_rows_is_one_of_the_settings(tmp_path: Path) -> None:
     file = rows_file(tmp_path / "a.jsonl", [{"prompt": "hi"}] * 1000 + many_rows(2000))
     with pytest.raises(
-        UserError, match=r"^all of the first 1,000 rows are lost: 1,000 bad_row \(a\.jsonl line 1, .*: no"
+        UserError, match=r"^all of the first 1,000 rows are lost: 1,000 no_column \(a\.jsonl line 1, .*: no"
     ):
         open_store(file, cache=tmp_path / "cache", max_lost=0.9)
     assert folders(tmp_path / "cache") == []

@@ -10,7 +10,7 @@ from transformers import Gemma2Config, Gemma2ForCausalLM, GraniteConfig, Granite
 
 from conftest import tiny_llama
 from made_up import NUM_PROMPT, pack
-from sft.data.mask import IGNORE
+from sft.data.labels import IGNORE
 from sft.model import attention, loss
 from sft.model.loss import head_is_plain_matrix, linear_nll, nll, token_log_probs
 
@@ -100,17 +100,77 @@ def test_gradient_by_hand() -> None:
     torch.testing.assert_close(weight.grad[:, 0], 3 * torch.stack([-by_row.sum(), by_row.sum()]))
 
 
-def test_chunks_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_weighted_gradient_by_hand() -> None:
+    # As above, with a third row. Each row's term, and so its gradient, is multiplied by its own weight.
+    hidden = torch.tensor([[0.5], [-1.0], [2.0]], requires_grad=True)
+    weight = torch.tensor([[1.0], [-1.0]], requires_grad=True)
+    weights = torch.tensor([0.25, 4.0, 0.0])
+    total = linear_nll(hidden, weight, torch.tensor([0, 0, 1]), weights)
+    (3 * total).backward()
+    p = torch.sigmoid(torch.tensor([1.0, -2.0]))
+    assert total.item() == pytest.approx(-(0.25 * p[0].log() + 4 * p[1].log()).item())
+    torch.testing.assert_close(hidden.grad[:2, 0], 3 * -2 * weights[:2] * (1 - p))
+    assert hidden.grad[2, 0] == 0
+    by_row = weights[:2] * (1 - p) * torch.tensor([0.5, -1.0])
+    torch.testing.assert_close(weight.grad[:, 0], 3 * torch.stack([-by_row.sum(), by_row.sum()]))
+
+
+def with_weights(batch: dict) -> dict:
+    """The same with weights from 0.25 to 3, whose mean isn't 1."""
+    generator = torch.Generator().manual_seed(2)
+    return batch | {"weights": 0.25 + 2.75 * torch.rand(len(batch["predicting"]), generator=generator)}
+
+
+@pytest.mark.parametrize("plain_head", [True, False])
+def test_weighted_pack_is_its_samples_alone(plain_head: bool, model: PreTrainedModel) -> None:
+    batch = with_weights(pack(LENGTHS))
+    total = nll(model, batch, plain_head=plain_head)
+    total.backward()
+    other, expected = plain(model), 0.0
+    of_samples = batch["weights"].split([length - NUM_PROMPT for length in LENGTHS])
+    for ids, weights in zip(samples(batch), of_samples, strict=True):
+        log_probs = other(ids, use_cache=False).logits[0, NUM_PROMPT - 1 : -1].log_softmax(-1)
+        term = -(weights * log_probs.gather(1, ids[0, NUM_PROMPT:, None])[:, 0]).sum()
+        term.backward()
+        expected += term.item()
+    assert total.item() == pytest.approx(expected, rel=1e-6)
+    of_other = dict(other.named_parameters())
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(parameter.grad, of_other[name].grad, rtol=1e-4, atol=4e-5, msg=name)
+
+
+@pytest.mark.parametrize("plain_head", [True, False])
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16], ids=["fp32", "autocast"])
+def test_equal_weights_are_a_factor(plain_head: bool, dtype: torch.dtype | None, model: PreTrainedModel) -> None:
+    results = []
+    for weight in (None, 1.0, 2.0):
+        batch = pack(LENGTHS)
+        batch["weights"] = None if weight is None else torch.full((len(batch["predicting"]),), weight)
+        model.zero_grad()
+        with torch.autocast("cpu", dtype, enabled=dtype is not None):
+            total = nll(model, batch, plain_head=plain_head)
+        total.backward()
+        results.append([total.detach(), *(parameter.grad.clone() for parameter in model.parameters())])
+    none, one, two = results
+    for without, ones, twos in zip(none, one, two, strict=True):
+        torch.testing.assert_close(ones, without, rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(twos, 2 * ones, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("weighted", [True, False])
+def test_chunks_change_nothing(weighted: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
     hidden, weight, target = torch.randn(100, 8), torch.randn(50, 8), torch.randint(0, 50, (100,))
+    weights = torch.rand(100) if weighted else None
     results = []
     for elements in (1, 10**9):  # at least 16 rows: 7 chunks, the last of 4; then one
         monkeypatch.setitem(loss.CHUNK_ELEMENTS, "cpu", elements)
         h, w = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
-        total = linear_nll(h, w, target)
+        total = linear_nll(h, w, target, weights)
         total.backward()
         results.append((total.detach(), h.grad, w.grad))
-    reference = F.cross_entropy(hidden @ weight.T, target, reduction="sum")
+    terms = F.cross_entropy(hidden @ weight.T, target, reduction="none")
+    reference = (terms if weights is None else terms * weights).sum()
     torch.testing.assert_close(results[0][0], reference)
     for one, other in zip(*results, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)

@@ -8,7 +8,8 @@ import pytest
 
 from settings import model_source
 from sft.data.conversation import Conversation
-from sft.data.mask import IGNORE, Tokenization
+from sft.data.labels import IGNORE
+from sft.data.mask import Tokenization
 from sft.errors import UserError
 
 WORDS = (

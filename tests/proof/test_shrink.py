@@ -13,12 +13,12 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from sft.commands import certify, rehearse
 from sft.config import CONF
-from sft.data.mask import IGNORE
+from sft.data.labels import IGNORE
 from sft.data.step_plan import epoch_plan
 from sft.errors import UserError
 from sft.proof import shrink
 from sft.proof.cells import steps
-from sft.proof.excerpt import LAST_STEP_PACKS, excerpt, made_up
+from sft.proof.excerpt import LAST_STEP_PACKS, Excerpt, excerpt, made_up
 from sft.proof.reference import check_order
 from sft.training.prepare import setup
 
@@ -133,8 +133,9 @@ def test_excerpt_numbers_ids_anew_and_prefers_short_samples() -> None:
     lengths = [300 if number % 3 == 0 else int(rng.integers(5, 40)) for number in range(90)]
     pairs = [(ids := 1000 * rng.integers(1, 50, length), np.where(np.arange(length) < 2, IGNORE, ids))
              for length in lengths]  # fmt: skip
-    taken = excerpt(pairs, np.array(lengths), 16)
+    taken = excerpt(Excerpt(pairs, 0), np.array(lengths), 16)
     assert taken.lengths.max() < 40
+    assert taken.weights(0) is None
     assert taken.vocab_size % 2 == 1 and taken.vocab_size <= 51
     ids, labels = taken[0]
     first = next(pair for pair in pairs if len(pair[0]) < 40)
@@ -143,9 +144,36 @@ def test_excerpt_numbers_ids_anew_and_prefers_short_samples() -> None:
     assert (labels[:2] == IGNORE).all() and (labels[2:] == ids[2:]).all()
 
 
-def test_excerpt_is_the_same_in_another_process() -> None:
+def test_excerpt_keeps_the_weights_of_the_data() -> None:
+    pairs = [(np.arange(length), np.array([IGNORE, *range(1, length)])) for length in range(3, 93)]
+    weights = [np.array([0, *[1 / length] * (length - 1)], dtype=np.float32) for length in range(3, 93)]
+    taken = excerpt(Excerpt(pairs, 0, weights), np.arange(3, 93), 16)
+    for number, length in enumerate(taken.lengths):
+        assert taken.weights(number).tolist() == [0, *[np.float32(1 / length)] * (length - 1)]
+    assert taken.weight_sums[0] == np.float64(np.float32(1 / 3)) * 2
+
+
+def test_drawn_weights_are_those_of_supervised_tokens() -> None:
+    plain = made_up(seed=1, global_batch_size=16)
+    weighted = plain.reweighted(5)
+    assert plain.weights(0) is None and (plain.weight_sums == plain.num_supervised).all()
+    for number, (_, labels) in enumerate(weighted.pairs):
+        weights = weighted.weights(number)
+        assert weights.dtype == np.float32 and ((weights > 0) == (labels != IGNORE)).all()
+        assert weighted.weight_sums[number] == weights.sum(dtype=np.float64)
+    # Of another mean than 1, and unequal within a sample: a step that forgets one of them can't be right.
+    assert weighted.weight_sums.sum() > 1.3 * plain.num_supervised.sum()
+    assert (plain.reweighted(5).weights(3) == weighted.weights(3)).all()
+    assert not (plain.reweighted(6).weights(3) == weighted.weights(3)).all()
+
+
+@pytest.mark.parametrize("weighted", [True, False])
+def test_excerpt_is_the_same_in_another_process(weighted: bool) -> None:
     samples = made_up(seed=1, global_batch_size=16)
+    samples = samples.reweighted(0) if weighted else samples
     copy = pickle.loads(pickle.dumps(samples))
+    assert (copy.weight_sums == samples.weight_sums).all()
+    assert [copy.weights(7) is None, np.array_equal(copy.weights(7), samples.weights(7))] == [not weighted, True]
     assert copy.max_length == samples.max_length and len(copy) == len(samples)
     for one, other in zip(samples.pairs, copy.pairs, strict=True):
         assert (one[0] == other[0]).all() and (one[1] == other[1]).all()

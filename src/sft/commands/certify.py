@@ -9,8 +9,9 @@
   sft certify precision=bf16-mixed device=gpu
       in bf16 (the loop stays in fp32), and on this machine's GPUs instead of its processor
 
-Cells: strategy x ranks x accumulation x packed or not x uninterrupted or resumed x SGD or AdamW. Each cell is a fit by
-the code of sft train in processes of this machine. It is compared with a loop that shares no code with it: the loss of
+Cells: strategy x ranks x accumulation x packed or not x uninterrupted or resumed x SGD or AdamW, and for each strategy
+and number of ranks one whose tokens have weights. Each cell is a fit by the code of sft train in processes of this
+machine. It is compared with a loop that shares no code with it: the loss of
 every step, and the weights after the last one. The certificate is certificates/NAME/certificate.json and .md. The exit
 code is 0 only if every cell passes.
 """
@@ -36,7 +37,7 @@ from rich.console import Console
 from sft.errors import UserError
 from sft.proof import cells as matrix
 from sft.proof import reference
-from sft.proof.cells import GLOBAL_BATCH_SIZE, NUM_STEPS, RESUME_AT, Cell, CellResult, compare, run_cell
+from sft.proof.cells import GLOBAL_BATCH_SIZE, NUM_STEPS, RESUME_AT, Cell, CellResult, Key, compare, run_cell
 from sft.proof.certificate import Certificate
 from sft.proof.excerpt import Excerpt, excerpt, made_up
 from sft.proof.rank_pool import Pool, RankError, seeing, share_out
@@ -48,8 +49,6 @@ from sft.training.prepare import quiet, setup
 NUM_ROWS = 2000  # of the data, of which a few samples are taken
 # The configuration of a made-up Llama.
 MADE_UP = {"num_attention_heads": 9, "num_key_value_heads": 3, "hidden_size": 72, "tie_word_embeddings": True}
-
-Key = tuple[str, bool]  # optimizer, packed: what a reference depends on
 
 
 def main(config: DictConfig) -> None:
@@ -84,7 +83,7 @@ def certify(
     """Runs the cells in `folder`; `before` is called in each rank's process first."""
     started = time.monotonic()
     config, samples = prepare(config, folder)
-    keys = sorted({(cell.optimizer, cell.packed) for cell in cells})
+    keys = sorted({cell.key for cell in cells})
     references, config.trainer.gradient_clip_val = make_references(config, folder, samples, keys)
     results: list[CellResult] = []
     for (num_ranks, strategy), group in groupby(cells, lambda cell: cell.group):
@@ -135,16 +134,17 @@ def make_references(
         raise AssertionError("the step plan takes a sample twice in an epoch, or leaves one out")
 
     def run_loop(pool: Pool, key: Key, clip: float, num_steps: int = NUM_STEPS) -> Reference:
-        optimizer, packed = key
-        pairs = [[samples[index] for index in step] for step in steps[packed][:num_steps]]
+        optimizer, packed, weighted = key
+        of_cell = matrix.samples_of(samples, weighted, config.seed)
+        in_steps = [[of_cell.weighted_sample(index) for index in step] for step in steps[packed][:num_steps]]
         make_optimizer = instantiate(config.optimizers[optimizer], _convert_="all")
-        arguments = (folder / "model", pairs, make_optimizer, schedule, clip, lora, config.seed)
+        arguments = (folder / "model", in_steps, make_optimizer, schedule, clip, lora, config.seed)
         return pool(reference.train, *arguments, timeout=600)
 
     pools = [Pool(1, folder / f"reference-{number}", config.device) for number in range(min(4, num_cores()))]
     try:
         # The median norm of the first steps, so that some steps are clipped and some are not.
-        clip = float(np.median(run_loop(pools[0], ("sgd", False), float("inf"), num_steps=8).grad_norms))
+        clip = float(np.median(run_loop(pools[0], ("sgd", False, False), float("inf"), num_steps=8).grad_norms))
         references = share_out(pools, keys, lambda pool, key: run_loop(pool, key, clip))
     except RankError as error:
         raise UserError(f"the plain loop can't train this model ({error}): name another with model.path") from error
@@ -170,7 +170,7 @@ def run_group(
             begun = time.monotonic()
             try:
                 outcome = pool(run_cell, config, folder, samples, cell, timeout=config.cell_timeout)
-                result = compare(cell, outcome, references[cell.optimizer, cell.packed])
+                result = compare(cell, outcome, references[cell.key])
             except (RankError, OSError) as error:
                 result = CellResult(cell, error=str(error))
             results.append(replace(result, seconds=time.monotonic() - begun))

@@ -23,7 +23,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from sft.commands.export import try_export
-from sft.data.mask import IGNORE
+from sft.data.labels import IGNORE
 from sft.errors import UserError
 from sft.proof.rehearsal import Failed, Mistaken, run_command
 from sft.proof.shrink import first_rows, shrink

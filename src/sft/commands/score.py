@@ -20,7 +20,7 @@ from omegaconf import DictConfig
 from transformers import AutoTokenizer, PreTrainedModel
 
 from sft.data.batch import make_batch, to_device
-from sft.data.mask import IGNORE
+from sft.data.labels import IGNORE
 from sft.data.rows import first_rows
 from sft.data.shape import NUM_ROWS
 from sft.data.shapes import check_columns

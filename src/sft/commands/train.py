@@ -1,9 +1,10 @@
 """sft train: fine-tune a model on prompts and responses. The same command again resumes an unfinished run.
 
   sft train model.path=Qwen/Qwen3-0.6B data.path=my.jsonl
-      columns `prompt` and `response`; others: data.conversation.prompt=question data.conversation.response=answer
+      rows of any shape in docs/data.md: the first line says which; columns of another name are set, as in
+      data.conversation.prompt=topic data.conversation.response=essay
   sft train data=messages data.path=chats.jsonl model.path=...
-      rows of chat messages; conf/data/ has all row shapes
+      rows of chat messages, whatever else they look like; conf/data/ has all row shapes
   sft train experiment=gsm8k optimizer.lr=1e-5 epochs=2
       a recipe of conf/experiment/ with changes of your own
   sft train -m optimizer.lr=1e-5,2e-5 ...

@@ -8,7 +8,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from sft.data.mask import IGNORE
+from sft.data.labels import IGNORE
 
 
 class Batch(TypedDict):
@@ -18,9 +18,10 @@ class Batch(TypedDict):
     labels: Tensor  # int64 [1, T], aligned with input_ids; IGNORE where there is no loss
     position_ids: Tensor  # int64 [1, T], from 0 in every sample, which keeps samples apart
     predicting: Tensor  # int64 [N]: positions whose next token is supervised, found here without a device
+    weights: Tensor | None  # float32 [N]: of each supervised token's loss; None: all 1
     cu_seqlens: Tensor  # int32 [num_samples + 1]: sample s is tokens cu_seqlens[s] to cu_seqlens[s + 1]
     max_seqlen: int  # tokens of the longest sample
-    num_supervised: int  # supervised tokens of the whole global step, all ranks and micro-batches
+    step_weight: float  # sum of weights of the whole global step, all ranks and micro-batches: its loss's divisor
     num_tokens: int  # tokens of this micro-batch; 0 if it is empty
 
 
@@ -29,16 +30,22 @@ class SampleSet(Protocol):
 
     def __getitem__(self, index: int, /) -> tuple[NDArray[np.int32], NDArray[np.int32]]: ...
 
+    def weights(self, index: int, /) -> NDArray[np.float32] | None:
+        """Of each token's loss, [tokens], 0 where there is none. None, for all samples: supervised tokens weigh 1."""
+
     @property
     def lengths(self) -> NDArray[np.int32]: ...  # [num_samples], tokens
 
     @property
     def num_supervised(self) -> NDArray[np.int32]: ...  # [num_samples], tokens with loss
 
+    @property
+    def weight_sums(self) -> NDArray[np.float64] | NDArray[np.int32]: ...  # [num_samples], of tokens with loss
+
     def __len__(self) -> int: ...
 
 
-def make_batch(samples: SampleSet, indices: NDArray[np.int64], step_num_supervised: int) -> Batch:
+def make_batch(samples: SampleSet, indices: NDArray[np.int64], step_weight: float) -> Batch:
     """Lays `samples[indices]` end to end.
 
     No indices give one token without loss: the rank still runs forward and backward, as the collectives of the others
@@ -50,15 +57,19 @@ def make_batch(samples: SampleSet, indices: NDArray[np.int64], step_num_supervis
         pairs = [(np.zeros(1, dtype=np.int32), np.full(1, IGNORE, dtype=np.int32))]
     lengths = [len(ids) for ids, _ in pairs]
     labels = np.concatenate([labels for _, labels in pairs]).astype(np.int64)
+    # The first token of a sample is never supervised, so the shift by one never crosses two samples of a row.
+    predicting = np.flatnonzero(labels[1:] != IGNORE)
+    weights = [weights for i in indices if (weights := samples.weights(int(i))) is not None]
+    assert len(weights) in (0, len(indices)), "weights of some samples and not of others"
     return {
         "input_ids": _row([ids for ids, _ in pairs]),
         "labels": torch.from_numpy(labels)[None],
         "position_ids": _row([np.arange(length) for length in lengths]),
-        # The first token of a sample is never supervised, so the shift by one never crosses two samples of a row.
-        "predicting": torch.from_numpy(np.flatnonzero(labels[1:] != IGNORE)),
+        "predicting": torch.from_numpy(predicting),
+        "weights": torch.from_numpy(np.concatenate(weights)[predicting + 1]) if weights else None,
         "cu_seqlens": torch.from_numpy(np.cumsum([0, *lengths], dtype=np.int32)),
         "max_seqlen": max(lengths),
-        "num_supervised": step_num_supervised,
+        "step_weight": step_weight,
         "num_tokens": num_tokens,
     }
 

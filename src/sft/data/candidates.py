@@ -27,6 +27,7 @@ class Found(NamedTuple):
         """As a person types it."""
         defaults = SHAPES[self.name].arguments
         own = {key: value for key, value in self.arguments.items() if value != defaults[key]}
+        own |= {key: str(value).lower() for key, value in own.items() if isinstance(value, bool)}
         return " ".join([f"data={self.name}", *(f"data.conversation.{key}={value}" for key, value in own.items())])
 
 

@@ -20,6 +20,7 @@ from sft.data import (
     encoding,
     hub,
     json_records,
+    labels,
     mask,
     message,
     outline,
@@ -52,6 +53,7 @@ MASK_CODE: tuple[ModuleType, ...] = (
     outline,
     pieces,
     encoding,
+    labels,
     mask,
 )
 RACY_SECONDS = 2.0  # of modification times, on the coarsest file systems

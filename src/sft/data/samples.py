@@ -11,7 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sft.data.conversation import Conversation, Empty, RowFunction
-from sft.data.mask import IGNORE, Sample, Tokenization, Tokenized
+from sft.data.labels import IGNORE, Sample
+from sft.data.mask import Tokenization, Tokenized
 from sft.data.rows import Piece, Row
 from sft.data.store import DTYPES
 from sft.errors import BadRow, UserError

@@ -78,8 +78,8 @@ COLUMNS = {key for shape in SHAPES.values() for key in (*shape.required, *shape.
 def check_columns(
     where: str, rows: Sequence[Row], function: str, arguments: Mapping[str, object], advice: str | None = None
 ) -> None:
-    """UserError if none of the first rows has a column that the row function needs, or that was named. `advice`: what to
-    do, instead of a setting for the columns that there are."""
+    """UserError if none of the first rows has a column that the row function needs, or that was named.
+    `advice`: what to do, where that is no setting."""
     shape = next((shape for shape in SHAPES.values() if shape.target == function), None)
     named = list(dict.fromkeys(column for row in rows for column in row))
     if shape is None or not rows:

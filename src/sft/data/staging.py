@@ -22,7 +22,7 @@ import numpy as np
 
 from sft.data.ledger import Counts
 from sft.data.samples import Samples
-from sft.data.store import DTYPES
+from sft.data.store import DTYPES, sum_weights
 from sft.errors import UserError
 from sft.runs.files import fsync, write_json
 
@@ -81,8 +81,9 @@ class Staging:
             self._remove()
 
     def write(self, samples: Samples) -> None:
-        """Appends them. `progress` must count them afterwards."""
+        """Appends them. `progress` must count their rows afterwards."""
         offsets = self.progress.num_tokens + np.cumsum(samples.lengths, dtype=np.int64)
+        self.progress.num_tokens += int(samples.lengths.sum(dtype=np.int64))
         if samples.weights is not None and WEIGHTS not in self._files:
             self._begin_weights()
         for name, values in {**samples.columns, "offsets": offsets.tobytes()}.items():
@@ -106,6 +107,7 @@ class Staging:
         """Makes the store appear, whole."""
         for file in self._files.values():
             file.close()
+        sum_weights(self.store)
         (self.store / "meta.json").write_text(json.dumps(meta, indent=1))
         for path in (*self.store.iterdir(), self.store):
             fsync(path)

@@ -4,8 +4,8 @@
                                                                   └→ share(step): rank → its micro-batches
 
 All of it is a function of (lengths, seed, epoch, global batch size). Ranks and accumulation only share a step out. So
-a run resumes at its exact next sample on any number of GPUs, and the number of supervised tokens of a step is known
-before its first forward pass.
+a run resumes at its exact next sample on any number of GPUs, and what the loss of a step is divided by, the number
+of its supervised tokens or the sum of their weights, is known before its first forward pass.
 """
 
 from dataclasses import dataclass
@@ -23,6 +23,7 @@ class Step:
 
     packs: list[NDArray[np.int64]]  # each [num_samples in the pack]: indices of samples
     num_supervised: int
+    weight: float  # the sum of the weights of the supervised tokens; their number where all weigh 1
     num_tokens: int
 
 
@@ -33,6 +34,7 @@ class EpochPlan:
     packs: list[NDArray[np.int64]]  # in the order of training
     lengths: NDArray[np.int32]  # [num_samples], tokens
     num_supervised: NDArray[np.int32]  # [num_samples], tokens
+    weight_sums: NDArray[np.float64] | NDArray[np.int32]  # [num_samples], of the supervised tokens of each
     global_batch_size: int
 
     @property
@@ -46,6 +48,7 @@ class EpochPlan:
         return Step(
             packs=packs,
             num_supervised=int(self.num_supervised[samples].sum(dtype=np.int64)),
+            weight=float(self.weight_sums[samples].sum(dtype=np.float64)),
             num_tokens=int(self.lengths[samples].sum(dtype=np.int64)),
         )
 
@@ -53,6 +56,7 @@ class EpochPlan:
 def epoch_plan(
     lengths: NDArray[np.int32],
     num_supervised: NDArray[np.int32],
+    weight_sums: NDArray[np.float64] | NDArray[np.int32] | None = None,
     *,
     seed: int,
     epoch: int,
@@ -60,11 +64,14 @@ def epoch_plan(
     max_length: int,
     packing: bool,
 ) -> EpochPlan:
-    """The plan of one epoch. Without packing each sample is a pack of its own."""
+    """The plan of one epoch. Without packing each sample is a pack of its own; without the sums of the samples' weights
+    every supervised token weighs 1."""
     rng = np.random.default_rng([seed, epoch])
     # Permuted before packing too, so that samples of equal length share a pack with others every epoch.
     packs = _packs(lengths, rng.permutation(len(lengths)), max_length, packing)
-    return EpochPlan([packs[i] for i in rng.permutation(len(packs))], lengths, num_supervised, global_batch_size)
+    packs = [packs[i] for i in rng.permutation(len(packs))]
+    sums = num_supervised if weight_sums is None else weight_sums
+    return EpochPlan(packs, lengths, num_supervised, sums, global_batch_size)
 
 
 def _packs(

@@ -8,7 +8,11 @@
         num_supervised.bin    int32 [num_samples]
         rows.bin              int64 [num_samples]      the row of its source that a sample came from
         content.bin           uint64 [num_samples]     a hash of all samples of that row
+        weights.bin           float32 [num_tokens]     of each token's loss, 0 where there is none
+        weight_sums.bin       float64 [num_samples]    the sum of a sample's weights
         meta.json             the ledger
+
+The weights are there only if a row brings some; without them every supervised token weighs 1.
 
 `build` writes a store in a folder of its own and renames it once complete, so it is there whole or not at all; if
 several processes build the same one, the first wins. No file locks: some cluster file systems ignore them.
@@ -22,8 +26,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from sft.data.labels import IGNORE
 from sft.data.ledger import Counts, SourceCounts
-from sft.data.mask import IGNORE
 from sft.data.rows import Source
 
 DTYPES = {
@@ -35,6 +39,8 @@ DTYPES = {
     "rows": "int64",
     "content": "uint64",
 }
+WEIGHT_DTYPES = {"weights": "float32", "weight_sums": "float64"}
+SAMPLES_AT_ONCE = 2**10  # whose weights are summed, in float64
 
 
 class Store:
@@ -50,19 +56,23 @@ class Store:
             {"source": str(source), **of_source} for source, of_source in zip(sources, counts, strict=True)
         ]
         self._source_ends = np.cumsum([of_source["tokens"] for of_source in counts])
+        dtypes = DTYPES | WEIGHT_DTYPES if (folder / "weights.bin").exists() else DTYPES
         arrays = {
-            name: np.asarray(np.memmap(folder / f"{name}.bin", dtype, mode="r")) for name, dtype in DTYPES.items()
+            name: np.asarray(np.memmap(folder / f"{name}.bin", dtype, mode="r")) for name, dtype in dtypes.items()
         }
         self.lengths: NDArray[np.int32] = arrays["lengths"]  # [num_samples], tokens
         self.num_supervised: NDArray[np.int32] = arrays["num_supervised"]  # [num_samples], tokens
+        # [num_samples]: the sum of the weights of a sample's supervised tokens; their number where all weigh 1
+        self.weight_sums: NDArray[np.float64] | NDArray[np.int32] = arrays.get("weight_sums", self.num_supervised)
         self.content: NDArray[np.uint64] = arrays["content"]  # [num_samples], equal for equal rows
         self._begins, self._rows = arrays["offsets"][:-1], arrays["rows"]  # both [num_samples]
         self._input_ids, self._supervised = arrays["input_ids"], arrays["supervised"]  # both [num_tokens]
+        self._weights: NDArray[np.float32] | None = arrays.get("weights")  # [num_tokens]
 
     def subset(self, indices: NDArray[np.int64]) -> "Store":
         """The samples at these indices alone, in this order."""
         subset = copy(self)
-        for name in ("lengths", "num_supervised", "content", "_begins", "_rows"):
+        for name in ("lengths", "num_supervised", "weight_sums", "content", "_begins", "_rows"):
             setattr(subset, name, getattr(self, name)[indices])
         return subset
 
@@ -77,6 +87,10 @@ class Store:
         input_ids = self._input_ids[begin:end]
         return input_ids, np.where(self._supervised[begin:end], input_ids, np.int32(IGNORE))
 
+    def weights(self, i: int) -> NDArray[np.float32] | None:
+        """Of each token's loss, [length], 0 where there is none; None: every supervised token weighs 1."""
+        return None if self._weights is None else self._weights[self._begins[i] : self._begins[i] + self.lengths[i]]
+
     def source(self, i: int) -> str:
         """Name of the source that sample i came from."""
         number = int(np.searchsorted(self._source_ends, self._begins[i], side="right"))
@@ -85,3 +99,17 @@ class Store:
     def row(self, i: int) -> int:
         """Number, counted from 0, of the row of its source that sample i came from."""
         return int(self._rows[i])
+
+
+def sum_weights(folder: Path) -> None:
+    """Writes `weight_sums.bin` of a store that is being built, if it has `weights.bin`."""
+    if not (folder / "weights.bin").exists():
+        return
+    weights = np.memmap(folder / "weights.bin", WEIGHT_DTYPES["weights"], mode="r")
+    offsets = np.memmap(folder / "offsets.bin", DTYPES["offsets"], mode="r")
+    with (folder / "weight_sums.bin").open("wb") as file:
+        for first in range(0, len(offsets) - 1, SAMPLES_AT_ONCE):
+            bounds = offsets[first : first + SAMPLES_AT_ONCE + 1]
+            of_samples = weights[bounds[0] : bounds[-1]]
+            sums = np.add.reduceat(of_samples, bounds[:-1] - bounds[0], dtype=WEIGHT_DTYPES["weight_sums"])
+            file.write(sums.tobytes())

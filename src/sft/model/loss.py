@@ -2,6 +2,8 @@
 
     sum over samples of log Pr(y | x) = sum over supervised positions t of log p(token t | tokens before t)
 
+Where the data have weights, each term is multiplied by its token's.
+
 The backbone runs over every token, the head at supervised positions only. Where the head is one matrix the
 logits are never held whole: each chunk of rows is turned into its loss and its gradients at once (the idea of
 Liger-Kernel's fused linear cross-entropy, arXiv 2410.10989), so that peak memory doesn't grow with the number
@@ -44,7 +46,7 @@ def model_inputs(batch: Batch) -> dict[str, object]:
 
 
 def nll(model: PreTrainedModel, batch: Batch, *, plain_head: bool) -> Tensor:
-    """Sum of −log p of the batch's supervised tokens, float32 scalar.
+    """Sum of weight · −log p over the batch's supervised tokens, float32 scalar.
 
     The loss is computed in the place of the head, within the model's own forward pass: a strategy that shards the
     weights gathers them by hooks on the modules it calls. The head is called once a batch, on every rank, also where
@@ -54,12 +56,14 @@ def nll(model: PreTrainedModel, batch: Batch, *, plain_head: bool) -> Tensor:
         plain_head: whether the head is a plain matrix (`head_is_plain_matrix`); else the model makes its logits.
     """
     position_N = batch["predicting"]
-    target_N = batch["labels"][0, position_N + 1]
+    target_N, token_weight_N = batch["labels"][0, position_N + 1], batch["weights"]
     inputs = model_inputs(batch)
     if not plain_head:
         logits_NV = model(**inputs, logits_to_keep=position_N).logits[0]
-        return F.cross_entropy(logits_NV.float(), target_N, reduction="sum")
-    with head_replaced(model, partial(linear_nll, target_N=target_N)):
+        if token_weight_N is None:
+            return F.cross_entropy(logits_NV.float(), target_N, reduction="sum")
+        return -(_log_probs(logits_NV, target_N) * token_weight_N).sum()
+    with head_replaced(model, partial(linear_nll, target_N=target_N, token_weight_N=token_weight_N)):
         return model(**inputs, logits_to_keep=position_N).logits
 
 
@@ -141,12 +145,13 @@ def _log_probs(logits_NV: Tensor, target_N: Tensor) -> Tensor:
     return -F.cross_entropy(logits_NV.float(), target_N, reduction="none")
 
 
-def linear_nll(hidden_NC: Tensor, weight_VC: Tensor, target_N: Tensor) -> Tensor:
-    """Sum of −log softmax(hidden @ weight.T)[target], float32 scalar; 0, with a graph, where N = 0."""
+def linear_nll(hidden_NC: Tensor, weight_VC: Tensor, target_N: Tensor, token_weight_N: Tensor | None = None) -> Tensor:
+    """Sum of −log softmax(hidden @ weight.T)[target], each term times its token's weight if there are any; float32
+    scalar; 0, with a graph, where N = 0."""
     dtype = weight_VC.dtype
     if torch.is_autocast_enabled(hidden_NC.device.type):
         dtype = torch.get_autocast_dtype(hidden_NC.device.type)
-    return _LinearNLL.apply(hidden_NC, weight_VC, target_N, dtype, torch.is_grad_enabled())
+    return _LinearNLL.apply(hidden_NC, weight_VC, target_N, token_weight_N, dtype, torch.is_grad_enabled())
 
 
 def _chunk_rows(hidden: Tensor, num_vocab: int) -> int:
@@ -154,11 +159,17 @@ def _chunk_rows(hidden: Tensor, num_vocab: int) -> int:
 
 
 class _LinearNLL(torch.autograd.Function):
-    """Loss and gradients of one chunk of rows at a time; d(−log p)/d(logits) = softmax − one-hot."""
+    """Loss and gradients of one chunk of rows at a time; d(w · −log p)/d(logits) = w · (softmax − one-hot)."""
 
     @staticmethod
     def forward(
-        ctx: Any, hidden_NC: Tensor, weight_VC: Tensor, target_N: Tensor, dtype: torch.dtype, with_grad: bool
+        ctx: Any,
+        hidden_NC: Tensor,
+        weight_VC: Tensor,
+        target_N: Tensor,
+        token_weight_N: Tensor | None,
+        dtype: torch.dtype,
+        with_grad: bool,
     ) -> Tensor:
         need_hidden = with_grad and ctx.needs_input_grad[0]
         need_weight = with_grad and ctx.needs_input_grad[1]
@@ -177,11 +188,16 @@ class _LinearNLL(torch.autograd.Function):
             logits -= logits.amax(dim=-1, keepdim=True)
             logit_of_target = logits.gather(1, target)
             normalizer = logits.exp_().sum(dim=-1, keepdim=True)
-            total += (normalizer.log() - logit_of_target).sum()
+            nll_of_target, scale = normalizer.log() - logit_of_target, torch.ones_like(normalizer)
+            if token_weight_N is not None:
+                scale = token_weight_N[chunk, None]
+                nll_of_target *= scale
+                normalizer /= scale  # so that the softmax comes out weighted, without a pass of its own
+            total += nll_of_target.sum()
             if not (need_hidden or need_weight):
                 continue
             softmax = logits.div_(normalizer)
-            grad = softmax.scatter_add_(1, target, -torch.ones_like(normalizer)).to(dtype)
+            grad = softmax.scatter_add_(1, target, -scale).to(dtype)
             if grad_hidden is not None:
                 grad_hidden[chunk] = grad @ weight
             if grad_weight is not None:
@@ -201,4 +217,4 @@ class _LinearNLL(torch.autograd.Function):
         for grad in (grad_hidden, grad_weight):
             if grad is not None:
                 grad.mul_(grad_output.to(grad.dtype))
-        return grad_hidden, grad_weight, None, None, None
+        return grad_hidden, grad_weight, None, None, None, None

@@ -30,6 +30,8 @@ GPU_WEIGHT_TOLERANCE = 1e-5  # the order of a GPU's sums is another, and varies 
 BF16_LOSS_TOLERANCE, BF16_CHANGE_TOLERANCE = 5e-3, 5e-2
 LEAST_MOVEMENT = 1e-3  # a hundred tolerances: equal weights prove nothing if they hardly moved
 
+Key = tuple[str, bool, bool]  # optimizer, packed, weighted
+
 
 @dataclass(frozen=True)
 class Cell:
@@ -43,6 +45,12 @@ class Cell:
     optimizer: str
     precision: str = "32-true"
     device: str = "cpu"
+    weighted: bool = False
+
+    @property
+    def key(self) -> Key:
+        """What the reference depends on."""
+        return self.optimizer, self.packed, self.weighted
 
     @property
     def group(self) -> tuple[int, str]:
@@ -71,6 +79,7 @@ class Cell:
         start = "resumed" if self.resumed else "uninterrupted"
         return (
             f"{self.strategy}-{self.num_ranks}ranks-accumulation{self.accumulation}-{packed}-{self.optimizer}-{start}"
+            f"{'-weighted' if self.weighted else ''}"
         )
 
 
@@ -122,6 +131,9 @@ def all_cells(quick: bool = False, precision: str = "32-true", device: str = "cp
                 Cell(strategy, num_ranks, accumulation, packed, resumed, optimizer, precision, device)
                 for resumed in (False, True)
             ]
+        # SGD, since AdamW's steps don't show by what all gradients are multiplied.
+        if not quick or strategy == "ddp":
+            cells.append(Cell(strategy, num_ranks, 2, True, False, "sgd", precision, device, weighted=True))
     return cells
 
 
@@ -134,10 +146,15 @@ class Outcome:
     checkpoint: Path
 
 
+def samples_of(samples: Excerpt, weighted: bool, seed: int) -> Excerpt:
+    """The samples of a cell, weighted or not."""
+    return samples.reweighted(seed) if weighted else samples
+
+
 def datamodule(samples: Excerpt, cell: Cell, seed: int) -> SFTDataModule:
     """The samples and steps of a cell."""
     return SFTDataModule(
-        samples,
+        samples_of(samples, cell.weighted, seed),
         None,
         seed=seed,
         epochs=NUM_STEPS,

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Column, Table
 from transformers import AutoConfig
 
-from sft.proof.cells import NUM_STEPS, CellResult
+from sft.proof.cells import NUM_STEPS, CellResult, Key
 from sft.proof.excerpt import Excerpt
 from sft.proof.reference import Reference
 from sft.runs import provenance
@@ -29,7 +29,7 @@ class Certificate:
     config: DictConfig
     model: dict[str, Any]  # the small model's configuration
     excerpt: Excerpt
-    references: dict[tuple[str, bool], Reference]  # by optimizer and packed
+    references: dict[Key, Reference]
     results: list[CellResult]
     seconds: float
 
@@ -66,12 +66,13 @@ class Certificate:
                 {
                     "optimizer": optimizer,
                     "packed": packed,
+                    "weighted": weighted,
                     "losses": reference.losses,
                     "grad_norms": reference.grad_norms,
                     "num_clipped": sum(norm > largest for norm in reference.grad_norms),
                     "movement": reference.movement,
                 }
-                for (optimizer, packed), reference in self.references.items()
+                for (optimizer, packed, weighted), reference in self.references.items()
             ],
             "cells": [result.document() for result in self.results],
             "seconds": round(self.seconds, 1),

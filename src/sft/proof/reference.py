@@ -21,7 +21,8 @@ if TYPE_CHECKING:  # whose import touches CUDA, which must not happen before a f
 
 IGNORE = -100
 
-Sample = tuple[np.ndarray, np.ndarray]  # input_ids and labels, which are IGNORE where there is no loss
+# input_ids, labels, which are IGNORE where there is no loss, and what each token's loss is multiplied by
+Sample = tuple[np.ndarray, np.ndarray, np.ndarray]
 
 
 @dataclass(frozen=True)
@@ -60,15 +61,16 @@ def train(
     peak = optimizer.param_groups[0]["lr"]
     losses, grad_norms = [], []
     for number, samples in enumerate(steps):
-        num_supervised = sum(int((labels[1:] != IGNORE).sum()) for _, labels in samples)
+        divisor = sum(float(token_weights[1:][labels[1:] != IGNORE].sum()) for _, labels, token_weights in samples)
         loss = 0.0
         optimizer.zero_grad()
-        for ids, labels in samples:
+        for ids, labels, token_weights in samples:
             logits = model(input_ids=torch.tensor(ids[None].astype(np.int64)), use_cache=False).logits[0]
             target = torch.tensor(labels[1:].astype(np.int64))
-            nll = F.cross_entropy(logits[:-1], target, reduction="sum", ignore_index=IGNORE) / num_supervised
-            nll.backward()
-            loss += nll.item()
+            nll = F.cross_entropy(logits[:-1], target, reduction="none", ignore_index=IGNORE)
+            term = (torch.tensor(token_weights[1:]) * nll).sum() / divisor
+            term.backward()
+            loss += term.item()
         grads = [parameter.grad for parameter in parameters.values() if parameter.grad is not None]
         norm = torch.cat([grad.flatten() for grad in grads]).norm().item()
         if norm > clip:

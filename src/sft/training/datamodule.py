@@ -52,6 +52,7 @@ class SFTDataModule(L.LightningDataModule):
             plan = epoch_plan(
                 self.train.lengths,
                 self.train.num_supervised,
+                self.train.weight_sums,
                 seed=self.seed,
                 epoch=epoch,
                 global_batch_size=self.global_batch_size,
@@ -68,7 +69,7 @@ class SFTDataModule(L.LightningDataModule):
 
     def setup(self, stage: str) -> None:
         """`UserError` if the trainer makes a step of another number of micro-batches, each of which is divided by the
-        tokens of a whole step."""
+        weight of a whole step."""
         assert self.trainer is not None
         num_ranks, made = self.trainer.world_size, self.trainer.accumulate_grad_batches
         if stage == "fit" and made != self.accumulation():
@@ -94,7 +95,7 @@ class SFTDataModule(L.LightningDataModule):
                 accumulation=self.accumulation(),
                 rank=self.trainer.global_rank,
             ):
-                yield make_batch(self.train, indices, step.num_supervised)
+                yield make_batch(self.train, indices, step.weight)
 
     def val_dataloader(self) -> "_Batches | list[Batch]":
         val, trainer = self.val, self.trainer

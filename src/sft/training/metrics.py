@@ -142,7 +142,7 @@ class StepMetrics(Callback):
         step, data = trainer.global_step, trainer.datamodule  # type: ignore[attr-defined]
         plan = data.step(step - 1)
         nll = trainer.strategy.reduce(module.step_nll, reduce_op="sum")
-        loss, norm, largest = float(nll) / plan.num_supervised, float(module.grad_norm), trainer.gradient_clip_val
+        loss, norm, largest = float(nll) / plan.weight, float(module.grad_norm), trainer.gradient_clip_val
         if not (math.isfinite(loss) and math.isfinite(norm)):
             raise NotFinite(
                 f"step {step}: the loss is {loss}, the gradient's norm {norm}, so nothing of this step is saved. Set a "

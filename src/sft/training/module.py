@@ -47,7 +47,7 @@ class SFTModule(L.LightningModule):
         super().__init__()
         self.source, self.optimizer, self.schedule = source, optimizer, schedule
         self.num_steps, self.seed, self.resumed = num_steps, seed, resumed
-        # Of the step under way or just made, read by the metrics: this rank's sum of −log p, the norm of the
+        # Of the step under way or just made, read by the metrics: this rank's weighted sum of −log p, the norm of the
         # whole gradient before clipping, and the learning rate of the first group.
         self.step_nll: Tensor | None = None
         self.grad_norm = torch.tensor(float("nan"))
@@ -88,10 +88,10 @@ class SFTModule(L.LightningModule):
         with offload:
             total = nll(self.model, batch, plain_head=self.plain_head)
         self.step_nll = total.detach() if self.step_nll is None else self.step_nll + total.detach()
-        # Rule 2: the update is the gradient of (sum over the global batch) / (its supervised tokens).
+        # Rule 2: the update is the gradient of (weighted sum over the global batch) / (sum of its tokens' weights).
         # Lightning divides by the accumulation and the strategy averages over ranks; undo both.
         num_averaged = self.trainer.world_size * self.trainer.accumulate_grad_batches
-        return total * (num_averaged / batch["num_supervised"])
+        return total * (num_averaged / batch["step_weight"])
 
     def configure_gradient_clipping(
         self,
@@ -113,15 +113,17 @@ class SFTModule(L.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def on_validation_epoch_start(self) -> None:
-        # This rank's sum of −log p, and its number of tokens. On the device, so that nothing waits for a batch.
+        # This rank's weighted sum of −log p, and the sum of the weights. On the device, so that nothing waits for a
+        # batch.
         self._val_sums = torch.zeros(2, dtype=torch.float64, device=self.device)
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         self._val_sums[0] += nll(self.model, batch, plain_head=self.plain_head)
-        self._val_sums[1] += len(batch["predicting"])
+        weights = batch["weights"]
+        self._val_sums[1] += len(batch["predicting"]) if weights is None else weights.sum(dtype=self._val_sums.dtype)
 
     def on_validation_epoch_end(self) -> None:
-        # Token-weighted over all ranks: one token is one token.
+        # Over all ranks: one token is one token.
         sums = self.trainer.strategy.reduce(self._val_sums, reduce_op="sum")
         assert isinstance(sums, Tensor)
         self.val_loss = float(sums[0] / sums[1])

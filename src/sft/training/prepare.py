@@ -19,6 +19,7 @@ from sft.data.chat_template import special_ids
 from sft.data.clock import settled, today
 from sft.data.dataset import Datasets
 from sft.model.loading import ModelSource
+from sft.runs.identity import UNREAD
 from sft.runs.run import Run
 from sft.training.datamodule import SFTDataModule
 from sft.training.log import is_main, log
@@ -80,7 +81,8 @@ def template_settings(
 
 def setup(config: DictConfig, start_step: int = 0, run: Run | None = None) -> Prepared:
     """Checks model, tokenizer and data against each other; builds or opens the token stores."""
-    settle_data(config)  # where no command line has
+    if config.data.conversation._target_ == UNREAD:  # no command line has settled it
+        settle_data(config)
     source = model_source(config)
     data_config = instantiate(config.data, _convert_="all")
     tokenizer = source.load_tokenizer()

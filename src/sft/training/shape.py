@@ -80,6 +80,7 @@ def _recorded(config: DictConfig, asked: Mapping[str, object]) -> tuple[object, 
         return None
     data: Any = OmegaConf.to_container(OmegaConf.load(file)).get("data", {})  # type: ignore[union-attr]
     recorded = data.get("conversation", {})
-    if any(value is not None and recorded.get(key, value) != value for key, value in asked.items()):
+    set_here = {key: value for key, value in asked.items() if value is not None and (key, value) != ("chat", True)}
+    if any(recorded.get(key) != value for key, value in set_here.items()):
         return None
     return recorded, data["supervise"]
