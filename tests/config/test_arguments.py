@@ -41,6 +41,8 @@ def settings(line: str) -> list[str]:
         ("train +optimizer.lr=1", ["++optimizer.lr=1"]),
         ("train model.config.attention_dropout=0.1", ["++model.config.attention_dropout=0.1"]),
         ("train extra.note=first", ["++extra.note=first"]),
+        ("train model.template.enable_thinking=false", ["++model.template.enable_thinking=false"]),
+        ("train model.template.today=2026-01-31", ["model.template.today=2026-01-31"]),
         # No option of a group.
         ("train logger=null", ["logger=csv"]),
         ("train strategy=null", ["strategy=single"]),

@@ -104,6 +104,8 @@ NAME = "is not a name of at most 120 characters, none of them one of / \\ # ? % 
         ("cluster.max_requeues.signal=-1", "cluster.max_requeues.signal=-1 is not a whole number from 0 on"),
         ("logger.mode=no1", "logger.mode=no1 is not one of auto, online, offline"),
         ("model.config=3", "model.config=3 is not a mapping of names of your own choice"),
+        ("model.template.today=31.1.2026", "model.template.today=31.1.2026 is not a day, YYYY-MM-DD (or null)"),
+        ("model.template.today=2026-02-30", "model.template.today=2026-02-30 is not a day, YYYY-MM-DD (or null)"),
         ("callbacks.mine=x", "callbacks.mine=x is not a callback: a mapping with its class as _target_"),
     ],
 )
@@ -161,6 +163,7 @@ def test_a_name_that_is_unknown(setting: str, line: str) -> None:
         *("model.config.attention_dropout=0.1", "extra.note=first", "trainer.profiler=simple", "trainer.devices=[0,2]"),
         *("trainer.devices=auto", "trainer.gradient_clip_val=null", "schedule.warmup=10", "data.val_size=20"),
         *("data.path=[a,b]", "data.val_size=0", "run=a b+c=d"),
+        *("model.template.today=2024-02-29", "model.template.enable_thinking=false", "model.template.a=[1,2]"),
     ],
 )
 def test_what_is_taken(setting: str) -> None:

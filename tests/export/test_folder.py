@@ -8,6 +8,8 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from tokenizers import AddedToken, Tokenizer
+from tokenizers.models import WordLevel
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedTokenizerFast
 
 import settings
@@ -77,6 +79,17 @@ def test_reloads_in_another_dtype(tmp_path: Path, tokenizer: PreTrainedTokenizer
     assert reloaded.lm_head.weight is reloaded.model.embed_tokens.weight
     for name, parameter in reloaded.named_parameters():
         assert torch.equal(parameter, weights.tensors[name].bfloat16())
+
+
+def test_the_export_stops_where_the_model_stops_and_where_it_was_trained_to(tmp_path: Path) -> None:
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": [1, 8, 2, 77], "pad_token_id": 0}')
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    backend = Tokenizer(WordLevel({"<pad>": 0, "<eom>": 8, "</s>": 1, "<eot>": 2, "<call>": 7, "word": 77}, "<pad>"))
+    backend.add_special_tokens([AddedToken(token, special=True) for token in ("<eom>", "<eot>", "<call>")])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>")
+    # <eot> and <eom> have no name in the tokenizer, as in Llama 3; 77 is a word.
+    generation = generation_config(settings.model_source(path=str(tmp_path)), tokenizer, [2, 7])
+    assert generation.eos_token_id == [2, 7, 1, 8]
 
 
 def base_with(model_folder: Path, folder: Path, **generation: object) -> ModelSource:

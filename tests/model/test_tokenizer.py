@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.settings import model_source
 
+from settings import model_source
 from sft.data.conversation import Conversation
 from sft.data.labels import IGNORE
 from sft.data.mask import Tokenization

@@ -58,6 +58,57 @@ def test_what_decides_the_numbers_is(changes: dict[str, Any]) -> None:
     assert identity(settings(**changes)) != identity(settings())
 
 
+LATER = {
+    "train_on": "all",
+    "train_reasoning": True,
+    "train_tool_calls": True,
+    "special_text": None,
+    "sample_by": "line",
+}
+
+
+def test_settings_that_came_later_name_no_run_anew(tmp_path: Path) -> None:
+    begun = settings(run="run", runs_dir=str(tmp_path))
+    with Run(tmp_path / "run").attempt(begun, {}, 9, main=True):
+        pass
+    for template in ({}, {"today": None}):
+        now = settings(
+            **{"run": "run", "runs_dir": str(tmp_path), "model": {**begun["model"], "template": template}},
+            data={**begun["data"], **LATER},
+        )
+        assert identity(now) == identity(begun)
+        assert Run.of(now).folder == tmp_path / "run"
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"model": {"path": "m", "template": {"today": None, "enable_thinking": False}}},
+        {"model": {"path": "m", "template": {"today": "2026-01-31"}}},
+        {"data": {"path": "d", "conversation": {"prompt": "p"}, "train_on": "last"}},
+        {"data": {"path": "d", "conversation": {"prompt": "p"}, "special_text": "as_text"}},
+    ],
+    ids=str,
+)
+def test_settings_that_came_later_count_where_they_change_what_is_trained(changes: dict[str, Any]) -> None:
+    assert identity(settings(**changes)) != identity(settings())
+
+
+def test_a_run_keeps_the_day_that_its_chat_template_sees(tmp_path: Path) -> None:
+    run = Run(tmp_path / "run")
+    assert run.day is None
+    for day in ("2024-02-29", "2024-03-01"):  # resumed the next day
+        with run.attempt(settings(), {}, 9, main=True, template={"today": day}):
+            pass
+        assert run.day == "2024-02-29"
+
+
+def test_a_run_that_kept_no_day_was_begun_when_it_started(tmp_path: Path) -> None:
+    run = Run(tmp_path)
+    (tmp_path / "provenance.json").write_text('{"started": "2023-05-06T23:00:00+00:00"}')
+    assert run.day == "2023-05-06"
+
+
 def targets(model: str, schedule: str, rows: str) -> dict[str, Any]:
     data = {"path": "d", "conversation": {"_target_": rows, "_partial_": True}}
     return settings(model={"_target_": model, "path": "m"}, schedule={"_target_": schedule}, data=data)
