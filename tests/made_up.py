@@ -2,12 +2,16 @@
 
 import weakref
 from itertools import accumulate
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from sft.data.labels import IGNORE
+from sft.data.rows import Source
+from sft.data.store import Store, sum_weights
 
 NUM_PROMPT = 2  # tokens without loss at the start of each of a pack's samples
 # A small model of any family.
@@ -41,6 +45,20 @@ def pack(lengths: list[int]) -> dict:
         "step_weight": sum(length - NUM_PROMPT for length in lengths),
         "num_tokens": bounds[-1],
     }
+
+
+def drawn(labels: list[int]) -> list[float]:
+    """Weights of tokens' losses that differ within a sample and between samples, and whose mean isn't 1."""
+    return [0.0 if label == IGNORE else 0.5 + (place + len(labels)) % 4 for place, label in enumerate(labels)]
+
+
+def weigh(cache: Path) -> None:
+    """Gives the tokens of the only token store in a cache such weights."""
+    (folder,) = (path.parent for path in cache.glob("stores/*/meta.json"))
+    store = Store(folder, [Source("any")])
+    weights = np.concatenate([drawn(store[i][1].tolist()) for i in range(len(store))])
+    weights.astype(np.float32).tofile(folder / "weights.bin")
+    sum_weights(folder)
 
 
 class Weights:

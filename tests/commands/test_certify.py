@@ -13,6 +13,7 @@ from omegaconf import DictConfig
 import faults
 import warm
 from faults import FAULTS, cell
+from made_up import drawn, weigh
 from running import Sft
 from sft.commands import certify
 from sft.config import CONF
@@ -167,6 +168,27 @@ def test_own_model_and_data(sft: Sft, model_folder: Path, data_file: Path, tmp_p
     assert certificate.model["num_attention_heads"] == 2 * certificate.model["num_key_value_heads"]
     assert certificate.model["tie_word_embeddings"]
     assert len(certificate.excerpt) in (51, 50, 49)  # of 60: three steps of 16 and a small one
+
+
+@pytest.mark.parametrize(
+    ("fault", "passes"),
+    [(None, True), (faults.weights_left_out_of_the_sum, False), (faults.weights_left_out_of_the_divisor, False)],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
+def test_own_data_with_weights(
+    fault: Callable[[], None] | None, passes: bool, model_folder: Path, data_file: Path, tmp_path: Path
+) -> None:
+    settings = (f"model.path={model_folder}", f"data.path={data_file}", "data.max_length=256", "data.num_workers=1",
+                f"data.cache_dir={tmp_path}/cache")  # fmt: skip
+    warm.start()
+    with seeing("cpu"):
+        certify.prepare(composed(*settings), tmp_path)
+    weigh(tmp_path / "cache")
+    certificate = made(tmp_path, [cell("ddp", 2, 2, packed=True)], fault, *settings)
+    assert certificate.passed is passes
+    _, labels = certificate.excerpt[0]
+    weights = certificate.excerpt.weights(0)
+    assert weights is not None and weights.tolist() == drawn(labels.tolist())
 
 
 def test_adapter_is_certified(tmp_path: Path) -> None:

@@ -6,7 +6,6 @@ from importlib.metadata import version
 from itertools import pairwise
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -15,12 +14,11 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import observers
+from made_up import drawn, weigh
 from runfiles import rows, weights
 from running import Sft
 from sft.checkpoint.checkpoint import complete
 from sft.data.batch import Batch
-from sft.data.rows import Source
-from sft.data.store import Store, sum_weights
 from sft.runs import events
 from sft.training.module import SFTModule
 
@@ -81,27 +79,12 @@ def test_update_is_that_of_a_plain_loop(sft: Sft, micro_batch_size: int, packing
         torch.testing.assert_close(tensor, expected[name], rtol=0, atol=2e-6, msg=name)
 
 
-def drawn(labels: list[int]) -> list[float]:
-    """Weights that differ within a sample and between samples, and whose mean isn't 1."""
-    return [0.0 if label == -100 else 0.5 + (place + len(labels)) % 4 for place, label in enumerate(labels)]
-
-
-def weigh(sft: Sft) -> None:
-    """Gives every supervised token of the token store that these settings use a weight."""
-    assert sft("preview", *sft.settings, "preview.packs=1") == 0
-    (folder,) = (path.parent for path in sft.folder.glob("cache/stores/*/meta.json"))
-    store = Store(folder, [Source("any")])
-    weights = np.concatenate([drawn(store[i][1].tolist()) for i in range(len(store))])
-    weights.astype(np.float32).tofile(folder / "weights.bin")
-    sum_weights(folder)
-
-
 @pytest.mark.parametrize("packing", [True, False], ids=["packed", "unpacked"])
 def test_weighted_update_is_that_of_a_plain_loop_however_it_is_shared_out(sft: Sft, packing: bool) -> None:
     steps = planned(sft, 3, packing)
     steps = [[sample | {"weights": drawn(sample["labels"])} for sample in step] for step in steps]
     losses, expected = reference(sft, steps, lr=0.1)
-    weigh(sft)
+    weigh(sft.folder / "cache")
     common = (*SGD, "optimizer.lr=0.1", f"data.packing={packing}", "data.val_size=0", "max_steps=3", "export=false")
     for micro_batch_size in (1, 2, 4):
         assert (
@@ -118,7 +101,8 @@ def test_weighted_update_is_that_of_a_plain_loop_however_it_is_shared_out(sft: S
 
 
 def test_validation_is_a_weighted_mean(sft: Sft, monkeypatch: pytest.MonkeyPatch) -> None:
-    weigh(sft)
+    assert sft("preview", *sft.settings, "preview.packs=1") == 0
+    weigh(sft.folder / "cache")
     batches: list[Batch] = []
     original = SFTModule.validation_step
 

@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 from hydra.utils import instantiate
 from omegaconf import DictConfig
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from sft.data.conversation import Row, RowFunction
 from sft.data.files import kind
@@ -59,7 +59,7 @@ def known(asked: Sequence[Row | str], row_function: RowFunction, file: str | Non
 
 
 def answers(
-    folder: Path, tokenizer: PreTrainedTokenizerFast, token_ids: list[list[int]], config: DictConfig
+    folder: Path, tokenizer: PreTrainedTokenizerBase, token_ids: list[list[int]], config: DictConfig
 ) -> Iterator[str]:
     """Responses of an exported model to the tokens of prompts, in their order, without the stop token.
 

@@ -5,7 +5,7 @@
   sft preview ... preview.packs=5
       more packs
   sft preview ... preview.dump=samples.jsonl
-      also writes every training sample as JSON: source, row, input_ids, labels
+      also writes every training sample as JSON: source, row, input_ids, labels, and weights where there are any
 
 Supervised tokens are green and bold on a terminal; elsewhere, or with NO_COLOR, they stand between [[ and ]].
 """
@@ -63,7 +63,8 @@ def show(console: Console, prepared: Prepared, num_packs: int, colour: bool) -> 
         for index in pack.tolist():
             place = f"{train.source(index)} row {train.row(index)}"
             length, num_supervised = train.lengths[index], train.num_supervised[index]
-            console.print(Text(f"  {place}: {length} tokens, {num_supervised} supervised", "dim"))
+            weight = "" if train.weight_sums[index] == num_supervised else f", weight {train.weight_sums[index]:g}"
+            console.print(Text(f"  {place}: {length} tokens, {num_supervised} supervised{weight}", "dim"))
             console.print(marked(prepared.tokenizer, *train[index], colour))
     mark = "green and bold" if colour else "between [[ and ]]"
     console.print(Text(f"supervised tokens are {mark}; all others are read and carry no loss", "dim"))
@@ -132,6 +133,8 @@ def dump(path: Path, prepared: Prepared) -> None:
             input_ids, labels = train[index]
             line = {"source": train.source(index), "row": train.row(index)}
             line |= {"input_ids": input_ids.tolist(), "labels": labels.tolist()}
+            if (weights := train.weights(index)) is not None:
+                line["weights"] = weights.tolist()
             file.write(json.dumps(line) + "\n")
 
 

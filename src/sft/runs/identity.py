@@ -34,7 +34,7 @@ NOT_DECIDING = (
 )
 # Settings that came later and that runs begun before lack: each decides nothing at the value that means what there was
 # without it.
-NEUTRAL = {
+NEUTRAL: dict[str, object] = {
     "model.template": {},
     "model.template.today": None,
     "data.train_on": "all",

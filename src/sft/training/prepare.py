@@ -12,9 +12,10 @@ from dataclasses import dataclass, replace
 import torch
 from hydra.utils import instantiate
 from omegaconf import DictConfig
-from transformers import PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from transformers.utils import logging as transformers_logging
 
+from sft.data.chat_template import special_ids
 from sft.data.clock import settled, today
 from sft.data.dataset import Datasets
 from sft.model.loading import ModelSource
@@ -37,10 +38,15 @@ class Prepared:
 
     @property
     def stop_token_ids(self) -> list[int]:
-        """The last tokens of the training samples, commonest first: where generation has to stop."""
-        train = self.splits.train
-        last = Counter(int(train[index][0][-1]) for index in range(min(len(train), 1000)))
-        return [token for token, _ in last.most_common()]
+        """The special tokens that end the responses of the training data, commonest first: where a server has to
+        stop."""
+        train, ends = self.splits.train, Counter[int]()
+        for counts in train.counts:
+            ends.update({int(token): number for token, number in counts.get("stops", {}).items()})
+        if not ends:  # of a store that was built elsewhere
+            ends.update(int(train[index][0][-1]) for index in range(min(len(train), 1000)))
+        special = special_ids(self.tokenizer)
+        return [token for token, _ in ends.most_common() if token in special]
 
 
 def model_source(config: DictConfig) -> ModelSource:
@@ -50,7 +56,7 @@ def model_source(config: DictConfig) -> ModelSource:
 
 
 def template_settings(
-    settings: Mapping[str, object], tokenizer: PreTrainedTokenizerFast, run: Run | None, main: bool = True
+    settings: Mapping[str, object], tokenizer: PreTrainedTokenizerBase, run: Run | None, main: bool = True
 ) -> dict[str, object]:
     """What the chat template is rendered with: `settings` are those of `model.template`, and the day, if the template
     asks for it and they don't say, is that on which the run was begun; without a run, or before it is begun, today.
