@@ -65,9 +65,9 @@ def test_a_file_of_any_shape_is_previewed_by_its_path(
     row: dict[str, Any], shown: str, sft: Sft, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert preview(sft, write("my.jsonl", [row])) == 0
-    printed = capsys.readouterr()
-    assert shown in printed.out
-    assert re.match(r"my\.jsonl: .*\(columns? '", printed.err)
+    printed = capsys.readouterr().out
+    assert shown in printed
+    assert re.match(r"my\.jsonl: .*\(columns? '", printed)
 
 
 @pytest.mark.parametrize(
@@ -132,7 +132,7 @@ def test_real_tool_calls_are_previewed_by_their_path(sft: Sft, capsys: pytest.Ca
     Path("calls.jinja").write_text(WITH_CALLS)
     assert preview(sft, f"data.path={CALLS}", "model.chat_template=calls.jinja") == 0
     printed = capsys.readouterr()
-    assert "glaive_toolcall_en_demo.json: ShareGPT's conversations with tools, 2 columns (" in printed.err
+    assert "glaive_toolcall_en_demo.json: ShareGPT's conversations with tools, 2 columns (" in printed.out
     assert re.search(r"samples +300 training", printed.out)
     assert re.search(r'\[\[<call>\{"name": "\w+", "arguments": \{"', printed.out)
 
@@ -141,5 +141,5 @@ def test_real_tool_calls_are_previewed_by_their_path(sft: Sft, capsys: pytest.Ca
 def test_question_and_answer_are_found_in_gsm8k(sft: Sft, capsys: pytest.CaptureFixture[str]) -> None:
     assert preview(sft, f"data.path={GSM8K}", "data.split=train[:200]") == 0
     printed = capsys.readouterr()
-    assert "data.conversation.prompt=question data.conversation.response=answer" in printed.err
+    assert "data.conversation.prompt=question data.conversation.response=answer" in printed.out
     assert re.search(r"samples +200 training", printed.out)

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from sft.data.conversation import Conversation, Empty, alpaca, conversational, messages, prompt_response, text
+from sft.data.conversation import Conversation, Empty, Message, alpaca, conversational, messages, prompt_response, text
 from sft.data.token_ids import pretokenized
 from sft.errors import BadRow
 
@@ -153,7 +153,7 @@ def chat_row(**message: Any) -> dict[str, Any]:
             lambda: text({"a": "x", "b": "y"}),
             r"^no column 'text': the columns are 'a', 'b': set data.conversation.prompt=a data\.conversation.resp",
         ),
-        (lambda: text({"text": [5]}), r"^column 'text' holds \[5\] \(list\), not a text$"),
+        (lambda: text({"text": [5]}), r"^column 'text' holds \[5\] \(list\), not a string$"),
         (
             lambda: messages({"messages": "hi"}),
             r"^column 'messages' holds 'hi' \(str\), not a list of messages$",
@@ -211,8 +211,8 @@ def test_rows_that_are_not_what_they_should_be(make: Any, message: str) -> None:
     assert "\n" not in str(caught.value)
 
 
-USER = {"role": "user", "content": "How warm is it in Graz?"}
-WARM = {"role": "assistant", "content": "12 degrees."}
+USER: Message = {"role": "user", "content": "How warm is it in Graz?"}
+WARM: Message = {"role": "assistant", "content": "12 degrees."}
 
 
 def reason(make: Any) -> str:
@@ -268,7 +268,8 @@ def test_alpaca_with_input_and_history() -> None:
             {"role": "assistant", "content": "ja ja"},
         ]
     )
-    alone = [{"role": "user", "content": "Sing."}, {"role": "assistant", "content": "La."}]
+    alone: list[Message] = [{"role": "user", "content": "Sing."}, {"role": "assistant", "content": "La."}]
+    more: Any
     for more in ({}, {"input": ""}, {"input": None, "history": None}, {"history": []}, {"history": "[]"}):
         assert alpaca({"instruction": "Sing.", "output": "La.", **more}) == Conversation(messages=alone)
     assert alpaca({"instruction": "Sing.", "output": "", "history": []}) == Empty("empty_response")
@@ -540,6 +541,6 @@ def test_real_tool_calls() -> None:
     rows = json.loads(REAL.read_text())
     made = [messages(r, column="conversations", role="from", content="value", tools="tools") for r in rows]
     assert all(isinstance(each, Conversation) for each in made)
-    calls = [m for each in made for m in each.messages if "tool_calls" in m]  # type: ignore[union-attr]
+    calls: list[Any] = [m for each in made for m in each.messages if "tool_calls" in m]  # type: ignore[union-attr]
     assert len(calls) == 211
     assert all(isinstance(m["tool_calls"][0]["function"]["arguments"], dict) for m in calls)

@@ -12,7 +12,7 @@ from sft.config import CONF
 from sft.data.shapes import SHAPES
 from sft.errors import UserError
 from sft.runs.identity import identity
-from sft.training.shape import settle_data
+from sft.training.shape import said, settle_data
 
 CHAT = [{"role": "user", "content": "Name a lake."}, {"role": "assistant", "content": "Como."}]
 SHAREGPT = [{"from": "human", "value": "Name a lake."}, {"from": "gpt", "value": "Como."}]
@@ -70,26 +70,22 @@ def test_a_run_of_the_former_default_keeps_its_name(tmp_path: Path) -> None:
     assert identity(plain(config())) == identity(plain(config("data=prompt_response")))  # no row has been read
 
 
-def test_a_line_says_what_the_rows_are_taken_for(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_line_says_what_the_rows_are_taken_for(tmp_path: Path) -> None:
     path = write(tmp_path / "my.jsonl", {"messages": CHAT, "id": 1})
     settle_data(config(path))
     line = "my.jsonl: messages, 2 columns; not read: id (column 'messages' holds lists of role and content; "
-    assert capsys.readouterr() == ("", f"{line}data=messages)\n")
-    settle_data(config(path, "data=messages"))
-    monkeypatch.setenv("RANK", "1")
+    assert said() == [f"{line}data=messages)"]
+    assert said() == []
     settle_data(config(path))
-    assert capsys.readouterr() == ("", "")
+    settle_data(config(path, "data=messages"))
+    assert said() == []
 
 
 @pytest.mark.parametrize("data", ["data=auto", "data=text"])
-def test_text_that_holds_a_chat_is_taken_with_a_hint(
-    data: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_text_that_holds_a_chat_is_taken_with_a_hint(data: str, tmp_path: Path) -> None:
     path = write(tmp_path / "my.jsonl", {"text": "<|im_start|>user\nName a tree.<|im_end|>\n"})
     settle_data(config(path, data))
-    assert capsys.readouterr().err.splitlines()[-1] == (
+    assert said()[-1] == (
         "note: my.jsonl: the text holds a chat (<|im_start|>), and every token of it is learned, the user's too: rows "
         "of messages (data=messages) would train the responses only"
     )
@@ -138,7 +134,9 @@ def test_sources_of_two_shapes_are_refused(tmp_path: Path) -> None:
     )
 
 
-def test_missing_files_are_for_others_to_report_where_the_shape_is_given(tmp_path: Path) -> None:
-    settle_data(config("data=messages", f"data.path={tmp_path}/none.jsonl"))
-    settle_data(config())
-    assert refused(f"data.path={tmp_path}/none.jsonl").startswith(f"{tmp_path}/none.jsonl: no such file or folder")
+def test_missing_files_are_for_others_to_report(tmp_path: Path) -> None:
+    """A run that is finished needs none, and in a sweep the others continue."""
+    for settings in ((), (f"data.path={tmp_path}/none.jsonl",), (f"data.path={tmp_path}/none.jsonl", "data=messages")):
+        missing = config(*settings)
+        settle_data(missing)
+        assert missing == config(*settings)

@@ -97,7 +97,7 @@ class Grid(BasicSweeper):
         with open_dict(config):
             del config["hydra"]
         check_schema(config, typed={item.partition("=")[0].lstrip("+") for item in overrides})
-        settle_data(config, aloud=False)
+        settle_data(config)
         num_ranks, _ = check(config, here=not self.queued)
         if num_ranks > 1 and not self.queued:
             raise UserError(

@@ -184,9 +184,9 @@ def _has_tools(rows: Sequence[Row], asked: Mapping[str, object]) -> bool:
 
 
 def mostly(rows: Sequence[Row], column: str, fits: Callable[[object], bool]) -> bool:
-    """Whether more than half of a column's values, and at least one, are such: one odd row decides nothing."""
+    """Whether half of a column's values or more, and at least one, are such: one odd row decides nothing."""
     values = [value for row in rows if (value := row.get(column)) is not None]
-    return sum(map(fits, values)) * 2 > len(values)
+    return sum(map(fits, values)) * 2 >= max(len(values), 1)
 
 
 def keys_of(rows: Sequence[Row], column: str, asked: tuple[object, object] = (None, None)) -> tuple[str, str] | None:

@@ -19,7 +19,7 @@ def as_text(value: object, where: str) -> str:
         return json.dumps(value)
     if isinstance(value, Decimal | date | datetime | time | timedelta):
         return str(value)
-    raise BadRow("not_a_text", f"{where} holds {kind(value)}, not a text")
+    raise BadRow("not_a_text", f"{where} holds {kind(value)}, not a string")
 
 
 def is_scalar(value: object) -> bool:

@@ -23,7 +23,7 @@ from sft.runs.identity import UNREAD
 from sft.runs.run import Run
 from sft.training.datamodule import SFTDataModule
 from sft.training.log import is_main, log
-from sft.training.shape import settle_data
+from sft.training.shape import said, settle_data
 
 
 @dataclass(frozen=True)
@@ -83,6 +83,8 @@ def setup(config: DictConfig, start_step: int = 0, run: Run | None = None) -> Pr
     """Checks model, tokenizer and data against each other; builds or opens the token stores."""
     if config.data.conversation._target_ == UNREAD:  # no command line has settled it
         settle_data(config)
+    for line in said():
+        log(line)
     source = model_source(config)
     data_config = instantiate(config.data, _convert_="all")
     tokenizer = source.load_tokenizer()

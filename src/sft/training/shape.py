@@ -8,19 +8,33 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from sft.data.conversation import Row
+from sft.data.files import Source
 from sft.data.shape import NUM_ROWS, chat_in_text, find
 from sft.data.shapes import SHAPES, check_columns
 from sft.errors import UserError
 from sft.runs.identity import UNREAD
-from sft.training.settings import check_hub, say
+from sft.training.settings import check_hub
+
+_unsaid: list[str] = []  # lines of the last `settle_data`
 
 
-def settle_data(config: DictConfig, aloud: bool = True) -> None:
-    """Puts the shape that the first rows have in the place of data=auto, and says so in a line; a run that exists keeps
-    what its config.yaml records. `UserError` where no shape fits, or more than one, and for columns that the rows lack.
+def settle_data(config: DictConfig) -> None:
+    """Puts the shape that the first rows have in the place of data=auto; a run that exists keeps what its config.yaml
+    records. `UserError` where no shape fits, or more than one, and for columns that the rows lack.
 
     Reads the beginning of each source alone, so every rank finds the same, in a moment.
     """
+    _unsaid[:] = _settle(config)
+
+
+def said() -> list[str]:
+    """The lines on what the last `settle_data` took the rows for, once: whoever reads the data says them."""
+    lines = list(_unsaid)
+    _unsaid.clear()
+    return lines
+
+
+def _settle(config: DictConfig) -> list[str]:
     from sft.data.rows import first_rows, local_files
 
     asked: Any = OmegaConf.to_container(config.data.conversation, resolve=True)
@@ -28,28 +42,27 @@ def settle_data(config: DictConfig, aloud: bool = True) -> None:
     asked.pop("_partial_", None)
     is_auto = function == UNREAD
     if not config.data.path or not (is_auto or function in {shape.target for shape in SHAPES.values()}):
-        return
+        return []
     if is_auto and (recorded := _recorded(config, asked)):
         with open_dict(config):
             config.data.conversation, config.data.supervise = recorded
-        return
+        return []
     training, validation = instantiate(config.data, _convert_="all").sources()
-    rows: dict[str, list[Row]] = {}
+    rows: dict[Source, list[Row]] = {}
+    lines: list[str] = []
     for source in (*training, *validation):
         try:
             is_hub = local_files(source) is None
         except UserError:
-            if is_auto:
-                raise
-            return  # `check_inputs` says so, if the run needs them
+            return []  # `check_inputs` says so, if the run needs them
         if is_hub and not is_auto:
             continue
         if is_hub:
             check_hub([("data.path", source.path)])
-        rows[str(source)] = list(first_rows(source, NUM_ROWS, cache_dir=Path(config.data.cache_dir)))
+        rows[source] = list(first_rows(source, NUM_ROWS, cache_dir=Path(config.data.cache_dir)))
     if is_auto:
-        found = {str(source): find(str(source), rows[str(source)], asked) for source in training}
-        (where, (shape, line)), *others = found.items()
+        found = {source: find(str(source), rows[source], asked) for source in training}
+        (where, (shape, _)), *others = found.items()
         for other, (its, _) in others:
             if its.typed() != shape.typed():
                 raise UserError(
@@ -61,16 +74,16 @@ def settle_data(config: DictConfig, aloud: bool = True) -> None:
             config.data.conversation = {"_target_": function, "_partial_": True, **asked}
             if shape.name == "text":
                 config.data.supervise = "all"
-        for line in (line for _, line in found.values() if aloud):
-            say(line)
+        lines += [line for _, line in found.values()]
     for where, first in rows.items():
-        check_columns(where, first, function, asked)
+        check_columns(str(where), first, function, asked)
         mark = chat_in_text(first, str(asked["column"])) if function == SHAPES["text"].target else None
-        if mark and aloud:
-            say(
+        if mark:
+            lines.append(
                 f"note: {where}: the text holds a chat ({mark}), and every token of it is learned, the user's too: "
                 "rows of messages (data=messages) would train the responses only"
             )
+    return lines
 
 
 def _recorded(config: DictConfig, asked: Mapping[str, object]) -> tuple[object, str] | None:
