@@ -7,7 +7,7 @@ import numpy as np
 import torch
 
 from sft.data.batch import Batch
-from sft.data.mask import IGNORE
+from sft.data.labels import IGNORE
 from sft.model import loss
 from sft.proof import excerpt
 from sft.proof.cells import Cell

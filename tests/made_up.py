@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sft.data.mask import IGNORE
+from sft.data.labels import IGNORE
 from sft.data.rows import Source
 from sft.data.store import Store, sum_weights
 

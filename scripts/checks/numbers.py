@@ -15,7 +15,7 @@ import settings
 from checks.assets import write_model
 from checks.process import Failed, Place, only_trace
 from sft.data.batch import Batch, make_batch, to_device
-from sft.data.mask import IGNORE
+from sft.data.labels import IGNORE
 from sft.model import attention as packed
 from sft.model.adapter import initial
 from sft.model.loading import ModelSource, decoder_layers

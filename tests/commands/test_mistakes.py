@@ -44,13 +44,15 @@ def nothing(folder: Path) -> None:
         (
             a_bad_row,
             ["data.path=data.jsonl"],
-            "row 1 of data.jsonl: column 'response' holds [1] (list), not a string",
+            "1 of 2 rows lost, more than data.max_lost=0.05 of them: 1 bad_row (data.jsonl line 2: column 'response' "
+            "holds [1] (list), not a string); correct these rows or raise data.max_lost",
         ),
         (
             nothing,
             ["data.max_length=40"],
-            "53 of 60 rows lost, more than data.max_lost=0.05 of them; 53 are overlong (row 0, 1, 3, 4, 6 of "
-            "rows.jsonl): raise data.max_length or set data.overlong=truncate_prompt, or raise data.max_lost",
+            "53 of 60 rows lost, more than data.max_lost=0.05 of them: 53 overlong (rows.jsonl line 1, rows.jsonl line "
+            "2, rows.jsonl line 4, ...): raise data.max_length or set data.overlong=truncate_prompt; correct these "
+            "rows or raise data.max_lost",
         ),
         (
             nothing,
@@ -182,12 +184,12 @@ def test_full_disk_in_a_save(
 
 
 def test_full_disk_in_the_store(sft: Sft, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    from sft.data import build
+    from sft.data import staging
 
     def full(path: Path) -> None:
         raise OSError(errno.ENOSPC, "No space left on device", str(path))
 
-    monkeypatch.setattr(build, "fsync", full)
+    monkeypatch.setattr(staging, "fsync", full)
     assert sft.train("run=run") == 2
     (line,) = capsys.readouterr().err.strip().splitlines()
     assert "No space left on device" in line or "disk is full" in line

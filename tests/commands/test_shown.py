@@ -81,12 +81,16 @@ def test_what_the_data_gave(sft: Sft, data_file: Path, capsys: pytest.CaptureFix
     given = data_file.read_text().splitlines()
     lost = [{"prompt": "a " * 400, "response": "b"}, {"prompt": "a", "response": ""}, {"prompt": "b", "response": ""}]
     (sft.folder / "own.jsonl").write_text("\n".join([*given, *map(json.dumps, lost)]) + "\n")
-    own = ("run=own", "data.path=own.jsonl", f"data.val_path={data_file}")
+    held = [*given, json.dumps({"prompt": "what else", "response": "nothing"})]
+    (sft.folder / "held.jsonl").write_text("\n".join(held) + "\n")
+    own = ("run=own", "data.path=own.jsonl", "data.val_path=held.jsonl")
     assert sft.train(*SETTINGS, *own) == 0
-    line = "data: 60 training samples, 60 for validation; 3 of 123 rows lost: 2 empty response, 1 overlong\n"
-    assert line in capsys.readouterr().out
+    line = "data: 60 training samples, 61 for validation; 3 of 124 rows lost: 2 empty response, 1 overlong\n"
+    shown = capsys.readouterr().out
+    assert line in shown
+    assert "60 of 61 validation samples are also in training\n" in shown
     assert sft.train(*SETTINGS, *own, "run=cut", "data.overlong=truncate_prompt") == 0
-    assert "61 training samples, 60 for validation; 2 of 123 rows lost: 2 empty response; 1 prompts cut\n" in (
+    assert "61 training samples, 61 for validation; 2 of 124 rows lost: 2 empty response; 1 prompts cut\n" in (
         capsys.readouterr().out
     )
 

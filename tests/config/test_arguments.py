@@ -64,7 +64,7 @@ def test_what_is_typed_is_what_is_meant(line: str, meant: list[str] | None) -> N
     assert settings(line) == [word.replace("HOME", str(Path.home())) for word in meant]
 
 
-CHOICES = "gsm8k, messages, prompt_response, sharegpt, text"
+CHOICES = "alpaca, auto, conversational, gsm8k, messages, pretokenized, prompt_response, sharegpt, text"
 READ = "a number is written like 1e-4, a list like [a,b], and a text with other signs in it in two pairs of quotes"
 
 

@@ -144,8 +144,9 @@ def test_a_value_out_of_its_range(setting: str, line: str) -> None:
         ),
         (
             "data.conversation.x=1",
-            "there is no setting data.conversation.x: data.conversation has prompt, response, system, chat, column, "
-            "role, content, roles, tools",
+            "there is no setting data.conversation.x: data.conversation has prompt, response, system, chat, "
+            "system_column, column, role, content, roles, tools, instruction, input, output, history, labels, "
+            "attention_mask",
         ),
         ("schedule.foo=1", "there is no setting schedule.foo: schedule has warmup, final, decay"),
     ],

@@ -3,7 +3,7 @@ import pytest
 import torch
 
 from sft.data.batch import make_batch, to_device
-from sft.data.mask import IGNORE
+from sft.data.labels import IGNORE
 from sft.proof.excerpt import Excerpt
 
 PAIRS = [

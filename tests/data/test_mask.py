@@ -12,7 +12,8 @@ from transformers import PreTrainedTokenizerFast
 
 from sft.data.chat_template import ChatTemplate, encode
 from sft.data.conversation import Conversation, Empty, messages
-from sft.data.mask import IGNORE, Sample, Tokenization
+from sft.data.labels import IGNORE, Sample
+from sft.data.mask import Tokenization
 from sft.errors import UserError
 
 from .conftest import CHAT, byte_tokenizer, metaspace_tokenizer, word_tokenizer

@@ -6,9 +6,11 @@ from typing import Any
 
 import pytest
 
-from sft.data.conversation import Conversation, messages, prompt_response, text
-from sft.data.mask import IGNORE, Tokenization
-from sft.data.prompt import served, served_ids, shown
+from sft.data.conversation import Conversation, alpaca, conversational, messages, prompt_response, text
+from sft.data.labels import IGNORE
+from sft.data.mask import Tokenization
+from sft.data.prompt import prompt_column, served, served_ids, shown
+from sft.data.token_ids import pretokenized
 from sft.errors import UserError
 
 
@@ -25,9 +27,14 @@ from sft.errors import UserError
             partial(messages),
             {"messages": [{"role": "user", "content": "Hi."}, {"role": "assistant", "content": "Ho"}]},
         ),
+        (partial(alpaca), {"instruction": "Hi.", "input": "", "output": "Ho"}),
+        (
+            partial(conversational),
+            {"prompt": [{"role": "user", "content": "Hi."}], "completion": [{"role": "assistant", "content": "Ho"}]},
+        ),
         (partial(text), {"text": "Hi.Ho"}),
     ],
-    ids=["chat", "system", "plain", "messages", "text"],
+    ids=["chat", "system", "plain", "messages", "alpaca", "conversational", "text"],
 )
 def test_served_as_trained(tokenizer: Any, row_function: Any, row: dict[str, Any]) -> None:
     (sample,) = Tokenization(tokenizer, max_length=100)(row_function(row)).samples
@@ -98,6 +105,17 @@ def own(row: Mapping[str, Any]) -> Conversation:
         (partial(prompt_response, chat=True), {"prompt": "Hi.", "response": " "}, "Hi.", None),
         (partial(prompt_response, chat=False, response="a"), {"prompt": "Hi.", "a": None}, "Hi.", None),
         (partial(messages), {"messages": [{"role": "user", "content": "Hi."}]}, "Hi.", None),
+        (partial(messages), {"messages": '[{"role": "user", "content": "Hi."}]'}, "Hi.", None),
+        (partial(alpaca, output="a"), {"instruction": "Say", "input": "Hi."}, "Say\nHi.", None),
+        (partial(alpaca), {"instruction": "Say", "input": "Hi.", "output": "Ho"}, "Say\nHi.", "Ho"),
+        (partial(conversational), {"prompt": [{"role": "user", "content": "Hi."}]}, "Hi.", None),
+        (
+            partial(conversational, response="a"),
+            {"prompt": [{"role": "user", "content": "Hi."}], "a": "Ho"},
+            "Hi.",
+            "Ho",
+        ),
+        (partial(pretokenized), {"input_ids": [1, 5, 6, 2], "labels": [-100, -100, 6, 2]}, [1, 5], None),
         (partial(text), {"text": "Hi."}, "Hi.", None),
         (own, {"q": "Hi.", "a": "Ho"}, "Hi.", "Ho"),
     ],
@@ -111,7 +129,23 @@ def test_a_row_without_a_prompt() -> None:
     for row_function, row, reason in (
         (partial(prompt_response, chat=True), {"prompt": " "}, "empty_prompt"),
         (partial(messages), {"messages": [{"role": "assistant", "content": "Ho"}]}, "empty_prompt"),
+        (partial(alpaca), {"instruction": ""}, "empty_prompt"),
+        (partial(conversational), {"prompt": []}, "empty_prompt"),
         (partial(text), {"text": ""}, "empty_response"),
     ):
         with pytest.raises(UserError, match=rf"there is nothing to answer \({reason}\)"):
             served(row_function, row)
+
+
+def test_token_ids_are_continued_as_they_are(tokenizer: Any) -> None:
+    row = {"input_ids": [1, 5, 6, 2, 7, 8, 2], "labels": [-100, -100, 6, 2, -100, 8, 2]}
+    assert served_ids(tokenizer, partial(pretokenized), row) == [1, 5, 6, 2, 7]
+    assert served_ids(tokenizer, partial(pretokenized), "Hi.") == tokenizer("Hi.").input_ids
+
+
+def test_the_column_of_prompts() -> None:
+    assert prompt_column(partial(prompt_response, chat=True)) == ("prompt", "prompt")
+    assert prompt_column(partial(messages, column="chat")) == ("column", "chat")
+    assert prompt_column(partial(alpaca)) == ("instruction", "instruction")
+    assert prompt_column(partial(pretokenized)) == ("column", "input_ids")
+    assert prompt_column(partial(own)) is None

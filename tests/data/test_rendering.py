@@ -11,7 +11,8 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from sft.data.conversation import Conversation
-from sft.data.mask import IGNORE, Sample, Tokenization
+from sft.data.labels import IGNORE, Sample
+from sft.data.mask import Tokenization
 
 TOOLS = [{"type": "function", "function": {"name": "weather", "parameters": {"type": "object", "properties": {}}}}]
 

@@ -15,8 +15,8 @@ import pyarrow as pa
 import pyarrow.parquet
 import pytest
 
+from sft.data import record, text_files
 from sft.data import rows as rows_module
-from sft.data import text_files
 from sft.data.rows import Source, all_rows, first_rows, pieces
 from sft.errors import BadRow, UserError
 
@@ -135,8 +135,7 @@ def test_bad_lines_end_nothing(tmp_path: Path) -> None:
 
 
 def test_a_row_that_is_too_long_is_a_bad_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(text_files, "MAX_RECORD", 1 << 20)
-    monkeypatch.setattr(rows_module, "MAX_RECORD", 1 << 20)
+    monkeypatch.setattr(record, "MAX_RECORD", 1 << 20)
     monkeypatch.setattr(rows_module, "CHUNK_BYTES", 1 << 19)
     rows = [{"q": "a"}, {"q": "x" * (3 << 20)}, {"q": "y" * 1000}]
     for name, content in (
@@ -155,7 +154,7 @@ def test_any_rows_come_back_however_they_are_cut(tmp_path: Path, monkeypatch: py
     values = ["x\\", '"q"', "[{,}]\n", 1, None, [{"z": '\\"'}], "é\u2028", "\r\nn", ""]
     for seed in range(60):
         draw = random.Random(seed)
-        monkeypatch.setattr(text_files, "BLOCK", draw.choice([1, 2, 3, 7, 64]))
+        monkeypatch.setattr(record, "BLOCK", draw.choice([1, 2, 3, 7, 64]))
         monkeypatch.setattr(rows_module, "CHUNK", draw.choice([1, 2, 5]))
         monkeypatch.setattr(rows_module, "CHUNK_BYTES", draw.choice([10, 50, 1000]))
         rows = [{draw.choice('ab"\\]'): draw.choice(values)} for _ in range(draw.randint(1, 12))]
@@ -202,8 +201,8 @@ def test_the_first_rows_are_good_ones_and_the_rest_is_not_read(tmp_path: Path, m
     assert first_rows(Source(str(file)), 2) == [{"n": 0}, {"n": 1}]
     assert len(first_rows(Source(str(file)), 5000)) == 1000
     read: list[int] = []
-    real = text_files._lines
-    monkeypatch.setattr(text_files, "_lines", lambda *args: (read.append(1) or line for line in real(*args)))
+    real = text_files.lines
+    monkeypatch.setattr(text_files, "lines", lambda *args: (read.append(1) or line for line in real(*args)))
     first_rows(Source(str(file)), 2)
     assert len(read) < 300
 

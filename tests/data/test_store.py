@@ -24,8 +24,11 @@ from sft.data import dataset as dataset_module
 from sft.data import ledger
 from sft.data import staging as staging_module
 from sft.data.conversation import messages, prompt_response
-from sft.data.mask import IGNORE
+from sft.data.labels import IGNORE, Sample
+from sft.data.mask import Tokenized
 from sft.data.rows import Source
+from sft.data.samples import Samples, columns_of
+from sft.data.staging import Staging
 from sft.data.store import DTYPES, Store
 from sft.errors import UserError
 
@@ -147,7 +150,7 @@ def test_too_many_lost_rows_are_refused_at_build_and_at_open(tmp_path: Path) -> 
     file = rows_file(tmp_path / "a.jsonl", rows)
     message = (
         r"^2 of 10 rows lost, more than data\.max_lost=0\.1 of them: 2 overlong \(a\.jsonl line 9, a\.jsonl line 10.*\)"
-        r": raise data\.max_length or set data\.overlong=truncate_prompt\. Or raise data\.max_lost$"
+        r": raise data\.max_length or set data\.overlong=truncate_prompt; correct these rows or raise data\.max_lost$"
     )
     for _attempt in ("build", "open"):
         with pytest.raises(UserError, match=message):
@@ -175,10 +178,10 @@ def test_one_bad_row_ends_nothing_whoever_reads_it(tmp_path: Path) -> None:
         file = rows_file(tmp_path / f"{number}.jsonl", bad)
         store = open_store(file, cache=tmp_path / "cache", num_workers=num_workers)
         assert len(store) == 2449
-        assert store.counts[0]["lost"] == {"empty_response": 50, "bad_row": 1}
-        why = "column 'response' holds {'a': 1} (dict), not a string"
+        assert store.counts[0]["lost"] == {"empty_response": 50, "not_a_text": 1}
+        why = "column 'response' holds {'a': 1} (dict), not a text"
         place = f"{number}.jsonl line {number + 1}"
-        assert store.counts[0]["examples"]["bad_row"] == [{"row": number, "place": place, "why": why}]
+        assert store.counts[0]["examples"]["not_a_text"] == [{"row": number, "place": place, "why": why}]
 
 
 def test_whatever_is_wrong_with_a_line_is_counted_by_reason_and_place(tmp_path: Path) -> None:
@@ -196,7 +199,7 @@ def test_whatever_is_wrong_with_a_line_is_counted_by_reason_and_place(tmp_path: 
     message = (
         r"^4 of 7 rows lost, more than data\.max_lost=0\.5 of them: 2 not_utf8 \(a\.jsonl line 6, a\.jsonl line 7: "
         r"byte 0xe9 is not UTF-8\): save the file as UTF-8; 1 broken_json \(a\.jsonl line 3: broken JSON.*\): correct "
-        r"or remove the lines; 1 not_an_object \(.*\): .*\. Or raise data\.max_lost$"
+        r"or remove the lines; 1 not_an_object \(.*\): .*; correct these rows or raise data\.max_lost$"
     )
     with pytest.raises(UserError, match=message):
         open_store(file, cache=tmp_path / "cache", max_lost=0.5)
@@ -205,7 +208,7 @@ def test_whatever_is_wrong_with_a_line_is_counted_by_reason_and_place(tmp_path: 
 def test_a_fault_in_all_of_the_first_rows_is_one_of_the_settings(tmp_path: Path) -> None:
     file = rows_file(tmp_path / "a.jsonl", [{"prompt": "hi"}] * 1000 + many_rows(2000))
     with pytest.raises(
-        UserError, match=r"^all of the first 1,000 rows are lost: 1,000 bad_row \(a\.jsonl line 1, .*: no"
+        UserError, match=r"^all of the first 1,000 rows are lost: 1,000 no_column \(a\.jsonl line 1, .*: no"
     ):
         open_store(file, cache=tmp_path / "cache", max_lost=0.9)
     assert folders(tmp_path / "cache") == []
@@ -487,6 +490,20 @@ def test_a_cache_that_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "cache").write_text("a file")
     with pytest.raises(UserError, match=r"cache: the token store cannot be written .* set data\.cache_dir to another"):
         open_store(file, cache=tmp_path / "cache")
+
+
+def test_weights_are_written_once_a_sample_has_some(tmp_path: Path) -> None:
+    def samples(labels: list[int], weights: list[float] | None) -> Samples:
+        return columns_of(0, [Tokenized([Sample([5] * len(labels), labels, weights)], {})])
+
+    with Staging(tmp_path / "stores" / "key") as staging:
+        staging.write(samples([_, 5, 5], None))
+        assert not (staging.store / "weights.bin").exists()
+        staging.write(samples([_, 5, _, 5], [9.0, 0.5, 9.0, 2.0]))
+        staging.write(samples([_, 5], None))
+        staging.publish({})
+    weights = np.fromfile(tmp_path / "stores/key/weights.bin", np.float32)
+    assert weights.tolist() == [0, 1, 1, 0, 0.5, 0, 2, 0, 1]
 
 
 class Clock:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from sft.data import store as store_module
-from sft.data.mask import IGNORE
+from sft.data.labels import IGNORE
 from sft.data.rows import Source
 from sft.data.store import DTYPES, Store, sum_weights
 

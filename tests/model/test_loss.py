@@ -10,7 +10,7 @@ from transformers import Gemma2Config, Gemma2ForCausalLM, GraniteConfig, Granite
 
 from conftest import tiny_llama
 from made_up import NUM_PROMPT, pack
-from sft.data.mask import IGNORE
+from sft.data.labels import IGNORE
 from sft.model import attention, loss
 from sft.model.loss import head_is_plain_matrix, linear_nll, nll, token_log_probs
 

@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from sft.commands import certify, rehearse
 from sft.config import CONF
-from sft.data.mask import IGNORE
+from sft.data.labels import IGNORE
 from sft.data.step_plan import epoch_plan
 from sft.errors import UserError
 from sft.proof import shrink

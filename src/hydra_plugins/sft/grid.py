@@ -87,6 +87,7 @@ class Grid(BasicSweeper):
     def setting(self, number: int, overrides: list[str], varied: Collection[str]) -> Setting:
         """A setting after its checks; `UserError` if it has a mistake."""
         from sft.training.settings import check, check_schema
+        from sft.training.shape import settle_data
 
         shown = " ".join(item for item in overrides if item.partition("=")[0] in varied) or "this setting"
         if self.queued:
@@ -96,6 +97,7 @@ class Grid(BasicSweeper):
         with open_dict(config):
             del config["hydra"]
         check_schema(config, typed={item.partition("=")[0].lstrip("+") for item in overrides})
+        settle_data(config, aloud=False)
         num_ranks, _ = check(config, here=not self.queued)
         if num_ranks > 1 and not self.queued:
             raise UserError(

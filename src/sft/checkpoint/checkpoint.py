@@ -51,6 +51,7 @@ class State(TypedDict):
     files: dict[str, dict[str, int]]  # size and checksum by name
     seed: int
     stop_token_ids: NotRequired[list[int]]
+    template: NotRequired[dict[str, object]]  # what the chat template was rendered with, if with anything
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,7 @@ from omegaconf import DictConfig, OmegaConf
 from transformers import AutoConfig, AutoTokenizer
 
 from sft.checkpoint.checkpoint import Checkpoint, best, complete
+from sft.data.clock import TODAY
 from sft.errors import UserError, disk_is_full
 from sft.export.folder import Read, Specs, empty_model, generation_config, verify, write_model
 from sft.export.merge import adapter_config, merged, write_adapter
@@ -123,7 +124,9 @@ def try_export(prepared: Prepared, run: Run | None = None) -> None:
                 AutoConfig.from_pretrained(folder, trust_remote_code=False)
     if run is not None:
         with _tried("model card", None):
-            model_card(run, 0, {"num_steps": prepared.data.num_steps, "val_loss": None}, merge)
+            model_card(
+                run, 0, {"num_steps": prepared.data.num_steps, "val_loss": None, "template": prepared.template}, merge
+            )
 
 
 @contextmanager
@@ -147,6 +150,7 @@ def model_card(run: Run, step: int, state: Mapping[str, object], merge: bool | N
     """README.md of the exported folder: base model, data and settings. `state` is a checkpoint's; `merge` is None
     without an adapter."""
     settings, val_loss = run.config, state["val_loss"]
+    template: Mapping[str, object] = state.get("template") or {}  # type: ignore[assignment]
     data = settings["data"]
     base = settings["model"]["path"]
     provenance = json.loads((run.folder / "provenance.json").read_text())
@@ -162,6 +166,7 @@ def model_card(run: Run, step: int, state: Mapping[str, object], merge: bool | N
         "global batch": f"{settings['global_batch_size']} packs of up to {data['max_length']} tokens",
         "optimizer": json.dumps({k: v for k, v in settings["optimizer"].items() if k != "_partial_"}),
         "schedule": json.dumps({k: v for k, v in settings["schedule"].items() if k != "_partial_"}),
+        **({"chat template's arguments": _arguments_line(template)} if template else {}),
         "precision": settings["trainer"]["precision"],
         "seed": settings["seed"],
         "step": f"{step} of {state['num_steps']}",
@@ -176,6 +181,13 @@ def model_card(run: Run, step: int, state: Mapping[str, object], merge: bool | N
     configuration = (run.folder / "config.yaml").read_text().rstrip()
     lines += ["", "The whole configuration:", "", "```yaml", configuration, "```", ""]
     return "\n".join(lines)
+
+
+def _arguments_line(template: Mapping[str, object]) -> str:
+    """What the chat template was rendered with, for whoever serves the model."""
+    written = {name: json.dumps(value) for name, value in template.items() if name != TODAY}
+    day = f"the date that it writes was {template[TODAY]}" if TODAY in template else ""
+    return "; ".join(filter(None, [", ".join(f"{name}={value}" for name, value in written.items()), day]))
 
 
 def _adapter_line(settings: Config, merge: bool) -> str:

@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 from hydra.utils import instantiate
 from omegaconf import DictConfig
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from sft.data.conversation import Row, RowFunction
 from sft.data.files import kind
@@ -29,7 +29,7 @@ from sft.errors import BadRow, UserError
 from sft.export.folder import load_exported
 from sft.runs.files import input_file
 from sft.runs.run import Run
-from sft.training.prepare import quiet
+from sft.training.prepare import quiet, template_settings
 
 
 def main(config: DictConfig) -> None:
@@ -39,7 +39,10 @@ def main(config: DictConfig) -> None:
     row_function = instantiate(run.config["data"]["conversation"], _convert_="all")
     asked = read(config, row_function)
     lines = list(known(asked, row_function, config.file))
-    for line, response in zip(lines, answers(folder, row_function, asked, config), strict=True):
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    template = template_settings(run.config["model"].get("template") or {}, tokenizer, run)
+    token_ids = [served_ids(tokenizer, row_function, one, template) for one in asked]
+    for line, response in zip(lines, answers(folder, tokenizer, token_ids, config), strict=True):
         made = json.dumps({"prompt": line.pop("prompt"), "response": response, **line}, ensure_ascii=False)
         print(made if config.prompt is None else response, flush=True)
 
@@ -55,14 +58,14 @@ def known(asked: Sequence[Row | str], row_function: RowFunction, file: str | Non
         yield {"prompt": text} if reference is None else {"prompt": text, "reference": reference}
 
 
-def answers(folder: Path, row_function: RowFunction, asked: Sequence[Row | str], config: DictConfig) -> Iterator[str]:
-    """Responses of an exported model to prompts or rows, in their order, without the stop token.
+def answers(
+    folder: Path, tokenizer: PreTrainedTokenizerBase, token_ids: list[list[int]], config: DictConfig
+) -> Iterator[str]:
+    """Responses of an exported model to the tokens of prompts, in their order, without the stop token.
 
-    The run's row function decides what the model sees of each; `config` has the settings of conf/generate.yaml.
+    `config` has the settings of conf/generate.yaml.
     """
-    tokenizer = AutoTokenizer.from_pretrained(folder)
     model = load_exported(folder)
-    token_ids = [served_ids(tokenizer, row_function, one) for one in asked]
     sampling = {"do_sample": False}
     if config.temperature:
         sampling = {"do_sample": True, "temperature": config.temperature, "top_p": config.top_p}

@@ -5,7 +5,7 @@
   sft preview ... preview.packs=5
       more packs
   sft preview ... preview.dump=samples.jsonl
-      also writes every training sample as JSON: source, row, input_ids, labels
+      also writes every training sample as JSON: source, row, input_ids, labels, and weights where there are any
 
 Supervised tokens are green and bold on a terminal; elsewhere, or with NO_COLOR, they stand between [[ and ]].
 """
@@ -13,19 +13,21 @@ Supervised tokens are green and bold on a terminal; elsewhere, or with NO_COLOR,
 import io
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 from transformers import PreTrainedTokenizerFast
 
+from sft.data.labels import IGNORE
 from sft.data.ledger import Ledger, not_read
-from sft.data.mask import IGNORE
 from sft.data.step_plan import check_division
 from sft.runs.files import output_file
+from sft.runs.run import Run
 from sft.training.prepare import Prepared, quiet, setup
 from sft.training.settings import world_size
 
@@ -34,7 +36,8 @@ def main(config: DictConfig) -> None:
     quiet()
     path = output_file(config.preview.dump, "preview.dump") if config.preview.dump else None
     check_division(config.global_batch_size, world_size(config), config.micro_batch_size)
-    prepared = setup(config)
+    settings: Any = OmegaConf.to_container(config, resolve=True)
+    prepared = setup(config, run=Run.named(settings))
     console = Console(highlight=False, soft_wrap=True)
     colour = console.color_system is not None and not console.no_color
     show(console, prepared, config.preview.packs, colour)
@@ -60,7 +63,8 @@ def show(console: Console, prepared: Prepared, num_packs: int, colour: bool) -> 
         for index in pack.tolist():
             place = f"{train.source(index)} row {train.row(index)}"
             length, num_supervised = train.lengths[index], train.num_supervised[index]
-            console.print(Text(f"  {place}: {length} tokens, {num_supervised} supervised", "dim"))
+            weight = "" if train.weight_sums[index] == num_supervised else f", weight {train.weight_sums[index]:g}"
+            console.print(Text(f"  {place}: {length} tokens, {num_supervised} supervised{weight}", "dim"))
             console.print(marked(prepared.tokenizer, *train[index], colour))
     mark = "green and bold" if colour else "between [[ and ]]"
     console.print(Text(f"supervised tokens are {mark}; all others are read and carry no loss", "dim"))
@@ -129,6 +133,8 @@ def dump(path: Path, prepared: Prepared) -> None:
             input_ids, labels = train[index]
             line = {"source": train.source(index), "row": train.row(index)}
             line |= {"input_ids": input_ids.tolist(), "labels": labels.tolist()}
+            if (weights := train.weights(index)) is not None:
+                line["weights"] = weights.tolist()
             file.write(json.dumps(line) + "\n")
 
 

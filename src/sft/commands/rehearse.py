@@ -23,8 +23,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from sft.commands.export import try_export
-from sft.data.chat_template import special_ids
-from sft.data.mask import IGNORE
+from sft.data.labels import IGNORE
 from sft.errors import UserError
 from sft.proof.rehearsal import Failed, Mistaken, run_command
 from sft.proof.shrink import first_rows, shrink
@@ -110,7 +109,7 @@ def _check(config: DictConfig, folder: Path, num_rows: int) -> str:
     run = Run.of(settings)
     check_writable(Path(config.data.cache_dir), "data.cache_dir")
     cut_data(small.data, folder, num_rows)
-    prepared = setup(small)
+    prepared = setup(small, run=run)
     stops = check_stops(prepared)
     if config.export:
         try_export(prepared)
@@ -129,7 +128,7 @@ def _check(config: DictConfig, folder: Path, num_rows: int) -> str:
 def check_stops(prepared: Prepared) -> str:
     """The tokens at which the exported model will stop; refuses samples that don't teach it to."""
     tokenizer, train = prepared.tokenizer, prepared.splits.train
-    stops = [token for token in prepared.stop_token_ids if token in special_ids(tokenizer)]
+    stops = prepared.stop_token_ids
     for index in range(min(len(train), 1000)):
         input_ids, labels = train[index]
         last = int(labels[labels != IGNORE][-1])
@@ -155,6 +154,7 @@ def shrink_job(config: DictConfig, prepared: Prepared, folder: Path) -> None:
     """Turns a configuration into that of a run of seconds on this machine's processor."""
     precision = config.trainer.precision
     shrink(config, folder, "cpu", precision if precision in PRECISIONS else "32-true")
+    config.model.template = prepared.template
     splits = prepared.splits
     config.data.max_length = int(max(split.lengths.max() for split in (splits.train, splits.val) if split))
     config.trainer.devices = NUM_RANKS if config.strategy else 1

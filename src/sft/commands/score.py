@@ -3,7 +3,7 @@
   sft score run=gsm8k-1a2b3c4d
       the run's validation data, to standard output
   sft score run=gsm8k-1a2b3c4d data=new.jsonl output=scores.jsonl
-      a file with the same columns as the run's data
+      a file with the columns of the run's data, read in its shape
 
 log_p_response = log Pr(y | x) = log_p_joint - log_p_prompt, in nats, the stop token included.
 """
@@ -13,13 +13,17 @@ import sys
 from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import replace
+from pathlib import Path
 
 from hydra.utils import instantiate
 from omegaconf import DictConfig
 from transformers import AutoTokenizer, PreTrainedModel
 
 from sft.data.batch import make_batch, to_device
-from sft.data.mask import IGNORE
+from sft.data.labels import IGNORE
+from sft.data.rows import first_rows
+from sft.data.shape import NUM_ROWS
+from sft.data.shapes import check_columns
 from sft.data.step_plan import eval_plan
 from sft.data.store import Store
 from sft.errors import UserError
@@ -28,7 +32,7 @@ from sft.model import attention
 from sft.model.loss import head_is_plain_matrix, token_log_probs
 from sft.runs.files import output_file
 from sft.runs.run import Run
-from sft.training.prepare import quiet
+from sft.training.prepare import quiet, template_settings
 
 
 def main(config: DictConfig) -> None:
@@ -41,8 +45,16 @@ def main(config: DictConfig) -> None:
     if config.path is not None:
         split = config.split or data_config.split
         data_config = replace(data_config, path=config.path, split=split, val_path=None, val_split=None, val_size=0)
+        function, arguments = settings["data"]["conversation"]["_target_"], settings["data"]["conversation"]
+        for source in data_config.sources()[0]:
+            rows = first_rows(source, NUM_ROWS, cache_dir=Path(data_config.cache_dir))
+            advice = f"rename them as in the run's data ({run.folder}/config.yaml, data.conversation)"
+            check_columns(str(source), rows, function, arguments, advice)
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    splits = data_config.datasets(tokenizer, seed=settings["seed"], log=lambda line: print(line, file=sys.stderr))
+    template = template_settings(settings["model"].get("template") or {}, tokenizer, run)
+    splits = data_config.datasets(
+        tokenizer, seed=settings["seed"], template=template, log=lambda line: print(line, file=sys.stderr)
+    )
     samples = splits.train if config.path is not None else splits.val
     if samples is None:
         raise UserError(f"{run.folder} has no validation data: name what to score with data=")

@@ -1,9 +1,10 @@
 """sft train: fine-tune a model on prompts and responses. The same command again resumes an unfinished run.
 
   sft train model.path=Qwen/Qwen3-0.6B data.path=my.jsonl
-      columns `prompt` and `response`; others: data.conversation.prompt=question data.conversation.response=answer
+      rows of any shape in docs/data.md: the first line says which; columns of another name are set, as in
+      data.conversation.prompt=topic data.conversation.response=essay
   sft train data=messages data.path=chats.jsonl model.path=...
-      rows of chat messages; conf/data/ has all row shapes
+      rows of chat messages, whatever else they look like; conf/data/ has all row shapes
   sft train experiment=gsm8k optimizer.lr=1e-5 epochs=2
       a recipe of conf/experiment/ with changes of your own
   sft train -m optimizer.lr=1e-5,2e-5 ...
@@ -40,6 +41,8 @@ from sft.training.settings import check, check_devices, check_gpu, check_inputs,
 if TYPE_CHECKING:
     from lightning.pytorch.loggers import Logger
 
+    from sft.training.prepare import Prepared
+
 
 def main(config: DictConfig) -> float | None:
     """Trains; the final validation loss, which a sweep compares, on the first rank."""
@@ -74,10 +77,11 @@ def main(config: DictConfig) -> float | None:
     check_targets(config)
     check_devices(config.trainer.accelerator, config.trainer.devices)
     resume = checkpoints.latest(run.checkpoints)
-    prepared = setup(config, start_step=resume.step if resume else 0)
+    prepared = setup(config, start_step=resume.step if resume else 0, run=run)
     data = prepared.data
 
-    with run.attempt(settings, prepared.splits.fingerprint, data.num_steps, is_main()) as status, tracking():
+    attempt = run.attempt(settings, prepared.splits.fingerprint, data.num_steps, is_main(), prepared.template)
+    with attempt as status, tracking():
         if is_main():
             write_json(run.folder / "data.json", prepared.splits.ledger)
             write_html(run.folder / "preview.html", prepared)
@@ -100,7 +104,7 @@ def main(config: DictConfig) -> float | None:
                 checkpoints=run.checkpoints,
                 resume=resume,
                 loggers=[file, *trackers(config, run, file.metrics.rows)],
-                facts={"seed": config.seed, "stop_token_ids": prepared.stop_token_ids},
+                facts=facts(config, prepared),
                 cluster=cluster,
             )
             if HydraConfig.get().mode is not RunMode.MULTIRUN:  # there the group is for the next setting, too
@@ -116,6 +120,12 @@ def main(config: DictConfig) -> float | None:
         return None
     summarise(run, file.metrics)
     return Result.read(run).last
+
+
+def facts(config: DictConfig, prepared: "Prepared") -> dict[str, object]:
+    """What each checkpoint tells of its run."""
+    template = {"template": prepared.template} if prepared.template else {}
+    return {"seed": config.seed, "stop_token_ids": prepared.stop_token_ids, **template}
 
 
 def trackers(config: DictConfig, run: Run, history: list[dict[str, str]]) -> "list[Logger]":

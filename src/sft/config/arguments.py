@@ -210,7 +210,7 @@ def _kind(command: str, name: str) -> str | None:
 
 def _is_open(command: str, name: str) -> bool:
     """Whether a setting lies in a mapping of names of the user's own choice."""
-    open_settings = {setting for setting, annotation in _types(command).items() if annotation == schema.Open}
+    open_settings = {setting for setting, kind in _types(command).items() if kind == schema.Open or _takes_more(kind)}
     parents = [name.rsplit(".", depth)[0] for depth in range(1, name.count(".") + 1)]
     return any(parent in open_settings and parent not in schema.OPTIONS for parent in parents)
 
@@ -233,6 +233,11 @@ def _fields(model: type[BaseModel], prefix: str) -> dict[str, Any]:
         if inner := nested(field.annotation):
             found |= _fields(inner, f"{prefix}{name}.")
     return found
+
+
+def _takes_more(annotation: Any) -> bool:
+    """Whether names of the user's own may stand beside those of a setting."""
+    return isinstance(annotation, type) and issubclass(annotation, schema.OpenSettings)
 
 
 def _is_text(annotation: Any) -> bool:

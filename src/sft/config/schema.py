@@ -3,6 +3,8 @@
 A group's option is known by its `_target_`. What a class or function of the user's own takes is for it to say.
 """
 
+import re
+from datetime import date
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, create_model
@@ -35,6 +37,13 @@ def _legal(name: str) -> str:
     return name
 
 
+def _day(text: str) -> str:
+    if not re.fullmatch(r"\d{4}-\d\d-\d\d", text):
+        raise ValueError
+    date.fromisoformat(text)
+    return text
+
+
 def described(words: str, kind: Any) -> Any:
     """A type with what a setting must be, as a sentence goes on with it."""
     return Annotated[kind, Field(description=words)]
@@ -50,6 +59,7 @@ Name = described(
     "a name of at most 120 characters, none of them one of / \\ # ? % : and no . or - at its start",
     Annotated[Text, AfterValidator(_legal)],
 )
+Day = described("a day, YYYY-MM-DD", Annotated[str, AfterValidator(_day)])
 Fraction = Annotated[float, Field(ge=0, allow_inf_nan=False), AfterValidator(_share_or_whole)]
 Size = described("0, a share below 1, or a whole number from 1 on", Fraction)
 Steps = described("a share of the run from 0 to below 1, or a whole number of steps", Fraction)
@@ -62,6 +72,12 @@ Seed = whole(0, 2**32 - 1)
 
 class Settings(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, protected_namespaces=())
+
+
+class OpenSettings(Settings):
+    """Settings beside which names of the user's own choice may stand."""
+
+    model_config = ConfigDict(extra="allow")
 
 
 def maybe(kind: Any) -> Any:
@@ -168,20 +184,27 @@ Data = table(
     num_workers=whole(1),
     cache_dir=Text,
 )
-Messages = table(
-    "Messages",
-    column=Text,
-    role=Text,
-    content=Text,
-    roles=maybe(described("a mapping of role names", dict[str, Text])),
-    tools=maybe(Text),
+Roles = maybe(described("a mapping of role names", dict[str, Text]))
+ROW_COLUMNS = """
+    prompt response column role content tools system_column instruction input output history labels attention_mask
+"""
+Pair = table(
+    "PromptResponse", prompt=Text, response=Text, system=maybe(Text), chat=Yes, system_column=rare(maybe(Text))
 )
+Messages = table(
+    "Messages", column=Text, role=Text, content=Text, roles=Roles, tools=maybe(Text), system_column=rare(maybe(Text))
+)
+Alpaca = table("Alpaca", instruction=Text, input=Text, output=Text, history=Text, system_column=maybe(Text))
+Conversational = table("Conversational", prompt=Text, response=Text, tools=maybe(Text), system_column=maybe(Text))
+Pretokenized = table("Pretokenized", column=Text, labels=maybe(Text), attention_mask=Text)
+Auto = table("Auto", system=maybe(Text), chat=Yes, roles=Roles, **dict.fromkeys(ROW_COLUMNS.split(), maybe(Text)))
 Model = table(
     "Model",
     path=maybe(Text),
     revision=maybe(Text),
     tokenizer=maybe(Text),
     chat_template=maybe(Text),
+    template=table("Template", OpenSettings, today=rare(maybe(Day))),
     init=one_of("pretrained", "random"),
     config=Open,
     attention=Text,
@@ -337,8 +360,12 @@ Nothing = table("Nothing")
 OPTIONS: dict[str, dict[str, type[Settings]]] = {
     "data": {"DataConfig": Data},
     "data.conversation": {
-        "prompt_response": table("PromptResponse", prompt=Text, response=Text, system=maybe(Text), chat=Yes),
+        "prompt_response": Pair,
         "messages": Messages,
+        "alpaca": Alpaca,
+        "conversational": Conversational,
+        "pretokenized": Pretokenized,
+        "auto": Auto,
         "text": table("PlainText", column=Text),
     },
     "model": {"ModelSource": Model},

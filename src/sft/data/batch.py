@@ -8,7 +8,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from sft.data.mask import IGNORE
+from sft.data.labels import IGNORE
 
 
 class Batch(TypedDict):

@@ -59,7 +59,6 @@ def build_store(
             counts = progress.counts[task.source]
             staging.write(samples)
             ledger.add(counts, samples)
-            progress.num_tokens += int(samples.lengths.sum())
             progress.num_pieces += 1
             if stop_early:
                 ledger.check_beginning({"source": str(sources[task.source]), **counts})

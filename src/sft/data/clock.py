@@ -1,12 +1,16 @@
-"""The day that a chat template sees. Some write today's date into each conversation (Llama 3.2, gpt-oss), and then a
-rendering is a function of its rows only if the clock stands still."""
+"""The arguments of a chat template, and the day that it sees. Some templates write today's date into each conversation
+(Llama 3.2, gpt-oss), and then a rendering is a function of its rows only if the clock stands still."""
 
+import difflib
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from datetime import date, datetime
 
+from sft.errors import UserError
+
 CLOCK = "strftime_now"  # transformers' function for templates
+GIVEN = ("messages", "tools", "documents", "add_generation_prompt", CLOCK)
 TODAY = "today"  # the one name in `model.template` that is ours: YYYY-MM-DD
 # A macro of the clock's name stands before the function. transformers passes a template nothing that can be called,
 # and trims the line break after a block, so that what follows still begins a line.
@@ -26,12 +30,27 @@ def reads_clock(chat_template: str | Mapping[str, str] | None) -> bool:
 
 
 def settled(
-    chat_template: str | Mapping[str, str] | None, template: Mapping[str, object], day: str
+    chat_template: str | Mapping[str, str] | None, template: Mapping[str, object], day: Callable[[], str]
 ) -> dict[str, object]:
-    """What of `model.template` decides a rendering: `today` is `day` where it isn't set, and left out where the chat
-    template doesn't ask for the date."""
+    """What of `model.template` decides a rendering: `today` is that of `day` where it isn't set, and left out where the
+    chat template doesn't ask for the date."""
     arguments = {name: value for name, value in template.items() if name != TODAY}
-    return {**arguments, TODAY: template.get(TODAY) or day} if reads_clock(chat_template) else arguments
+    return {**arguments, TODAY: template.get(TODAY) or day()} if reads_clock(chat_template) else arguments
+
+
+def check_arguments(chat_template: str | Mapping[str, str] | None, template: Mapping[str, object]) -> None:
+    """UserError for an argument that the chat template doesn't read, or that isn't the user's to give."""
+    templates = chat_template.values() if isinstance(chat_template, Mapping) else [chat_template or ""]
+    words = set(re.findall(r"\w+", "\n".join(templates)))
+    for name in template.keys() - {TODAY}:
+        if name in GIVEN:
+            raise UserError(f"model.template.{name}: what the chat template gets under that name is not for a setting")
+        if name not in words:
+            near = difflib.get_close_matches(name, words, n=1)
+            raise UserError(
+                f"model.template.{name}: the chat template reads nothing of that name"
+                + (f": did you mean {near[0]}?" if near else ", so it would change nothing: leave it out")
+            )
 
 
 def pinned(chat_template: str, template: Mapping[str, object]) -> tuple[str, dict[str, object]]:

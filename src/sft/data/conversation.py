@@ -1,15 +1,19 @@
 """Row → conversation: what a row of the user's data means.
 
 A row function takes one row and returns a `Conversation`, or `Empty` with the reason if there is nothing to learn
-from. `conf/data/*.yaml` names one with its arguments; yours may be in any module. It raises UserError for a malformed
-row, without saying which row: the caller adds that.
+from. `conf/data/*.yaml` names one with its arguments; yours may be in any module. It raises BadRow for a row that it
+can't read, without saying which row: the caller adds that, counts the row, and continues.
+
+A setting `system_column` or `tools` that is null means the column `system` or `tools`, where a row has one.
 """
 
-import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from sft.errors import UserError
+from sft.data import tool_calls
+from sft.data.message import ROLES, message
+from sft.data.value import as_text, counted, is_list, kind, parsed, short
+from sft.errors import BadRow
 
 Row = Mapping[str, object]
 Message = dict[str, object]  # what the chat template takes: role, content, tool_calls, ...
@@ -43,36 +47,61 @@ class Empty:
 
 RowFunction = Callable[[Row], Conversation | Empty]
 
-# Role names in use (ShareGPT's among them) → those of chat templates. `function_call` becomes an assistant's turn that
-# calls tools.
-ROLES = {
-    **{role: role for role in ("system", "developer", "user", "assistant", "tool", "function_call")},
-    **{"human": "user", "gpt": "assistant", "observation": "tool"},
-}
-
 # Names of prompt and response in use.
 PAIRS = (
-    *(("question", "answer"), ("instruction", "output"), ("instruction", "response"), ("input", "output")),
-    *(("input", "target"), ("query", "response"), ("prompt", "completion"), ("prompt", "answer"), ("source", "target")),
+    *(("prompt", "response"), ("question", "answer"), ("instruction", "output"), ("instruction", "response")),
+    *(("input", "output"), ("input", "target"), ("query", "response"), ("prompt", "completion"), ("prompt", "answer")),
+    *(("source", "target"), ("question", "response"), ("query", "answer"), ("problem", "solution")),
+    *(("inputs", "targets"), ("user", "assistant"), ("prompt", "output"), ("prompt", "target"), ("input", "response")),
 )
 
 
 def prompt_response(
-    row: Row, *, prompt: str = "prompt", response: str = "response", system: str | None = None, chat: bool
+    row: Row,
+    *,
+    prompt: str = "prompt",
+    response: str = "response",
+    system: str | None = None,
+    system_column: str | None = None,
+    chat: bool = True,
 ) -> Conversation | Empty:
-    """Two columns: a chat of [system, user, assistant], or plain text, concatenated unchanged."""
-    if prompt not in row or response not in row:
-        raise UserError(f"no column {prompt if prompt not in row else response!r}: {_other_columns(row)}")
-    prompt_text, response_text = _string(row, prompt), _string(row, response)
+    """Two columns: a chat of [system, user, assistant], or plain text, concatenated unchanged.
+
+    `system` is the system message of every row that has none in `system_column`.
+    """
+    _refuse_preference(row, prompt, response)
+    prompt_text, response_text = _text(row, prompt), _text(row, response)
     if not prompt_text.strip():
         return Empty("empty_prompt")
     if not response_text.strip():
         return Empty("empty_response")
     if not chat:
         return Conversation(prompt=prompt_text, response=response_text)
-    turns = [("system", system)] if system else []
-    turns += [("user", prompt_text), ("assistant", response_text)]
-    return Conversation(messages=[{"role": role, "content": content} for role, content in turns])
+    own = _system(row, system_column)
+    return _chat(own or system or "", [(prompt_text, response_text)])
+
+
+def alpaca(
+    row: Row,
+    *,
+    instruction: str = "instruction",
+    input: str = "input",
+    output: str = "output",
+    history: str = "history",
+    system_column: str | None = None,
+) -> Conversation | Empty:
+    """Columns of Alpaca. A row's `input`, if it has any, follows its instruction on a new line; `history` is a list of
+    [instruction, output] before it, whose outputs are trained like every assistant message (data.train_on=last trains
+    the last alone)."""
+    _refuse_preference(row, instruction, output)
+    asked, answer = _text(row, instruction), _text(row, output)
+    more = as_text(row.get(input), f"column {input!r}")
+    pairs = [*_history(row.get(history), history), (f"{asked}\n{more}" if more.strip() else asked, answer)]
+    if any(not prompt.strip() for prompt, _ in pairs):
+        return Empty("empty_prompt")
+    if any(not response.strip() for _, response in pairs):
+        return Empty("empty_response")
+    return _chat(_system(row, system_column), pairs)
 
 
 def messages(
@@ -83,129 +112,164 @@ def messages(
     content: str = "content",
     roles: Mapping[str, str] | None = None,
     tools: str | None = None,
+    system_column: str | None = None,
 ) -> Conversation | Empty:
-    """One column of messages, each a mapping with keys `role` and `content`; `roles` adds to or overrides ROLES.
+    """One column of messages or their JSON, each a mapping with keys `role` and `content`; `roles` adds to ROLES.
 
-    Other keys of a message (`tool_calls`, `reasoning_content`, `name`, ...) reach the template unchanged.
-    `tools` names the column of tool schemas, a list or its JSON.
+    Other keys of a message (`name`, `tool_call_id`, ...) reach the template unchanged. A message's `weight`, or 0 for
+    `train: false`, multiplies its loss. `tools` names the column of tool definitions, a list or its JSON.
     """
-    turns = _value(row, column)
-    if not isinstance(turns, list):
-        raise UserError(f"column {column!r} holds {_type(turns)}, not a list of messages")
-    all_roles = {**ROLES, **(roles or {})}
-    chat = [_message(turn, role, content, all_roles) for turn in turns]
-    replies = [message for message in chat if message["role"] == "assistant"]
-    if not replies:
-        return Empty("no_assistant_turn")
-    if any(_is_blank(reply.get("content")) and not reply.get("tool_calls") for reply in replies):
-        return Empty("empty_response")
-    return Conversation(messages=chat, tools=_tools(_value(row, tools), tools) if tools else None)
+    _refuse_preference(row, column)
+    turns = [(turn, 1.0) for turn in _turns(_value(row, column), f"column {column!r}")]
+    return _conversation(row, turns, {**ROLES, **(roles or {})}, role, content, tools, system_column)
+
+
+def conversational(
+    row: Row,
+    *,
+    prompt: str = "prompt",
+    response: str = "completion",
+    tools: str | None = None,
+    system_column: str | None = None,
+) -> Conversation | Empty:
+    """TRL's conversational prompt and completion: two columns of messages, of which those of the prompt are context."""
+    _refuse_preference(row, prompt, response)
+    asked, answer = _value(row, prompt), _value(row, response)
+    if isinstance(answer, str) and not answer.lstrip().startswith("["):
+        answer = [{"role": "assistant", "content": answer}]
+    turns = [(turn, 0.0) for turn in _turns(asked, f"column {prompt!r}")]
+    if not turns:
+        return Empty("empty_prompt")
+    turns += [(turn, 1.0) for turn in _turns(answer, f"column {response!r}")]
+    return _conversation(row, turns, ROLES, "role", "content", tools, system_column)
 
 
 def text(row: Row, *, column: str = "text") -> Conversation | Empty:
     """One column of plain text, all of it learned."""
-    response = _string(row, column)
+    response = _text(row, column)
     return Conversation(response=response) if response.strip() else Empty("empty_response")
 
 
-def _other_columns(row: Row) -> str:
+def columns(row: Row) -> str:
     """The columns that a row has, and what to set to read them."""
-    columns = f"the columns are {', '.join(map(repr, row))}"
+    given = f"the columns are {counted(row)}"
+    if not row:
+        return "the row has no columns"
     (first, *others) = row
     for sign, word in ((";", "semicolons"), ("\t", "tabs")):
         if not others and sign in first:
-            return f"{columns}: the file is separated by {word}: save it with commas"
-    for name, shape in (("messages", "messages"), ("conversations", "sharegpt"), ("text", "text")):
+            return f"{given}: the file is separated by {word}: save it with commas"
+    for name, shape in (("messages", "messages"), ("conversations", "sharegpt"), ("input_ids", "pretokenized")):
         if name in row:
-            return f"{columns}: set data={shape}"
-    pair = next((pair for pair in PAIRS if set(pair) <= row.keys()), (first, others[-1] if others else "COLUMN"))
-    return f"{columns}: set data.conversation.prompt={pair[0]} data.conversation.response={pair[1]}"
+            return f"{given}: set data={shape}"
+    pair = next((pair for pair in PAIRS if set(pair) <= row.keys()), None)
+    if pair is None and "text" in row:
+        return f"{given}: set data=text"
+    pair = pair or (first, others[-1] if others else "COLUMN")
+    return f"{given}: set data.conversation.prompt={pair[0]} data.conversation.response={pair[1]}"
+
+
+def is_preference(label: object) -> bool:
+    """Whether a value of a column `label` says that an answer is a good or a bad one."""
+    return isinstance(label, bool) or (isinstance(label, str) and label.strip().lower() in ("true", "false"))
+
+
+def _refuse_preference(row: Row, *read: str) -> None:
+    label = dict.get(row, "label") if isinstance(row, dict) else row.get("label")  # a row notes what `row.get` reads
+    if "label" not in read and is_preference(label):
+        raise BadRow(
+            "preference_row",
+            "column 'label' says whether the answer is good or bad, which supervised fine-tuning can't learn from: "
+            "keep the rows with label true in a file without this column",
+        )
+
+
+def _conversation(
+    row: Row,
+    turns: Sequence[tuple[object, float]],  # with what multiplies the loss, besides its own weight
+    roles: Mapping[str, str],
+    role: str,
+    content: str,
+    tools: str | None,
+    system_column: str | None,
+) -> Conversation | Empty:
+    chat, weights = [], []
+    for turn, of_column in turns:
+        made, weight = message(turn, role, content, roles)
+        chat.append(made)
+        weights.append(weight * of_column)
+    if system := _system(row, system_column):
+        if chat and chat[0]["role"] in ("system", "developer"):
+            if chat[0]["content"] != system:
+                raise BadRow("two_system_messages", "the row has a system message and another one in its own column")
+        else:
+            chat.insert(0, {"role": "system", "content": system})
+            weights.insert(0, 1.0)
+    replies = [(reply, weight) for reply, weight in zip(chat, weights, strict=True) if reply["role"] == "assistant"]
+    if not replies:
+        return Empty("no_assistant_turn")
+    if any(weight and _is_blank(reply) for reply, weight in replies):
+        return Empty("empty_response")
+    return Conversation(
+        messages=chat,
+        tools=tool_calls.tools(row.get(tools or "tools"), tools or "tools"),
+        weights=None if all(weight == 1 for _, weight in replies) else tuple(weights),
+        template=_template(row),
+    )
+
+
+def _template(row: Row) -> dict[str, object]:
+    """What a row gives the chat template besides messages and tools: `parallel_tool_calls`, and TRL's
+    `chat_template_kwargs`."""
+    given = row.get("chat_template_kwargs")
+    given = parsed(given, "column 'chat_template_kwargs'") if isinstance(given, str) and given.strip() else given or {}
+    if not isinstance(given, Mapping):
+        raise BadRow("not_an_object", f"column 'chat_template_kwargs' holds {kind(given)}, not an object")
+    parallel = row.get("parallel_tool_calls")
+    return {**given, **({} if parallel is None else {"parallel_tool_calls": parallel})}
+
+
+def _chat(system: str, pairs: Sequence[tuple[str, str]]) -> Conversation:
+    turns = [("system", system)] if system else []
+    for prompt, response in pairs:
+        turns += [("user", prompt), ("assistant", response)]
+    return Conversation(messages=[{"role": role, "content": content} for role, content in turns])
+
+
+def _history(value: object, column: str) -> list[tuple[str, str]]:
+    value = parsed(value, f"column {column!r}") if isinstance(value, str) and value.strip() else value
+    if not value or isinstance(value, str):
+        return []
+    where = f"column {column!r}"
+    if not is_list(value) or not all(is_list(pair) and len(pair) == 2 for pair in value):  # type: ignore[attr-defined]
+        raise BadRow("not_a_history", f"{where} holds {short(value)}, not a list of [instruction, output]")
+    return [(as_text(asked, where), as_text(answer, where)) for asked, answer in value]  # type: ignore[attr-defined]
+
+
+def _turns(value: object, where: str) -> list[object]:
+    turns = parsed(value, where) if isinstance(value, str) and value.lstrip()[:1] in ("[", "{") else value
+    if not is_list(turns):
+        raise BadRow("not_messages", f"{where} holds {kind(value)}, not a list of messages")
+    return list(turns)  # type: ignore[call-overload]
+
+
+def _system(row: Row, column: str | None) -> str:
+    """The row's own system message; "" without one."""
+    name = column or "system"
+    content = as_text(row.get(name), f"column {name!r}")
+    return content if content.strip() else ""
 
 
 def _value(row: Row, column: str) -> object:
     if column not in row:
-        raise UserError(f"no column {column!r}: the columns are {', '.join(map(repr, row))}")
+        raise BadRow("no_column", f"no column {column!r}: {columns(row)}")
     return row[column]
 
 
-def _string(row: Row, column: str) -> str:
-    value = _value(row, column)
-    if value is not None and not isinstance(value, str):
-        raise UserError(f"column {column!r} holds {_type(value)}, not a string")
-    return value or ""
+def _text(row: Row, column: str) -> str:
+    return as_text(_value(row, column), f"column {column!r}")
 
 
-def _message(turn: object, role_key: str, content_key: str, roles: Mapping[str, str]) -> Message:
-    if not isinstance(turn, Mapping) or role_key not in turn:
-        keys = f"the keys {', '.join(map(repr, turn))}" if isinstance(turn, Mapping) else _type(turn)
-        raise UserError(f"a message needs a key {role_key!r}, but this one has {keys}")
-    role, content = turn[role_key], turn.get(content_key)
-    if role not in roles:
-        raise UserError(f"unknown role {role!r}: use one of {', '.join(roles)}, or map it in data.conversation.roles")
-    if content is not None and not isinstance(content, str | list):
-        raise UserError(f"the content of a message is {_type(content)}, not a string")
-    if roles[role] == "function_call":
-        return {"role": "assistant", "content": "", "tool_calls": _tool_calls(_parsed(content, "a function_call"))}
-    rest = {
-        key: _without_nulls(value)
-        for key, value in turn.items()
-        if value is not None and key not in (role_key, content_key)
-    }
-    if "tool_calls" in rest:
-        rest["tool_calls"] = _tool_calls(rest["tool_calls"])
-    return {"role": roles[role], "content": "" if content is None else _without_nulls(content), **rest}
-
-
-def _tool_calls(calls: object) -> list[dict[str, object]]:
-    return [_tool_call(call) for call in calls] if isinstance(calls, list) else [_tool_call(calls)]
-
-
-def _tool_call(call: object) -> dict[str, object]:
-    """In OpenAI's form, except that `arguments` is a mapping, as templates and the servers that use them expect."""
-    outer = call if isinstance(call, Mapping) else {}
-    function = outer.get("function", outer)
-    if not isinstance(function, Mapping) or not {"name", "arguments"} <= function.keys():
-        raise UserError(f"a tool call needs 'name' and 'arguments', but this one is {_short(call)}")
-    arguments = function["arguments"]
-    if isinstance(arguments, str):
-        arguments = _parsed(arguments, "a tool call's arguments")
-    rest = {"id": outer["id"]} if "id" in outer else {}
-    return {**rest, "type": "function", "function": {"name": function["name"], "arguments": arguments}}
-
-
-def _tools(value: object, column: str) -> Tools:
-    if not value:
-        return None
-    value = _parsed(value, f"column {column!r}") if isinstance(value, str) else _without_nulls(value)
-    if not isinstance(value, list) or not all(isinstance(tool, Mapping) for tool in value):
-        raise UserError(f"column {column!r} holds {_short(value)}, not a list of tool schemas")
-    return [tool if "function" in tool else {"type": "function", "function": tool} for tool in value] or None
-
-
-def _parsed(value: object, what: str) -> object:
-    try:
-        return json.loads(value)  # type: ignore[arg-type]  # TypeError unless it is a string
-    except (TypeError, ValueError) as error:
-        raise UserError(f"{what} is not JSON ({error}): {_short(value)}") from None
-
-
-def _without_nulls(value: object) -> object:
-    """Arrow gives each mapping of a column the keys of all, null where absent: a tool call would have the arguments of
-    every other. To keep nulls that are meant, give the arguments or schemas as JSON strings.
-    """
-    if isinstance(value, Mapping):
-        return {key: _without_nulls(item) for key, item in value.items() if item is not None}
-    return [_without_nulls(item) for item in value] if isinstance(value, list) else value
-
-
-def _is_blank(content: object) -> bool:
-    return not content or (isinstance(content, str) and not content.strip())
-
-
-def _type(value: object) -> str:
-    return "nothing (null)" if value is None else f"{_short(value)} ({type(value).__name__})"
-
-
-def _short(value: object) -> str:
-    shown = repr(value)
-    return shown if len(shown) <= 60 else shown[:57] + "..."
+def _is_blank(reply: Message) -> bool:
+    """Whether an assistant's message has nothing to learn."""
+    return not (str(reply["content"]).strip() or reply.get("tool_calls") or reply.get("reasoning_content"))

@@ -86,18 +86,20 @@ class DataConfig:
         tokenizer: "PreTrainedTokenizerFast",
         *,
         seed: int,
+        template: Mapping[str, object] | None = None,
         wait: bool = False,
         log: Callable[[str], None],
     ) -> Datasets:
-        """Builds or opens the token stores. With `wait` another process builds them."""
+        """Builds or opens the token stores. `template`: arguments of the chat template. With `wait` another process
+        builds them."""
         train_sources, val_sources = self.sources()
-        train = self.store(train_sources, tokenizer, wait=wait, log=log)
+        train = self.store(train_sources, tokenizer, template=template, wait=wait, log=log)
         val = None
         counts: Ledger = {"train": {"sources": train.counts}}
         fingerprint = {"train": train.data_fingerprint}
         if val_sources:
             splits.check_ranges(train_sources, val_sources, Path(self.cache_dir))
-            val = self.store(val_sources, tokenizer, wait=wait, log=log)
+            val = self.store(val_sources, tokenizer, template=template, wait=wait, log=log)
             counts["validation"], fingerprint["validation"] = {"sources": val.counts}, val.data_fingerprint
             if in_both := splits.num_in_both(train.content, val.content):
                 counts["validation"]["also_in_training"] = in_both
@@ -113,6 +115,7 @@ class DataConfig:
         sources: list[Source],
         tokenizer: "PreTrainedTokenizerFast",
         *,
+        template: Mapping[str, object] | None = None,
         wait: bool = False,
         log: Callable[[str], None],
     ) -> Store:
@@ -130,6 +133,7 @@ class DataConfig:
             train_reasoning=self.train_reasoning,
             train_tool_calls=self.train_tool_calls,
             special_text=self.special_text,
+            template=template or {},
         )
         cache_dir = Path(self.cache_dir)
         data = [data_fingerprint(source, cache_dir) for source in sources]

@@ -11,12 +11,51 @@ from functools import partial
 from pathlib import Path
 from types import ModuleType
 
-from sft.data import arrow_files, chat_template, conversation, hub, mask, rows, text_files
+from sft.data import (
+    arrow_files,
+    chat_template,
+    clock,
+    conversation,
+    csv_records,
+    encoding,
+    hub,
+    json_records,
+    labels,
+    mask,
+    message,
+    outline,
+    pieces,
+    rendering,
+    rows,
+    text_files,
+    token_ids,
+    tool_calls,
+    value,
+)
 from sft.data.conversation import RowFunction
 from sft.data.files import Source, kind, local_files
 from sft.errors import UserError
 
-MASK_CODE: tuple[ModuleType, ...] = (text_files, arrow_files, rows, conversation, chat_template, mask)
+MASK_CODE: tuple[ModuleType, ...] = (
+    text_files,
+    json_records,
+    csv_records,
+    arrow_files,
+    rows,
+    conversation,
+    message,
+    tool_calls,
+    value,
+    token_ids,
+    chat_template,
+    clock,
+    rendering,
+    outline,
+    pieces,
+    encoding,
+    labels,
+    mask,
+)
 RACY_SECONDS = 2.0  # of modification times, on the coarsest file systems
 NUM_DIGITS = 64  # of a sha256
 

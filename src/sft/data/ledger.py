@@ -21,6 +21,11 @@ ORDERED: Final = ("overlong", "empty_prompt", "empty_response")  # reasons by wh
 ADVICE = {
     "overlong": "raise data.max_length or set data.overlong=truncate_prompt",
     "no_assistant_turn": "check data.conversation.roles",
+    "unknown_role": "map it, data.conversation.roles={NAME: user}",
+    "no_column": "set data.conversation to the columns that the rows have",
+    "other_content": "leave the rows out: only text is trained",
+    "preference_row": "keep the rows with good answers in a file without the column 'label'",
+    "arguments_not_an_object": 'give a call\'s arguments as an object, or as its JSON once: {"town": "Graz"}',
     "no_supervised_token": "check the generation marks of the chat template",
     "broken_json": "correct or remove the lines",
     "broken_csv": "put quotes around a field with quotes in it, and double those",
@@ -196,7 +201,7 @@ def check(sources: Sequence[SourceCounts], max_lost: float) -> None:
         + ("which leaves nothing to train on" if nothing_left else f"more than data.max_lost={max_lost:g} of them")
         + f": {'; '.join(described)}"
         + (f"; and {others} other reason{'s' * (others > 1)}" if others else "")
-        + ("" if nothing_left else ". Or raise data.max_lost")
+        + ("" if nothing_left else "; correct these rows or raise data.max_lost")
     )
 
 

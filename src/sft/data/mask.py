@@ -20,7 +20,7 @@ Labels come from these spans, never from token ids, so a padding token may equal
 """
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Final
@@ -28,29 +28,16 @@ from typing import TYPE_CHECKING, Final
 from sft.data.chat_template import REASONING, ChatTemplate, text_prefix
 from sft.data.conversation import Conversation, Empty, Message
 from sft.data.encoding import Encoder
+from sft.data.labels import IGNORE, Ended, Sample, samples
 from sft.data.outline import Outlines
-from sft.data.rendering import Renderer, Rendering, Turn, turn_weights
+from sft.data.rendering import Renderer, Rendering, turn_weights
 from sft.errors import BadRow, UserError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-IGNORE = -100  # the label of a token that carries no loss
 TRUNCATED: Final = "truncated_prompt"  # the only reason that loses no sample
 READ = frozenset({"role", "content", "tool_calls", REASONING[0]})  # keys of a message whose loss is noticed
-
-
-@dataclass(frozen=True)
-class Sample:
-    """One sequence of tokens, each with its label: the token itself, or IGNORE. Labels are not shifted: the model
-    predicts `labels[t]` from `input_ids[:t]`, so the first label is always IGNORE."""
-
-    input_ids: list[int]
-    labels: list[int]
-    weights: list[float] | None = None  # of each token's loss; None: all 1, as nearly always
-
-
-Ended = tuple[Sample, list[int]]  # a sample, and the token that ends each of its responses
 
 
 @dataclass(frozen=True)
@@ -120,17 +107,17 @@ class Tokenization:
 
     def _tokenized(self, row: "_Row", encodings: list[list[int]]) -> Tokenized:
         reasons = dict(row.reasons)
-        samples = list(row.samples)
+        made = list(row.samples)
         try:
             if row.plain:
                 sample = self._joined(*row.plain, *encodings)
-                samples.append((sample, sample.input_ids[-1:]))
+                made.append((sample, sample.input_ids[-1:]))
             for rendering, encoding in zip(row.renderings, encodings, strict=not row.plain):
-                samples += self._samples(rendering, encoding)
+                made += samples(self._encoder, rendering, encoding)
         except BadRow as error:
             reasons.setdefault(error.reason, str(error))
         kept, stops = [], []
-        for sample, ends in samples:
+        for sample, ends in made:
             fitted, reason, why = self._fit(sample)
             if reason:
                 reasons[reason] = why
@@ -154,6 +141,8 @@ class Tokenization:
             prompt_ids, response_ids = self._encoder.as_text(prompt)[0], self._encoder.as_text(response)[0]
             sample = self._with_ends(prompt_ids, response_ids)
             return _Row(samples=[(sample, sample.input_ids[-1:])])
+        if self._surely_overlong(prompt + response):
+            return _Row(reasons={"overlong": f"more than data.max_length={self.max_length} tokens"})
         return _Row(texts=[prompt, prompt + response], plain=(prompt, response))
 
     def _joined(self, prompt: str, response: str, prompt_ids: list[int], ids: list[int]) -> Sample:
@@ -194,8 +183,8 @@ class Tokenization:
         keys = set().union(*messages) - READ | row.template.keys()
         unread = frozenset(key for key in keys if not self._template.reads(key))
         if hide:
-            samples = [sample for rendering in renderings for sample in self._samples(rendering, None)]
-            return _Row(samples=samples, reasons=reasons, unread=unread)
+            hidden = [sample for rendering in renderings for sample in samples(self._encoder, rendering, None)]
+            return _Row(samples=hidden, reasons=reasons, unread=unread)
         sure = [rendering for rendering in renderings if not self._surely_overlong(rendering.text)]
         if len(sure) < len(renderings):
             reasons = {**reasons, "overlong": f"more than data.max_length={self.max_length} tokens"}
@@ -211,53 +200,6 @@ class Tokenization:
                     if match := self._template.special_text.search(text):
                         return match[0]
         return None
-
-    def _samples(self, rendering: Rendering, ids: list[int] | None) -> "Iterator[Ended]":
-        """The samples of a text and its tokens: one, unless a token straddles where a response begins. Without tokens,
-        special tokens' text is hidden in the text."""
-        text = rendering.text
-        spans = [(turn.begin, turn.end) for turn in rendering.turns]
-        borders = iter([None] * len(spans)) if ids is None else self._encoder.borders(text, ids, spans)
-        all_ends = None
-        joined = _Joined(ids or [])
-        for turn, border in zip(rendering.turns, borders, strict=True):
-            if ids is not None and border is not None:
-                begin, end = border
-                ends = None
-                if turn.untrained or turn.marked is not None:
-                    all_ends = all_ends or self._encoder.ends(text)
-                    ends = all_ends[begin:end]
-                joined.learn(begin, self._labels(turn, ids[begin:end], ends), turn.weight)
-                continue
-            if joined.stops:  # what the server is given next is no longer what the model has emitted
-                yield joined.sample(), joined.stops
-                joined = _Joined(ids or [])
-            prompt, response = text[: turn.begin], text[turn.begin : turn.end]
-            if ids is None:
-                prompt_ids = self._encoder.as_text(prompt)[0]
-                response_ids, ends = self._encoder.as_text(response)
-            else:
-                prompt_ids, response_ids, ends = self._encoder.apart(prompt, response)
-            alone = _Joined(prompt_ids + response_ids)
-            labels = self._labels(turn, response_ids, [turn.begin + end for end in ends])
-            alone.learn(len(prompt_ids), labels, turn.weight)
-            yield alone.sample(), alone.stops
-        if joined.stops:
-            yield joined.sample(), joined.stops
-
-    @staticmethod
-    def _labels(turn: Turn, ids: list[int], ends: list[int] | None) -> list[int]:
-        """The labels of a response; `ends`: where in the text each token ends, if that decides them."""
-        if ends is None:
-            return ids
-        marked, off = turn.marked, turn.untrained
-        learned = [
-            (marked is None or any(begin < end <= stop for begin, stop in marked))
-            and not any(begin < end <= stop for begin, stop in off)
-            for end in ends
-        ]
-        learned[-1] = any(learned)
-        return [token if is_learned else IGNORE for token, is_learned in zip(ids, learned, strict=True)]
 
     def _fit(self, sample: Sample) -> tuple[Sample | None, str | None, str]:
         """The sample with its final labels, cut to length; None where it is lost; the reason for either, and what
@@ -331,34 +273,9 @@ class _Row:
     texts: list[str] = field(default_factory=list)  # to be encoded
     renderings: list[Rendering] = field(default_factory=list)  # of a chat, one for each text
     plain: tuple[str, str] | None = None  # prompt and response, else
-    samples: "list[Ended]" = field(default_factory=list)  # that need no encoding
+    samples: list[Ended] = field(default_factory=list)  # that need no encoding
     reasons: Mapping[str, str] = field(default_factory=dict)
     unread: frozenset[str] = frozenset()
-
-
-@dataclass
-class _Joined:
-    """A sample in the making: tokens, of which nothing is learned yet."""
-
-    ids: list[int]
-    labels: list[int] = field(default_factory=list)  # up to the end of the newest turn
-    weights: list[tuple[int, int, float]] = field(default_factory=list)  # begin, end, weight of each turn
-    stops: list[int] = field(default_factory=list)
-
-    def learn(self, begin: int, labels: list[int], weight: float) -> None:
-        """Adds a turn that begins after `begin` tokens."""
-        self.labels += [IGNORE] * (begin - len(self.labels)) + labels
-        self.weights.append((begin, len(self.labels), weight))
-        self.stops.append(labels[-1])
-
-    def sample(self) -> Sample:
-        length = len(self.labels)
-        if all(weight == 1.0 for _, _, weight in self.weights):
-            return Sample(self.ids[:length], self.labels)
-        weights = [0.0] * length
-        for begin, end, weight in self.weights:
-            weights[begin:end] = [0.0 if label == IGNORE else weight for label in self.labels[begin:end]]
-        return Sample(self.ids[:length], self.labels, weights)
 
 
 def _mapped(value: object, change: Callable[[str], str]) -> object:

@@ -9,11 +9,12 @@ from functools import lru_cache
 from itertools import islice
 from pathlib import Path
 
-from sft.data import arrow_files, hub
+from sft.data import arrow_files, hub, record
 from sft.data.files import COMPRESSIONS, SAVED, base_splits, kind, split_files
 from sft.data.files import Source as Source
 from sft.data.files import local_files as local_files
-from sft.data.text_files import MAX_RECORD, Layout, Record, layout, opened, records, row_of
+from sft.data.record import Layout, Record
+from sft.data.text_files import layout, opened, records, row_of
 from sft.errors import BadRow, UserError
 
 Row = dict[str, object]
@@ -59,16 +60,16 @@ class Piece:
     def _text(self) -> Iterator[tuple[str, Row | BadRow]]:
         assert self.layout is not None
         held = self.held
-        for record in held if isinstance(held, tuple) else self._read(self.layout):
+        for found in held if isinstance(held, tuple) else self._read(self.layout):
             try:
-                row: Row | BadRow = row_of(record, self.layout)
+                row: Row | BadRow = row_of(found, self.layout)
             except BadRow as error:
                 row = error
-            yield f"{self.name} line {record.line}", row
+            yield f"{self.name} line {found.line}", row
 
     def _read(self, layout: Layout) -> Iterator[Record]:
         size = self.end - layout.begin
-        if size > MAX_RECORD:  # a piece of one row
+        if size > record.MAX_RECORD:  # a piece of one row
             yield Record(layout.begin, self.end, layout.line, None)
             return
         with self.file.open("rb") as file:
@@ -186,12 +187,12 @@ def _of_text(file: Path, sample_by: str) -> Iterator[Piece]:
                 share = min(held[-1].end / size, 1.0)
                 return Piece(file, file.name, first, len(held), held[-1].end, share, 0, begin, tuple(held))
 
-            for record in records(stream, form, file):
-                if held and (len(held) == CHUNK or record.end - held[0].begin > CHUNK_BYTES):
+            for found in records(stream, form, file):
+                if held and (len(held) == CHUNK or found.end - held[0].begin > CHUNK_BYTES):
                     yield piece()
                     first += len(held)
                     held = []
-                held.append(record)
+                held.append(found)
             if held:
                 yield piece()
 

@@ -11,7 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sft.data.conversation import Conversation, Empty, RowFunction
-from sft.data.mask import IGNORE, Sample, Tokenization, Tokenized
+from sft.data.labels import IGNORE, Sample
+from sft.data.mask import Tokenization, Tokenized
 from sft.data.rows import Piece, Row
 from sft.data.store import DTYPES
 from sft.errors import BadRow, UserError
@@ -102,7 +103,7 @@ def samples_of(work: Work, piece: Piece, first: int) -> Samples:
         if not isinstance(row, BadRow):
             has.update(row.keys())
         conversations.append(row if isinstance(row, BadRow) else _conversation(work.row_function, row, read))
-    samples = _columns(first, _tokenized(work.tokenization, conversations, places))
+    samples = columns_of(first, _tokenized(work.tokenization, conversations, places))
     samples.has, samples.read = has, read
     for lost in samples.lost:
         lost.reasons.update({reason: _short(why) for reason, why in lost.reasons.items()})
@@ -140,7 +141,8 @@ def _tokenized(
         raise
 
 
-def _columns(first: int, tokenized: Sequence[Tokenized]) -> Samples:
+def columns_of(first: int, tokenized: Sequence[Tokenized]) -> Samples:
+    """Those of rows from number `first` on, as the bytes of a store."""
     # Arrays from the start: a Python integer takes nine times the memory.
     ids, masks = [np.zeros(0, np.int32)], [np.zeros(0, np.bool_)]
     rows, content, lost = [], [], []

@@ -81,8 +81,9 @@ class Staging:
             self._remove()
 
     def write(self, samples: Samples) -> None:
-        """Appends them. `progress` must count them afterwards."""
+        """Appends them. `progress` must count their rows afterwards."""
         offsets = self.progress.num_tokens + np.cumsum(samples.lengths, dtype=np.int64)
+        self.progress.num_tokens += int(samples.lengths.sum(dtype=np.int64))
         if samples.weights is not None and WEIGHTS not in self._files:
             self._begin_weights()
         for name, values in {**samples.columns, "offsets": offsets.tobytes()}.items():

@@ -26,8 +26,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from sft.data.labels import IGNORE
 from sft.data.ledger import Counts, SourceCounts
-from sft.data.mask import IGNORE
 from sft.data.rows import Source
 
 DTYPES = {

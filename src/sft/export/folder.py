@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
 from sft.checkpoint import safetensors_file
+from sft.data.chat_template import special_ids
 from sft.errors import UserError
 from sft.export.verify import Probe, Verdict
 from sft.model.adapter import quantization
@@ -112,17 +113,18 @@ def generation_config(
     stop_ids: list[int],
     log: Callable[[str], None] = print,
 ) -> GenerationConfig:
-    """The base model's, ending at `stop_ids`. It keeps a sampling temperature, which is its author's advice.
+    """The base model's, ending at `stop_ids`, and at the tokens at which that model ends. It keeps a sampling temperature, which is its author's advice.
 
     `log` gets a line if settings are left out. UserError if transformers can't use the base model's.
     """
     generation = _base_generation_config(source, log) if source.init == "pretrained" else GenerationConfig()
     base_ids = generation.eos_token_id if isinstance(generation.eos_token_id, list) else [generation.eos_token_id]
     # A configuration's default may name a token that means something else to this tokenizer.
-    base_ids = [token for token in base_ids if token in tokenizer.all_special_ids and token not in stop_ids]
-    generation.eos_token_id = [*stop_ids, *base_ids]
+    special = special_ids(tokenizer)
+    ends = [*dict.fromkeys([*stop_ids, *(token for token in base_ids if token in special)])]
+    generation.eos_token_id = ends
     if generation.pad_token_id is None:
-        generation.pad_token_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else stop_ids[0]
+        generation.pad_token_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (ends or [0])[0]
     return generation
 
 

@@ -2,13 +2,16 @@
 
 import json
 import re
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError
 
+from sft.data.clock import check_arguments
 from sft.errors import UserError
+from sft.model import tokenizer as tokenizer_files
 from sft.model.adapter import Adapter, quantization
 
 if TYPE_CHECKING:
@@ -40,7 +43,9 @@ class ModelSource:
     gradient_checkpointing: bool
     activation_offload: bool
     trust_remote_code: bool
-    compile: bool = False  # runs begun before the setting existed lack it
+    # Runs begun before these settings existed lack them.
+    compile: bool = False
+    template: Mapping[str, object] = field(default_factory=dict)  # arguments of the chat template, and `today`
     adapter: Adapter | None = None  # of conf/adapter/*.yaml; None: every weight is trained
 
     def __post_init__(self) -> None:
@@ -60,7 +65,7 @@ class ModelSource:
             raise UserError(f"model.chat_template={self.chat_template}: there is no such file (looked in {Path.cwd()})")
         if self.init == "pretrained" and Path(self.path or "").expanduser().is_dir():
             self._check_model(Path(self.path or "").expanduser())
-        self._check_tokenizer()
+        tokenizer_files.check_files(str(self.tokenizer or self.path))
 
     def _check_model(self, folder: Path) -> None:
         if (folder / "config.yaml").is_file() and (folder / "checkpoints").is_dir():
@@ -83,36 +88,28 @@ class ModelSource:
         if not any("training_args" not in path.name for path in weights):
             raise UserError(f"model.path={self.path}: the folder holds no weights (model.safetensors)")
 
-    def _check_tokenizer(self) -> None:
-        source = self.tokenizer or self.path
-        assert source is not None
-        folder = Path(source).expanduser()
-        known = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt")
-        if folder.is_dir() and not any((folder / name).exists() for name in known):
-            raise UserError(
-                f"the folder {source} holds no tokenizer ({', '.join(known[:2])}): set model.tokenizer to the "
-                "folder or Hub name of the one that the model was trained with"
-            )
-
-    def load_tokenizer(self) -> Any:
-        """The tokenizer, with the chat template of `chat_template` where one is given."""
+    def load_tokenizer(self) -> "PreTrainedTokenizerFast":
+        """The tokenizer, with the chat template of `chat_template` where one is given. UserError for one that can't be
+        read, and for arguments in `template` that its chat template doesn't take."""
         from transformers import AutoTokenizer
 
         source = self.tokenizer or self.path
         assert source is not None
         check_folder(source, "model.tokenizer" if self.tokenizer else "model.path")
-        self._check_tokenizer()
+        tokenizer_files.check_files(source)
         try:
-            tokenizer = AutoTokenizer.from_pretrained(
+            loaded = AutoTokenizer.from_pretrained(
                 source, revision=self.revision, trust_remote_code=self.trust_remote_code
             )
         except (OSError, ValueError, KeyError, ImportError) as error:
             raise _not_loaded("tokenizer", source, error) from error
+        tokenizer = tokenizer_files.check(loaded, source)
         if self.chat_template:
             try:
                 tokenizer.chat_template = Path(self.chat_template).expanduser().read_text()
             except OSError as error:
                 raise UserError(f"model.chat_template={self.chat_template} can't be read: {error.strerror}") from error
+        check_arguments(tokenizer.chat_template, self.template)
         return tokenizer
 
     def load_config(self) -> "PretrainedConfig":

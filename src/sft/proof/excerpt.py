@@ -3,7 +3,7 @@
 import numpy as np
 
 from sft.data.batch import SampleSet
-from sft.data.mask import IGNORE
+from sft.data.labels import IGNORE
 from sft.data.packing import pack
 from sft.errors import UserError
 

@@ -32,23 +32,50 @@ NOT_DECIDING = (
     "data.cache_dir",
     "data.max_lost",
 )
+# Settings that came later and that runs begun before lack: each decides nothing at the value that means what there was
+# without it.
+NEUTRAL = {
+    "model.template": {},
+    "model.template.today": None,
+    "data.train_on": "all",
+    "data.train_reasoning": True,
+    "data.train_tool_calls": True,
+    "data.special_text": None,
+    "data.sample_by": "line",
+    "data.conversation.system_column": None,
+}
 # The module of the project's own classes and functions decides nothing: each counts by the name that it had when the
 # first hash was made of it.
 TARGETS = {
     "sft.model.loading": ("ModelSource",),
     "sft.model.adapter": ("Adapter",),
     "sft.data.dataset": ("DataConfig",),
-    "sft.data.conversation": ("prompt_response", "messages", "text"),
+    "sft.data.conversation": ("prompt_response", "messages", "text", "alpaca", "conversational"),
+    "sft.data.token_ids": ("pretokenized",),
     "sft.model.optimizer": ("constant", "linear", "cosine", "warmup_stable_decay"),
+}
+
+
+# data=auto, while no row has been read, counts as what was the default before it.
+UNREAD = "sft.data.shape.auto"
+UNREAD_MEANS = {
+    "_target_": "sft.data.conversation.prompt_response",
+    **{"prompt": "prompt", "response": "response", "system": None, "chat": True},
 }
 
 
 def deciding(config: Config) -> dict[str, object]:
     """The settings of a resolved configuration that decide the numbers, by dotted name."""
+    data = config.get("data") or {}
+    if (conversation := data.get("conversation") or {}).get("_target_") == UNREAD:
+        asked = {key: value for key, value in conversation.items() if key != "_target_" and value is not None}
+        config = {**config, "data": {**data, "conversation": {**UNREAD_MEANS, **asked}}}
     return {
         name: _first_name(str(value)) if name.endswith("._target_") else value
         for name, value in sorted(flatten(config).items())
-        if _within(name, DECIDING) and not _within(name, NOT_DECIDING)
+        if _within(name, DECIDING)
+        and not _within(name, NOT_DECIDING)
+        and not (name in NEUTRAL and value == NEUTRAL[name])
     }
 
 

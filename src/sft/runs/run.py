@@ -15,6 +15,7 @@ import yaml
 from hydra.errors import InstantiationException
 
 from sft.config.check import shown
+from sft.data.clock import TODAY
 from sft.errors import NotFinite, UserError, by_hand
 from sft.runs import events, provenance, watchdog
 from sft.runs.failure import cause
@@ -84,12 +85,26 @@ class Run:
     def config(self) -> Config:
         return yaml.safe_load((self.folder / "config.yaml").read_text())
 
+    @property
+    def day(self) -> str | None:
+        """The day it was begun, YYYY-MM-DD, which a chat template that writes the date sees; None until then."""
+        try:
+            recorded = json.loads((self.folder / "provenance.json").read_text())
+        except FileNotFoundError:
+            return None
+        return str(recorded.get("today") or recorded["started"][:10])  # runs begun before it was kept lack it
+
+    @classmethod
+    def named(cls, config: Config) -> "Run":
+        """The run that a resolved configuration names, whether or not it is there."""
+        name = str(config["run"] or f"{config['name']}-{identity(config)}")  # run=5 is a number to Hydra
+        return cls(Path(config["runs_dir"]) / name)
+
     @classmethod
     def of(cls, config: Config) -> "Run":
         """The run that a resolved configuration names. UserError where its folder can't be written or holds anything
         else: a run with other numbers, or no run at all."""
-        name = str(config["run"] or f"{config['name']}-{identity(config)}")  # run=5 is a number to Hydra
-        run = cls(Path(config["runs_dir"]) / name)
+        run = cls.named(config)
         names = {path.name for path in run.folder.iterdir()} if run.folder.is_dir() else set()
         if "config.yaml" in names:
             before, now = deciding(run.config), deciding(json.loads(json.dumps(config)))
@@ -120,10 +135,16 @@ class Run:
 
     @contextmanager
     def attempt(
-        self, config: Config, data_fingerprint: Mapping[str, str], num_steps: int, main: bool
+        self,
+        config: Config,
+        data_fingerprint: Mapping[str, str],
+        num_steps: int,
+        main: bool,
+        template: Mapping[str, object] | None = None,
     ) -> Iterator[Status]:
         """An attempt to train the run: `status.json` says that it is running, and afterwards how it ended, with what
-        the yielded status has got by then if the run is finished. Only the first rank (`main`) writes.
+        the yielded status has got by then if the run is finished. Only the first rank (`main`) writes. `template`: what
+        the chat template is rendered with, of which the day is kept.
 
         UserError where another process is training the run, or its data has changed. If a user's mistake ends the
         attempt before the first checkpoint, a folder that the attempt has made is removed.
@@ -148,7 +169,8 @@ class Run:
         self.folder.mkdir(parents=True, exist_ok=True)
         write_text(self.folder / "config.yaml", yaml.safe_dump(dict(config), sort_keys=False))
         if not recorded.exists():
-            write_json(recorded, {**provenance.collect(), "data": dict(data_fingerprint)})
+            today = {TODAY: template[TODAY]} if template and TODAY in template else {}
+            write_json(recorded, {**provenance.collect(), **today, "data": dict(data_fingerprint)})
         self._mark("running", num_steps)
         try:
             yield finished

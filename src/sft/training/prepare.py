@@ -3,20 +3,27 @@
 import logging
 import os
 import re
+import time
 import warnings
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import torch
 from hydra.utils import instantiate
 from omegaconf import DictConfig
-from transformers import PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from transformers.utils import logging as transformers_logging
 
+from sft.data.chat_template import special_ids
+from sft.data.clock import settled, today
 from sft.data.dataset import Datasets
 from sft.model.loading import ModelSource
+from sft.runs.identity import UNREAD
+from sft.runs.run import Run
 from sft.training.datamodule import SFTDataModule
 from sft.training.log import is_main, log
+from sft.training.shape import settle_data
 
 
 @dataclass(frozen=True)
@@ -27,13 +34,19 @@ class Prepared:
     tokenizer: PreTrainedTokenizerFast
     splits: Datasets
     data: SFTDataModule
+    template: dict[str, object]  # what the chat template is rendered with
 
     @property
     def stop_token_ids(self) -> list[int]:
-        """The last tokens of the training samples, commonest first: where generation has to stop."""
-        train = self.splits.train
-        last = Counter(int(train[index][0][-1]) for index in range(min(len(train), 1000)))
-        return [token for token, _ in last.most_common()]
+        """The special tokens that end the responses of the training data, commonest first: where a server has to
+        stop."""
+        train, ends = self.splits.train, Counter[int]()
+        for counts in train.counts:
+            ends.update({int(token): number for token, number in counts.get("stops", {}).items()})
+        if not ends:  # of a store that was built elsewhere
+            ends.update(int(train[index][0][-1]) for index in range(min(len(train), 1000)))
+        special = special_ids(self.tokenizer)
+        return [token for token, _ in ends.most_common() if token in special]
 
 
 def model_source(config: DictConfig) -> ModelSource:
@@ -42,13 +55,40 @@ def model_source(config: DictConfig) -> ModelSource:
     return replace(instantiate(config["model"], _convert_="all"), adapter=adapter)
 
 
-def setup(config: DictConfig, start_step: int = 0) -> Prepared:
+def template_settings(
+    settings: Mapping[str, object], tokenizer: PreTrainedTokenizerBase, run: Run | None, main: bool = True
+) -> dict[str, object]:
+    """What the chat template is rendered with: `settings` are those of `model.template`, and the day, if the template
+    asks for it and they don't say, is that on which the run was begun; without a run, or before it is begun, today.
+
+    Ranks may begin on different days: all but the first (`main`) take the one that the first has recorded.
+    """
+
+    def day() -> str:
+        if run is None:
+            return today()
+        started = time.monotonic()
+        next_line = 30.0
+        while not (main or run.day):
+            time.sleep(0.2)
+            if (waited := time.monotonic() - started) > next_line:
+                log(f"waiting {waited:.0f} s for the token store that rank 0 builds")
+                next_line += 30.0
+        return run.day or today()
+
+    return settled(tokenizer.chat_template, settings, day)
+
+
+def setup(config: DictConfig, start_step: int = 0, run: Run | None = None) -> Prepared:
     """Checks model, tokenizer and data against each other; builds or opens the token stores."""
+    if config.data.conversation._target_ == UNREAD:  # no command line has settled it
+        settle_data(config)
     source = model_source(config)
     data_config = instantiate(config.data, _convert_="all")
     tokenizer = source.load_tokenizer()
     source.check(tokenizer, data_config.max_length)
-    splits = data_config.datasets(tokenizer, seed=config.seed, wait=not is_main(), log=log)
+    template = template_settings(source.template, tokenizer, run, is_main())
+    splits = data_config.datasets(tokenizer, seed=config.seed, template=template, wait=not is_main(), log=log)
     data = SFTDataModule(
         splits.train,
         splits.val,
@@ -61,7 +101,7 @@ def setup(config: DictConfig, start_step: int = 0) -> Prepared:
         packing=data_config.packing,
         start_step=start_step,
     )
-    return Prepared(source, tokenizer, splits, data)
+    return Prepared(source, tokenizer, splits, data, template)
 
 
 # What Lightning logs whatever the user has asked for, and its modules that do: on the devices found, on products

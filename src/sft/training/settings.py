@@ -37,12 +37,16 @@ def check_schema(config: DictConfig, command: str = "train", typed: Collection[s
         target = str(OmegaConf.select(config, f"{group}._target_") or "none").rpartition(".")[2]
         with open_dict(config):
             del OmegaConf.select(config, group)[last]
-        if os.environ.get("LOCAL_RANK", "0") == os.environ.get("SLURM_PROCID", "0") == "0":
-            note = f"note: {name} of the experiment is left out: {group} {target} has no such setting"
-            print(note, file=sys.stderr, flush=True)
+        say(f"note: {name} of the experiment is left out: {group} {target} has no such setting")
     with open_dict(config):
         for group in ("adapter", "strategy", "logger", "callbacks") if "trainer" in config else ():
             config.setdefault(group, {})
+
+
+def say(line: str) -> None:
+    """Prints a line, on the first rank alone."""
+    if all(os.environ.get(name, "0") == "0" for name in ("RANK", "LOCAL_RANK", "SLURM_PROCID")):
+        print(line, file=sys.stderr, flush=True)
 
 
 def check(config: DictConfig, here: bool = True) -> tuple[int, int]:
@@ -82,7 +86,7 @@ def check_inputs(config: DictConfig) -> None:
     names = [("data.path", source.path) for source in (*training, *validation) if local_files(source) is None]
     models = [("model.path", model.path), ("model.tokenizer", model.tokenizer)]
     names += [(setting, name) for setting, name in models if name and not Path(name).expanduser().exists()]
-    _check_hub(names)
+    check_hub(names)
 
 
 def check_targets(config: DictConfig, only_own: bool = False) -> None:
@@ -98,7 +102,7 @@ def check_targets(config: DictConfig, only_own: bool = False) -> None:
             raise UserError(f"{name}={target} is not found ({error.__cause__ or error}): looked in {places}") from error
 
 
-def _check_hub(names: list[tuple[str, str]]) -> None:
+def check_hub(names: list[tuple[str, str]]) -> None:
     """Leaves the Hub alone if it can't be reached, since each of its files would be asked for some ten seconds."""
     if not names or os.environ.get("HF_HUB_OFFLINE") or {"https", "all"} & getproxies().keys():
         return
@@ -108,11 +112,11 @@ def _check_hub(names: list[tuple[str, str]]) -> None:
         socket.create_connection((host.hostname or "", port), timeout=5).close()
     except OSError as error:
         os.environ["HF_HUB_OFFLINE"] = "1"  # read when the Hub's package is imported
-        from sft.cluster.storage import check_hub
+        from sft.cluster import storage
 
         for setting, name in names:
             kind = "datasets" if setting.startswith("data") else "models"
-            check_hub(setting, name, kind, f"{host.hostname} can't be reached ({error.strerror or error})")
+            storage.check_hub(setting, name, kind, f"{host.hostname} can't be reached ({error.strerror or error})")
 
 
 def world_size(config: DictConfig) -> int:
