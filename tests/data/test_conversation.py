@@ -449,7 +449,8 @@ def test_weights_of_messages() -> None:
     assert weights({}, {"weight": 1, "train": True}, {"train": 1}, {"weight": None}) is None
     assert weights({"weight": 0}, {"weight": 0.5}) == (1.0, 0.0, 1.0, 0.5)
     assert weights({"train": False}, {"train": 0, "weight": 2}, {"weight": 2}) == (1.0, 0.0, 1.0, 0.0, 1.0, 2.0)
-    for wrong in (-1, float("nan"), float("inf"), "1", True, [1]):
+    # float32, as they are stored, makes 0 or infinity of the last four.
+    for wrong in (-1, float("nan"), float("inf"), "1", True, [1], 1e-50, 1e39, 10**400, Decimal("1e-60")):
         assert reason(lambda: weights({"weight": wrong})) == "bad_weight"  # noqa: B023
     for wrong in (2, "yes", 0.5):
         assert reason(lambda: weights({"train": wrong})) == "bad_weight"  # noqa: B023

@@ -18,6 +18,7 @@ ROLES = {
 REASONING = ("reasoning_content", "reasoning", "thinking")
 TEXT_PARTS = ("text", "input_text", "output_text")
 THOUGHT_PARTS = ("thinking", "reasoning")
+LEAST_WEIGHT, LARGEST_WEIGHT = 1e-6, 1e6  # but for 0; stored in float32, which would make 0 or infinity of others
 OURS = ("weight", "train")  # keys that say what is trained, and are no part of what the model reads
 
 
@@ -108,7 +109,10 @@ def _weight(turn: Mapping[str, object]) -> float:
     elif isinstance(weight, bool) or not isinstance(weight, int | float | Decimal):
         raise BadRow("bad_weight", f"weight of a message is {short(weight)}, not a number")
     else:
-        value = float(weight)
-    if not math.isfinite(value) or value < 0:
-        raise BadRow("bad_weight", f"weight of a message is {short(weight)}, not a number from 0 on")
+        try:
+            value = float(weight)
+        except OverflowError:
+            value = math.inf
+    if value != 0 and not LEAST_WEIGHT <= value <= LARGEST_WEIGHT:
+        raise BadRow("bad_weight", f"weight of a message is {short(weight)}, not 0 or from 1e-6 to 1e6")
     return 0.0 if train is not None and not train else value
