@@ -44,8 +44,8 @@ def nothing(folder: Path) -> None:
         (
             a_bad_row,
             ["data.path=data.jsonl"],
-            "1 of 2 rows lost, more than data.max_lost=0.05 of them: 1 not_a_text (data.jsonl line 2: column 'response' "
-            "holds [1] (list), not a string); correct these rows or raise data.max_lost",
+            "1 of 2 rows lost, more than data.max_lost=0.05 of them: 1 not_a_text (data.jsonl line 2: column "
+            "'response' holds [1] (list), not a string); correct these rows or raise data.max_lost",
         ),
         (
             nothing,

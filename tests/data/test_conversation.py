@@ -456,7 +456,7 @@ def test_weights_of_messages() -> None:
 
 
 def test_a_blank_answer_may_be_context_and_no_more() -> None:
-    blank = {"role": "assistant", "content": ""}
+    blank: Message = {"role": "assistant", "content": ""}
     assert messages({"messages": [USER, blank, USER, WARM]}) == Empty("empty_response")
     made = messages({"messages": [USER, {**blank, "weight": 0}, USER, WARM]})
     assert made == Conversation(messages=[USER, blank, USER, WARM], weights=(1.0, 0.0, 1.0, 1.0))
