@@ -332,9 +332,9 @@ def test_other_content_is_never_trained_without_it(part: Any) -> None:
     ],
 )
 def test_reasoning_by_any_name(reply: dict[str, Any]) -> None:
-    asked = {"role": "user", "content": "17 + 26?"}
+    asked: Message = {"role": "user", "content": "17 + 26?"}
     made = messages({"messages": [asked, {"role": "assistant", **reply}]})
-    expected = {"role": "assistant", "content": "43", "reasoning_content": "17 and 26."}
+    expected: Message = {"role": "assistant", "content": "43", "reasoning_content": "17 and 26."}
     assert made == Conversation(messages=[asked, expected])
 
 
