@@ -332,9 +332,9 @@ def test_other_content_is_never_trained_without_it(part: Any) -> None:
     ],
 )
 def test_reasoning_by_any_name(reply: dict[str, Any]) -> None:
-    asked = {"role": "user", "content": "17 + 26?"}
+    asked: Message = {"role": "user", "content": "17 + 26?"}
     made = messages({"messages": [asked, {"role": "assistant", **reply}]})
-    expected = {"role": "assistant", "content": "43", "reasoning_content": "17 and 26."}
+    expected: Message = {"role": "assistant", "content": "43", "reasoning_content": "17 and 26."}
     assert made == Conversation(messages=[asked, expected])
 
 
@@ -457,7 +457,7 @@ def test_weights_of_messages() -> None:
 
 
 def test_a_blank_answer_may_be_context_and_no_more() -> None:
-    blank = {"role": "assistant", "content": ""}
+    blank: Message = {"role": "assistant", "content": ""}
     assert messages({"messages": [USER, blank, USER, WARM]}) == Empty("empty_response")
     made = messages({"messages": [USER, {**blank, "weight": 0}, USER, WARM]})
     assert made == Conversation(messages=[USER, blank, USER, WARM], weights=(1.0, 0.0, 1.0, 1.0))

@@ -179,7 +179,7 @@ def test_one_bad_row_ends_nothing_whoever_reads_it(tmp_path: Path) -> None:
         store = open_store(file, cache=tmp_path / "cache", num_workers=num_workers)
         assert len(store) == 2449
         assert store.counts[0]["lost"] == {"empty_response": 50, "not_a_text": 1}
-        why = "column 'response' holds {'a': 1} (dict), not a text"
+        why = "column 'response' holds {'a': 1} (dict), not a string"
         place = f"{number}.jsonl line {number + 1}"
         assert store.counts[0]["examples"]["not_a_text"] == [{"row": number, "place": place, "why": why}]
 

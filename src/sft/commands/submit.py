@@ -33,6 +33,7 @@ from sft.runs import events
 from sft.runs.files import check_writable
 from sft.runs.run import Run
 from sft.training.settings import check
+from sft.training.shape import settle_data
 
 
 def main(config: DictConfig) -> None:
@@ -51,6 +52,7 @@ def request(arguments: list[str]) -> tuple[list[str], Job]:
 
 
 def _submit(config: DictConfig, job: Job, dry_run: bool, rehearse: bool) -> None:
+    settle_data(config)  # here, where the job will read the data
     settings: Any = OmegaConf.to_container(config, resolve=True)
     _, accumulation = check(config, here=False)
     notes = check_devices(job, config.trainer.accelerator)
