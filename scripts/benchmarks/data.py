@@ -7,29 +7,20 @@ import tempfile
 import time
 from argparse import Namespace
 from collections.abc import Callable
-from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from hydra import compose, initialize_config_dir
-from hydra.utils import instantiate
 
 from benchmarks import generated
+from benchmarks.build import build
 from benchmarks.conditions import rss, table
-from sft.config import CONF
 from sft.data.packing import pack
 from sft.data.rows import Source
 from sft.data.step_plan import epoch_plan, share
 from sft.data.store import Store
 
-VOCAB = 8000  # of the tokenizer that is trained here
 GLOBAL_BATCH = 16  # packs an optimizer step
-CHATML = (
-    "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
 
 
 def measure(options: Namespace) -> dict[str, Any]:
@@ -73,57 +64,6 @@ def plan(options: Namespace, rng: np.random.Generator) -> dict[str, float]:
         rows,
     )
     return result
-
-
-def build(options: Namespace, rng: np.random.Generator, folder: Path) -> list[dict[str, float]]:
-    """Rows and tokens a second from a .jsonl file to a published store: reading, template, tokenizer and mask."""
-    path = folder / "rows.jsonl"
-    generated.write_rows(path, rng, options.rows)
-    tokenizer = train_tokenizer(path)
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        config = instantiate(compose("train", [f"data.max_length={options.max_length}"]).data, _convert_="all")
-    results = []
-    for num_workers in options.workers:
-        settings = replace(config, num_workers=num_workers, cache_dir=str(folder / f"cache-{num_workers}"))
-        seconds, store = timed(partial(settings.store, [Source(str(path))], tokenizer, log=lambda _: None))
-        num_tokens = int(store.lengths.sum(dtype=np.int64))
-        rates = {"rows_per_second": options.rows / seconds, "tokens_per_second": num_tokens / seconds}
-        results.append({"workers": num_workers, "seconds": seconds, "num_tokens": num_tokens, **rates})
-    rows = [
-        [f"{r['workers']}", f"{r['seconds']:.1f}", f"{r['rows_per_second']:,.0f}", f"{r['tokens_per_second']:,.0f}"]
-        for r in results
-    ]
-    table(
-        f"token store built of {options.rows:,} rows, {results[0]['num_tokens'] / options.rows:.0f} tokens each",
-        ["workers", "seconds", "rows/s", "tokens/s"],
-        rows,
-    )
-    return results
-
-
-def train_tokenizer(path: Path) -> Any:
-    """A byte-level BPE with a chat template, trained on the first rows: none needs to be downloaded."""
-    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import PreTrainedTokenizerFast
-
-    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-    backend = Tokenizer(models.BPE())
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=VOCAB,
-        special_tokens=[AddedToken(token, special=True) for token in special],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    backend.train_from_iterator(path.read_text().splitlines()[:1000], trainer)
-    return PreTrainedTokenizerFast(
-        tokenizer_object=backend,
-        eos_token=special[0],
-        pad_token=special[0],
-        additional_special_tokens=special[1:],
-        chat_template=CHATML,
-    )
 
 
 def open_store(options: Namespace, rng: np.random.Generator, folder: Path) -> dict[str, float]:
