@@ -280,7 +280,7 @@ def test_alpaca_with_input_and_history() -> None:
 
 def test_prompt_and_completion_of_messages() -> None:
     """Assistant messages of the prompt are context."""
-    prompt = [USER, {"role": "assistant", "content": "In Styria?"}, {"role": "user", "content": "Yes."}]
+    prompt: list[Message] = [USER, {"role": "assistant", "content": "In Styria?"}, {"role": "user", "content": "Yes."}]
     made = conversational({"prompt": prompt, "completion": [WARM]})
     assert made == Conversation(messages=[*prompt, WARM], weights=(0.0, 0.0, 0.0, 1.0))
     as_json = {"prompt": json.dumps([USER]), "completion": json.dumps([WARM])}
@@ -347,7 +347,7 @@ def test_reasoning_that_is_none_or_two() -> None:
     assert reason(lambda: reply(thinking={"a": 1})) == "not_a_text"
 
 
-CALL = {"type": "function", "function": {"name": "weather", "arguments": {"town": "Graz"}}}
+CALL: dict[str, Any] = {"type": "function", "function": {"name": "weather", "arguments": {"town": "Graz"}}}
 
 
 @pytest.mark.parametrize("calls", [[CALL], [{"name": "weather", "arguments": '{"town": "Graz"}'}], CALL])
