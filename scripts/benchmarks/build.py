@@ -24,6 +24,7 @@ CHATML = (
 )
 EXCHANGES = (1, 5, 20)  # of a chat
 PAIR = ("data=prompt_response", "data.conversation.prompt=question", "data.conversation.response=answer")
+FIGURES = ("tokens/s", "ratio", "at most", "a worker's MB")
 Result = dict[str, Any]
 
 
@@ -43,12 +44,13 @@ def build(options: Namespace, rng: np.random.Generator, folder: Path) -> Result:
 
 def texts(options: Namespace, rng: np.random.Generator, folder: Path) -> list[tuple[str, str]]:
     """Questions and answers: those of GSM8K, or made-up words in the same numbers."""
-    if options.gsm8k:
-        rows = map(json.loads, options.gsm8k.open())
-        return [(row["question"], row["answer"]) for row in rows]
-    generated.write_rows(folder / "generated.jsonl", rng, min(options.rows, 7_473))
-    rows = map(json.loads, (folder / "generated.jsonl").open())
-    return [(row["prompt"], row["response"]) for row in rows]
+    path, names = Path(options.gsm8k or folder / "generated.jsonl"), ("question", "answer")
+    if not options.gsm8k:
+        generated.write_rows(path, rng, min(options.rows, 7_473))
+        names = ("prompt", "response")
+    with path.open() as file:
+        rows = [json.loads(line) for line in file]
+    return [(row[names[0]], row[names[1]]) for row in rows]
 
 
 def write(path: Path, pairs: list[tuple[str, str]], num_exchanges: int, num_pairs: int) -> tuple[Path, tuple[str, ...]]:
@@ -124,25 +126,22 @@ def show(options: Namespace, results: Result) -> None:
         ["", "rows/s old", "new", "encode_batch", "tokens/s old", "new", "encode_batch", "new/encode_batch", "new/old"],
         rows,
     )
-    others = options.workers[1:]
-    if not others:
-        return
-    table(
-        "more workers, starting them included",
-        [
-            "",
-            *(f"{number} workers: {figure}" for number in others for figure in ("tokens/s", "ratio", "a worker's MB")),
-        ],
-        [
-            [name, *(cell for number in others for cell in workers_cells(result, one, f"build {number}"))]
-            for name, result in results.items()
-        ],
-    )
+    if others := options.workers[1:]:
+        table(
+            "more workers, starting them included; at most: if each had a core to itself, by processor time",
+            ["", *(f"{number} workers: {figure}" for number in others for figure in FIGURES)],
+            [
+                [name, *(cell for number in others for cell in cells(result[one], result[f"build {number}"], number))]
+                for name, result in results.items()
+            ],
+        )
 
 
-def workers_cells(result: Result, one: str, several: str) -> list[str]:
-    rate = result[several]["tokens_per_second"]
-    return [f"{rate:,.0f}", f"{rate / result[one]['tokens_per_second']:.2f}", f"{result[several]['peak'] / 1e6:,.0f}"]
+def cells(one: Result, several: Result, number: int) -> list[str]:
+    """FIGURES of a build by several workers, beside that by one."""
+    ratio = several["tokens_per_second"] / one["tokens_per_second"]
+    at_most = number * several["cpu_rate"] / one["cpu_rate"]
+    return [f"{several['tokens_per_second']:,.0f}", f"{ratio:.2f}", f"{at_most:.2f}", f"{several['peak'] / 1e6:,.0f}"]
 
 
 def large_row(options: Namespace, folder: Path, pairs: list[tuple[str, str]]) -> Result:
