@@ -23,6 +23,7 @@ CHATML = (
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 EXCHANGES = (1, 5, 20)  # of a chat
+TIMES = 5  # as many rows for several workers, so that starting them doesn't decide
 PAIR = ("data=prompt_response", "data.conversation.prompt=question", "data.conversation.response=answer")
 FIGURES = ("tokens/s", "ratio", "at most", "a worker's MB")
 Result = dict[str, Any]
@@ -32,11 +33,10 @@ def build(options: Namespace, rng: np.random.Generator, folder: Path) -> Result:
     """Rates of each kind of row, with each number of workers, and the memory of a worker."""
     pairs = texts(options, rng, folder)
     train_tokenizer(pairs).save_pretrained(folder / "tokenizer")
-    kinds = {"GSM8K" if options.gsm8k else "question and answer": write(folder / "pairs.jsonl", pairs, 0, options.rows)}
+    kinds = {"GSM8K" if options.gsm8k else "question and answer": 0}
     for number in EXCHANGES[-1:] if options.quick else EXCHANGES:
-        name = f"chats, {number} exchange{'s' if number > 1 else ''}"
-        kinds[name] = write(folder / f"chats-{number}.jsonl", pairs, number, options.rows)
-    results = {name: measured(options, folder, *kind) for name, kind in kinds.items()}
+        kinds[f"chats, {number} exchange{'s' if number > 1 else ''}"] = number
+    results = {name: measured(options, folder, pairs, number) for name, number in kinds.items()}
     show(options, results)
     results["large row"] = large_row(options, folder, pairs)
     return results
@@ -53,14 +53,14 @@ def texts(options: Namespace, rng: np.random.Generator, folder: Path) -> list[tu
     return [(row[names[0]], row[names[1]]) for row in rows]
 
 
-def write(path: Path, pairs: list[tuple[str, str]], num_exchanges: int, num_pairs: int) -> tuple[Path, tuple[str, ...]]:
-    """A file of `num_pairs` pairs, over and over, in rows of question and answer (0) or chats of some exchanges; and
-    the settings that read it."""
+def write(path: Path, pairs: list[tuple[str, str]], num_exchanges: int, num_pairs: int) -> tuple[str, ...]:
+    """A file of `num_pairs` pairs, over and over, in rows of question and answer (0) or chats of some exchanges; the
+    settings that read it."""
     turns = islice(cycle(pairs), num_pairs)
     with path.open("w") as file:
         for row in chats(turns, num_exchanges) if num_exchanges else ({"question": q, "answer": a} for q, a in turns):
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
-    return path, ("data=messages",) if num_exchanges else PAIR
+    return ("data=messages",) if num_exchanges else PAIR
 
 
 def chats(pairs: Iterator[tuple[str, str]], num_exchanges: int) -> Iterator[Result]:
@@ -70,15 +70,19 @@ def chats(pairs: Iterator[tuple[str, str]], num_exchanges: int) -> Iterator[Resu
         yield {"messages": turns}
 
 
-def measured(options: Namespace, folder: Path, path: Path, settings: tuple[str, ...]) -> Result:
-    """Medians of some repeats: the library and the build in turn, then the build with more workers; the old mask
-    once."""
+def measured(options: Namespace, folder: Path, pairs: list[tuple[str, str]], num_exchanges: int) -> Result:
+    """Medians of some repeats: the library and the build in turn, then the build of more rows with more workers; the
+    old mask once."""
     runs: dict[str, list[Result]] = {}
     for workers in options.workers:
-        more = (*settings, f"data.num_workers={workers}", f"data.cache_dir={folder / f'{path.stem}-{workers}'}")
-        made = process(folder, path, more, options.repeats, beside=workers == options.workers[0])
+        is_first = workers == options.workers[0]
+        path = folder / f"rows-{num_exchanges}-{workers}.jsonl"
+        settings = write(path, pairs, num_exchanges, options.rows * (1 if is_first else TIMES))
+        more = (*settings, f"data.num_workers={workers}", f"data.cache_dir={folder / path.stem}")
+        made = process(folder, path, more, options.repeats, beside=is_first)
         runs |= {name: each for name, each in made.items() if each and name != "build"}
         runs[f"build {workers}"] = made["build"]
+        path.unlink()
     result: Result = {}
     for name, each in runs.items():
         seconds = {clock: float(np.median([run[clock] for run in each])) for clock in ("wall", "cpu")}
@@ -128,7 +132,8 @@ def show(options: Namespace, results: Result) -> None:
     )
     if others := options.workers[1:]:
         table(
-            "more workers, starting them included; at most: if each had a core to itself, by processor time",
+            f"more workers, starting them included, on {options.rows * TIMES:,} exchanges; at most: if each had a core "
+            "to itself, by processor time",
             ["", *(f"{number} workers: {figure}" for number in others for figure in FIGURES)],
             [
                 [name, *(cell for number in others for cell in cells(result[one], result[f"build {number}"], number))]
