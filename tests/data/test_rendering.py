@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerFast
 from sft.data.conversation import Conversation
 from sft.data.labels import IGNORE, Sample
 from sft.data.mask import Tokenization
+from sft.errors import UserError
 
 TOOLS = [{"type": "function", "function": {"name": "weather", "parameters": {"type": "object", "properties": {}}}}]
 
@@ -154,6 +155,14 @@ def test_a_turn_that_the_next_turns_first_token_ends() -> None:
     ]
     made = Tokenization(tokenizer, max_length=1000)(Conversation(messages=turns))
     assert tokenizer.decode(list(made.stops)) == "<|observation|><|user|>"
+
+
+def test_a_turn_without_an_end_is_refused() -> None:
+    """What begins every turn, the assistant's too, ends none."""
+    endless = CHATML.replace("<|im_end|>", "")
+    tokenizer = tokenizer_of(endless, "<|endoftext|>", "<|im_start|>", eos="<|endoftext|>")
+    with pytest.raises(UserError, match="would never learn to stop"):
+        tokenized(tokenizer, user("Hi"), reply("Hello."))
 
 
 def test_eos_right_behind_another_end_is_the_stop_if_each_turn_has_it() -> None:
