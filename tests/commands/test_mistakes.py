@@ -51,8 +51,8 @@ def nothing(folder: Path) -> None:
             nothing,
             ["data.max_length=40"],
             "53 of 60 rows lost, more than data.max_lost=0.05 of them: 53 overlong (rows.jsonl line 1, rows.jsonl line "
-            "2, rows.jsonl line 4, ...): raise data.max_length or set data.overlong=truncate_prompt; correct these "
-            "rows or raise data.max_lost",
+            "2, rows.jsonl line 4, ...: a sample of 49 tokens, and data.max_length=40): raise data.max_length or set "
+            "data.overlong=truncate_prompt; correct these rows or raise data.max_lost",
         ),
         (
             nothing,

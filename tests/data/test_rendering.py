@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerFast
 from sft.data.conversation import Conversation
 from sft.data.labels import IGNORE, Sample
 from sft.data.mask import Tokenization
+from sft.errors import UserError
 
 TOOLS = [{"type": "function", "function": {"name": "weather", "parameters": {"type": "object", "properties": {}}}}]
 
@@ -154,6 +155,14 @@ def test_a_turn_that_the_next_turns_first_token_ends() -> None:
     ]
     made = Tokenization(tokenizer, max_length=1000)(Conversation(messages=turns))
     assert tokenizer.decode(list(made.stops)) == "<|observation|><|user|>"
+
+
+def test_a_turn_without_an_end_is_refused() -> None:
+    """What begins every turn, the assistant's too, ends none."""
+    endless = CHATML.replace("<|im_end|>", "")
+    tokenizer = tokenizer_of(endless, "<|endoftext|>", "<|im_start|>", eos="<|endoftext|>")
+    with pytest.raises(UserError, match="would never learn to stop"):
+        tokenized(tokenizer, user("Hi"), reply("Hello."))
 
 
 def test_eos_right_behind_another_end_is_the_stop_if_each_turn_has_it() -> None:
@@ -346,12 +355,15 @@ class TestSpecialText:
 
     def test_it_is_counted(self, chatml: PreTrainedTokenizerFast) -> None:
         assert tokenized(chatml, *self.turns) == {
-            "special_text": "a message holds '<|im_end|>', which is a special token: set data.special_text=as_text, or "
+            "special_text": "the row holds '<|im_end|>', which is a special token: set data.special_text=as_text, or "
             "as_tokens"
         }
         assert set(tokenized(chatml, user("a<|im_start|>b"), reply("c"))) == {"special_text"}
         quoted = reply("", tool_calls=[call(town="<|im_end|>")])
         assert set(tokenized(chatml, user("a"), quoted)) == {"special_text"}
+        tools = [{"type": "function", "function": {"name": "f", "description": "ends in <|im_end|>"}}]
+        row = Conversation(messages=[user("a"), reply("b")], tools=tools)
+        assert set(Tokenization(chatml, max_length=1000)(row).reasons) == {"special_text"}
 
     def test_as_tokens(self, chatml: PreTrainedTokenizerFast) -> None:
         tokenization = Tokenization(chatml, max_length=1000, special_text="as_tokens")
@@ -401,6 +413,7 @@ def test_own_tokens_are_checked_against_the_vocabulary(chatml: PreTrainedTokeniz
     tokenization = Tokenization(chatml, max_length=1000)
     row = Conversation(input_ids=[1, 5, 6, 7], labels=[IGNORE, IGNORE, 6, 7])
     assert tokenization(row).samples == [Sample([1, 5, 6, 7], [IGNORE, IGNORE, 6, 7])]
+    assert set(tokenization(Conversation(input_ids=[], labels=[])).reasons) == {"no_supervised_token"}
     for token in (-1, len(chatml)):
         assert set(tokenization(Conversation(input_ids=[1, token], labels=[1, token])).reasons) == {"unknown_token"}
 

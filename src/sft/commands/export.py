@@ -24,12 +24,11 @@ from omegaconf import DictConfig, OmegaConf
 from transformers import AutoConfig, AutoTokenizer
 
 from sft.checkpoint.checkpoint import Checkpoint, best, complete
-from sft.data.clock import TODAY
 from sft.errors import UserError, disk_is_full
 from sft.export.folder import Read, Specs, empty_model, generation_config, verify, write_model
 from sft.export.merge import adapter_config, merged, write_adapter
 from sft.runs.files import check_writable
-from sft.runs.identity import Config
+from sft.runs.identity import TODAY, Config
 from sft.runs.run import Run
 from sft.training.log import log
 from sft.training.prepare import Prepared, model_source, quiet

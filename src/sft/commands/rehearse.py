@@ -23,6 +23,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from sft.commands.export import try_export
+from sft.data.chat_template import special_ids
 from sft.data.labels import IGNORE
 from sft.errors import UserError
 from sft.proof.rehearsal import Failed, Mistaken, run_command
@@ -128,7 +129,7 @@ def _check(config: DictConfig, folder: Path, num_rows: int) -> str:
 def check_stops(prepared: Prepared) -> str:
     """The tokens at which the exported model will stop; refuses samples that don't teach it to."""
     tokenizer, train = prepared.tokenizer, prepared.splits.train
-    stops = prepared.stop_token_ids
+    stops = [token for token in prepared.stop_token_ids if token in special_ids(tokenizer)]
     for index in range(min(len(train), 1000)):
         input_ids, labels = train[index]
         last = int(labels[labels != IGNORE][-1])

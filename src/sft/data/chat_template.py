@@ -95,7 +95,7 @@ class ChatTemplate:
         does). UserError if there is none.
         """
         last, in_history = self._ends
-        if not (last or in_history):
+        if not (last or in_history) or (not last and in_history[0] in self._opening):
             raise UserError(NO_STOP)
         first, *others = last or in_history[:1]
         eos = str(self.tokenizer.eos_token or "")
@@ -153,6 +153,13 @@ class ChatTemplate:
         if template not in self._known:
             self._known[template], _ = pinned(template, self.arguments)
         return self._known[template]
+
+    @cached_property
+    def _opening(self) -> list[str]:
+        """The special tokens of the generation prompt, which end no turn."""
+        asked: list[Message] = [{"role": "user", "content": "x"}]
+        text, prompted = self.render(asked), self.render(asked, add_generation_prompt=True)
+        return self.special_text.findall(prompted.removeprefix(text))
 
     def _tail(self, calls: bool) -> str:
         call = {"type": "function", "function": {"name": PROBE, "arguments": {}}}

@@ -8,10 +8,10 @@ from collections.abc import Callable, Mapping
 from datetime import date, datetime
 
 from sft.errors import UserError
+from sft.runs.identity import TODAY
 
 CLOCK = "strftime_now"  # transformers' function for templates
 GIVEN = ("messages", "tools", "documents", "add_generation_prompt", CLOCK)
-TODAY = "today"  # the one name in `model.template` that is ours: YYYY-MM-DD
 # A macro of the clock's name stands before the function. transformers passes a template nothing that can be called,
 # and trims the line break after a block, so that what follows still begins a line.
 MACRO = """\

@@ -164,19 +164,18 @@ class Tokenization:
         return Sample(prefix + prompt_ids + response_ids, [IGNORE] * len(prefix + prompt_ids) + response_ids)
 
     def _chat(self, row: Conversation, messages: list[Message]) -> "_Row":
-        found = self._special_text_in(messages)
+        tools = row.tools
+        found = self._special_text_in([*messages, {"tools": tools}])
         if found and self.special_text is None:
             raise BadRow(
                 "special_text",
-                f"a message holds {found!r}, which is a special token: set data.special_text=as_text, or as_tokens",
+                f"the row holds {found!r}, which is a special token: set data.special_text=as_text, or as_tokens",
             )
         hide = found is not None and self.special_text == "as_text"
         if hide:
-            messages = [
-                {key: _mapped(value, self._encoder.hidden) for key, value in message.items()} for message in messages
-            ]
+            messages, tools = self._hidden(messages), tools and self._hidden(tools)
         weights = turn_weights(row, self.train_on)
-        renderings, reasons = self._renderer(messages, weights, row.tools, row.template)
+        renderings, reasons = self._renderer(messages, weights, tools, row.template)
         if not renderings and not reasons:
             answers = any(message["role"] == "assistant" for message in messages[1:])
             reasons = {"no_supervised_token": "no turn is to be learned"} if answers else {"empty_prompt": ""}
@@ -190,6 +189,11 @@ class Tokenization:
             reasons = {**reasons, "overlong": f"more than data.max_length={self.max_length} tokens"}
         texts = [rendering.text for rendering in sure]
         return _Row(texts=texts, renderings=sure, reasons=reasons, unread=unread)
+
+    def _hidden(self, mappings: list[Message]) -> list[Message]:
+        """Messages or tools with special tokens' text hidden."""
+        change = self._encoder.hidden
+        return [{key: _mapped(value, change) for key, value in mapping.items()} for mapping in mappings]
 
     def _special_text_in(self, messages: list[Message]) -> str | None:
         """The first special token whose text a message holds."""
@@ -206,7 +210,7 @@ class Tokenization:
         exactly."""
         ids, weights = sample.input_ids, sample.weights
         labels = ids if self.supervise == "all" else sample.labels
-        if labels[0] != IGNORE:
+        if labels and labels[0] != IGNORE:
             labels = [IGNORE, *labels[1:]]
         if self._bos in labels:  # which a server puts there, wherever it is
             labels = [IGNORE if label == self._bos else label for label in labels]

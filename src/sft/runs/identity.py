@@ -32,6 +32,7 @@ NOT_DECIDING = (
     "data.cache_dir",
     "data.max_lost",
 )
+TODAY = "today"  # the one name in `model.template` that is ours: the day that the template sees, YYYY-MM-DD
 # Settings that came later and that runs begun before lack: each decides nothing at the value that means what there was
 # without it.
 NEUTRAL: dict[str, object] = {

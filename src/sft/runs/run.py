@@ -15,12 +15,11 @@ import yaml
 from hydra.errors import InstantiationException
 
 from sft.config.check import shown
-from sft.data.clock import TODAY
 from sft.errors import NotFinite, UserError, by_hand
 from sft.runs import events, provenance, watchdog
 from sft.runs.failure import cause
 from sft.runs.files import check_writable, unfinished, write_json, write_text
-from sft.runs.identity import Config, deciding, identity
+from sft.runs.identity import TODAY, Config, deciding, identity
 from sft.runs.provenance import now
 from sft.runs.signals import Interrupted
 
