@@ -13,7 +13,7 @@ import lightning as L
 from lightning.pytorch.callbacks import Callback, Timer
 
 from sft.checkpoint import checkpoint, safetensors_file, save
-from sft.data import build
+from sft.data import staging
 from sft.runs import signals
 from sft.training.checkpointing import Checkpoints
 from sft.training.module import SFTModule
@@ -200,7 +200,7 @@ def killed_in_the_metrics() -> None:
 
 def killed_in_the_store() -> None:
     """Of the store's files one is on the disk."""
-    signal_at(build, build.fsync, 2)
+    signal_at(staging, staging.fsync, 2)
 
 
 def killed_in_the_export() -> None:
