@@ -52,7 +52,10 @@ def evaluate() -> list[dict[str, str]]:
     """Each held-out row with both models' answers; kept in the run's folder."""
     path = TUNED.folder / "answers.json"
     if not path.exists():
-        from sft.commands.generate import answers  # with torch, which isn't needed while training runs
+        from transformers import AutoTokenizer  # these with torch, which isn't needed while training runs
+
+        from sft.commands.generate import answers
+        from sft.data.prompt import served_ids
         from sft.training.prepare import quiet
 
         quiet()
@@ -63,7 +66,9 @@ def evaluate() -> list[dict[str, str]]:
         assert isinstance(settings, DictConfig)
         for name, run in (("base", BASE), ("tuned", TUNED)):
             print(f"answering {len(prompts)} prompts with {run.exported()}", flush=True)
-            made = answers(run.exported(), row_function, prompts, settings)
+            tokenizer = AutoTokenizer.from_pretrained(run.exported())
+            token_ids = [served_ids(tokenizer, row_function, prompt) for prompt in prompts]
+            made = answers(run.exported(), tokenizer, token_ids, settings)
             for row, answer in zip(rows, made, strict=True):
                 row[name] = answer
         write_json(path, rows)
