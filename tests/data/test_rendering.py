@@ -10,9 +10,11 @@ import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from sft.data.chat_template import ChatTemplate
 from sft.data.conversation import Conversation
 from sft.data.labels import IGNORE, Sample
 from sft.data.mask import Tokenization
+from sft.data.outline import Outlines
 from sft.errors import UserError
 
 TOOLS = [{"type": "function", "function": {"name": "weather", "parameters": {"type": "object", "properties": {}}}}]
@@ -50,8 +52,8 @@ def tokenized(tokenizer: Any, *messages: dict[str, Any], **settings: Any) -> lis
     return dict(made[0].reasons) or [shown(tokenizer, sample) for sample in made[0].samples]
 
 
-def user(content: str) -> dict[str, Any]:
-    return {"role": "user", "content": content}
+def user(content: str, **more: Any) -> dict[str, Any]:
+    return {"role": "user", "content": content, **more}
 
 
 def reply(content: str, **more: Any) -> dict[str, Any]:
@@ -455,6 +457,16 @@ class TestOutlines:
             fast(Conversation(messages=[user(word), reply(word)]))
         [sample] = fast(Conversation(messages=[user("HI"), reply("yes")])).samples
         assert shown(tokenizer, sample) == "<|user|>hi<|end|><|assistant|>⟦yes<|end|>⟧"
+
+    def test_few_forms_are_remembered(self, chatml: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr("sft.data.outline.MOST", 3)
+        outlines = Outlines(ChatTemplate(chatml))
+        for number in range(10):
+            turns = [user("a"), reply("b")] * (number + 1)
+            assert outlines.find(turns, None, {}) is None
+            assert len(outlines.seen) <= 3
+        ids = [[user("a", id=number), reply("b")] for number in range(2)]  # a key that the template doesn't read
+        assert [outlines.find(turns, None, {}) is not None for turns in ids] == [False, True]
 
     def test_it_takes_one_rendering(self, chatml: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch) -> None:
         from transformers.utils import chat_template_utils

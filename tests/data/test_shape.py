@@ -173,9 +173,6 @@ def test_a_column_that_is_not_there_is_refused() -> None:
         "no column 'questoin': the columns are 'question', 'answer': set data.conversation.prompt=question "
         "data.conversation.response=answer"
     )
-    assert refused([{"a;b": "1;2"}]) == (
-        "the columns are 'a;b': the file is separated by semicolons: save it with commas"
-    )
     assert refused([]) == "it has no row that can be read"
 
 

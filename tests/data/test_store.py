@@ -158,6 +158,17 @@ def test_too_many_lost_rows_are_refused_at_build_and_at_open(tmp_path: Path) -> 
     assert len(open_store(file, cache=tmp_path / "cache", max_lost=0.2)) == 8
 
 
+def test_overlong_rows_are_an_error_where_they_are_to_be_one(tmp_path: Path) -> None:
+    rows = [{"prompt": "hi", "response": "yes"}] * 98 + [{"prompt": "hi", "response": "yes " * 200}]
+    file = rows_file(tmp_path / "a.jsonl", rows)
+    message = (
+        r"^data\.overlong=error: 1 overlong \(a\.jsonl line 99: a sample of 40\d tokens, and data\.max_length=100\)"
+    )
+    for _attempt in ("build", "open"):
+        with pytest.raises(UserError, match=message):
+            open_store(file, cache=tmp_path / "cache", overlong="error")
+
+
 def test_cut_prompts_are_not_lost(tmp_path: Path) -> None:
     file = rows_file(tmp_path / "a.jsonl", [{"prompt": "hi " * 50, "response": "yes"}])
     cut = {"max_length": 10, "overlong": "truncate_prompt"}

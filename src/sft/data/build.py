@@ -23,7 +23,7 @@ from sft.errors import UserError
 from sft.runs.process import exit_with_parent
 from sft.runs.signals import shielded
 
-NUM_ROWS_WORTH_WORKERS = 5_000  # with fewer, starting the workers takes longer than the work,
+NUM_ROWS_WORTH_WORKERS = 10_000  # with fewer, starting the workers takes longer than the work,
 NUM_BYTES_WORTH_WORKERS = 16 << 20  # unless they are long
 
 

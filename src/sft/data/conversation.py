@@ -156,9 +156,6 @@ def columns(row: Row) -> str:
     if not row:
         return "the row has no columns"
     (first, *others) = row
-    for sign, word in ((";", "semicolons"), ("\t", "tabs")):
-        if not others and sign in first:
-            return f"{given}: the file is separated by {word}: save it with commas"
     for name, shape in (("messages", "messages"), ("conversations", "sharegpt"), ("input_ids", "pretokenized")):
         if name in row:
             return f"{given}: set data={shape}"

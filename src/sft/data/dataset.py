@@ -141,7 +141,7 @@ class DataConfig:
         key = hashlib.sha256(json.dumps([FORMAT, data, mask]).encode()).hexdigest()
         folder = cache_dir / "stores" / key
         if not folder.exists() and wait:
-            _wait_for(folder, log)
+            wait_until(folder.exists, log)
         elif not folder.exists():
             meta = {"data_fingerprint": hashlib.sha256("".join(data).encode()).hexdigest()}
             try:
@@ -164,7 +164,7 @@ class DataConfig:
                     "data.cache_dir to another folder"
                 ) from error
         store = Store(folder, sources)
-        ledger.check(store.counts, self.max_lost)  # on opening too: max_lost is no part of the key
+        ledger.check(store.counts, self.max_lost, self.overlong)  # on opening too: max_lost is no part of the key
         return store
 
 
@@ -174,10 +174,11 @@ def _sources(paths: str | list[str] | None, name: str | None, split: str, sample
     return [Source(path, split, name, sample_by) for path in ([paths] if isinstance(paths, str) else paths)]
 
 
-def _wait_for(folder: Path, log: Callable[[str], None]) -> None:
+def wait_until(there: Callable[[], object], log: Callable[[str], None]) -> None:
+    """Waits for what rank 0 leaves when the token store is built."""
     started = time.monotonic()
     next_line = 30.0
-    while not folder.exists():
+    while not there():
         time.sleep(0.2)
         if (waited := time.monotonic() - started) > next_line:
             log(f"waiting {waited:.0f} s for the token store that rank 0 builds")

@@ -186,9 +186,11 @@ def check_beginning(counts: SourceCounts) -> None:
         raise UserError(f"all of the first {counts['rows']:,} rows are lost: {_described([counts], reason)}")
 
 
-def check(sources: Sequence[SourceCounts], max_lost: float) -> None:
-    """UserError if more than the share `max_lost` of all rows lost a sample, or nothing is left to train on: the
-    commonest reasons, their first rows, and what to do."""
+def check(sources: Sequence[SourceCounts], max_lost: float, overlong: str = "drop") -> None:
+    """UserError if more than the share `max_lost` of all rows lost a sample, if nothing is left to train on, and, where
+    `overlong` is "error", if any sample is too long: the commonest reasons, their first rows, and what to do."""
+    if overlong == "error" and any("overlong" in counts["lost"] for counts in sources):
+        raise UserError(f"data.overlong=error: {_described(sources, 'overlong')}")
     num_lost = sum(counts["rows_lost"] for counts in sources)
     nothing_left = not any(counts["samples"] for counts in sources)
     if num_lost <= max_lost * num_rows(sources) and not nothing_left:

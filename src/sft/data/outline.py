@@ -16,7 +16,7 @@ from sft.data.conversation import Message, Tools
 from sft.data.pieces import is_all_thought
 from sft.errors import BadRow
 
-MOST = 4096  # outlines that are kept
+MOST = 4096  # forms that are remembered
 TEXTS = ("content", REASONING[0])
 # The whitespace around a stand-in shows whether the template strips a text.
 STAND_IN = "\n qj{:05d}xv \n"
@@ -66,8 +66,9 @@ class Outlines:
         form = self._form(messages, tools, arguments)
         if form is None:
             return None
-        if len(self.known) == MOST:
-            self.known.clear()
+        for forms in (self.known, self.seen):
+            if len(forms) == MOST:
+                forms.clear()
         if form not in self.known and form not in self.seen:
             self.seen.add(form)
         elif form not in self.known:
@@ -86,7 +87,8 @@ class Outlines:
             part: list[object] = []
             for key, value in message.items():
                 if key not in TEXTS:
-                    part.append((key, repr(value)))
+                    if self.template.reads(key):
+                        part.append((key, repr(value)))
                     continue
                 text = str(value)
                 if not text.strip():

@@ -91,10 +91,9 @@ def _advice(rows: Sequence[Row], named: Sequence[str], asked: Mapping[str, objec
     if "input_ids" in named:
         return f"{start}: token ids need a column 'labels', each the token's own id or -100, or a mask ({MASKS[0]})"
     texts = [column for column in named if mostly(rows, column, is_text)]
-    given = columns(dict.fromkeys(named))
-    if len(named) == 1 and texts and "separated by" not in given:
+    if len(named) == 1 and texts:
         return f"{start}: set data=text data.conversation.column={texts[0]} to learn all of it"
-    if len(texts) > 1 and "separated by" not in given:
+    if len(texts) > 1:
         first, second = next((pair for pair in product(texts, texts) if pair in PAIRS), (texts[0], texts[1]))
         return f"{start}: set data.conversation.prompt={first} data.conversation.response={second}"
-    return given if "separated by" in given else f"{start}: docs/data.md has the shapes, and how to add one"
+    return f"{start}: docs/data.md has the shapes, and how to add one"

@@ -3,7 +3,6 @@
 import logging
 import os
 import re
-import time
 import warnings
 from collections import Counter
 from collections.abc import Mapping
@@ -17,7 +16,7 @@ from transformers.utils import logging as transformers_logging
 
 from sft.data.chat_template import special_ids
 from sft.data.clock import settled, today
-from sft.data.dataset import Datasets
+from sft.data.dataset import Datasets, wait_until
 from sft.model.loading import ModelSource
 from sft.runs.identity import UNREAD
 from sft.runs.run import Run
@@ -67,13 +66,8 @@ def template_settings(
     def day() -> str:
         if run is None:
             return today()
-        started = time.monotonic()
-        next_line = 30.0
-        while not (main or run.day):
-            time.sleep(0.2)
-            if (waited := time.monotonic() - started) > next_line:
-                log(f"waiting {waited:.0f} s for the token store that rank 0 builds")
-                next_line += 30.0
+        if not main:
+            wait_until(lambda: run.day, log)
         return run.day or today()
 
     return settled(tokenizer.chat_template, settings, day)
