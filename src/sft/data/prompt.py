@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 from sft.data import conversation, token_ids
@@ -105,8 +106,9 @@ def _with_answer(row_function: RowFunction, asked: Row | str) -> tuple[Row, bool
 def _before_response(row: Conversation) -> Conversation:
     """The token ids before the last response."""
     assert row.input_ids is not None and row.labels is not None
-    learned = [at for at, label in enumerate(row.labels) if label != token_ids.IGNORE]
-    begin = next((at for at in reversed(learned) if at - 1 not in learned), len(row.labels))
+    is_learned = [label != token_ids.IGNORE for label in row.labels]
+    begins = [at for at, (before, here) in enumerate(pairwise([False, *is_learned])) if here and not before]
+    begin = begins[-1] if begins else len(row.labels)
     if not begin:
         raise UserError("there is nothing to answer (empty_prompt)")
     return Conversation(input_ids=row.input_ids[:begin], labels=row.labels[:begin])
