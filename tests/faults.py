@@ -196,13 +196,13 @@ def cell(
     resumed: bool = False,
     optimizer: str = "sgd",
     precision: str = "32-true",
-    weighted: bool = False,
+    variant: str = "",
 ) -> Cell:
-    return Cell(strategy, num_ranks, accumulation, packed, resumed, optimizer, precision, weighted=weighted)
+    return Cell(strategy, num_ranks, accumulation, packed, resumed, optimizer, precision, variant=variant)
 
 
-PLAIN, WEIGHTED = cell(accumulation=2, packed=True), cell(accumulation=2, packed=True, weighted=True)
-WEIGHTED_RANKS = cell("ddp", 2, 2, packed=True, weighted=True)
+PLAIN, WEIGHTED = cell(accumulation=2, packed=True), cell(accumulation=2, packed=True, variant="weighted")
+WEIGHTED_RANKS = cell("ddp", 2, 2, packed=True, variant="weighted")
 
 
 FAULTS: dict[Callable[[], None], tuple[list[Cell], list[Cell]]] = {  # fault -> cells that fail, cells that pass

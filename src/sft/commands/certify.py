@@ -134,8 +134,8 @@ def make_references(
         raise AssertionError("the step plan takes a sample twice in an epoch, or leaves one out")
 
     def run_loop(pool: Pool, key: Key, clip: float, num_steps: int = NUM_STEPS) -> Reference:
-        optimizer, packed, weighted = key
-        of_cell = matrix.samples_of(samples, weighted, config.seed)
+        optimizer, packed, variant = key
+        of_cell = matrix.samples_of(samples, variant, config.seed)
         in_steps = [[of_cell.weighted_sample(index) for index in step] for step in steps[packed][:num_steps]]
         make_optimizer = instantiate(config.optimizers[optimizer], _convert_="all")
         arguments = (folder / "model", in_steps, make_optimizer, schedule, clip, lora, config.seed)
@@ -144,7 +144,7 @@ def make_references(
     pools = [Pool(1, folder / f"reference-{number}", config.device) for number in range(min(4, num_cores()))]
     try:
         # The median norm of the first steps, so that some steps are clipped and some are not.
-        clip = float(np.median(run_loop(pools[0], ("sgd", False, False), float("inf"), num_steps=8).grad_norms))
+        clip = float(np.median(run_loop(pools[0], ("sgd", False, ""), float("inf"), num_steps=8).grad_norms))
         references = share_out(pools, keys, lambda pool, key: run_loop(pool, key, clip))
     except RankError as error:
         raise UserError(f"the plain loop can't train this model ({error}): name another with model.path") from error

@@ -7,7 +7,7 @@ from itertools import product
 from pathlib import Path
 
 import numpy as np
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from sft.checkpoint.checkpoint import Checkpoint
 from sft.proof.excerpt import Excerpt
@@ -30,7 +30,13 @@ GPU_WEIGHT_TOLERANCE = 1e-5  # the order of a GPU's sums is another, and varies 
 BF16_LOSS_TOLERANCE, BF16_CHANGE_TOLERANCE = 5e-3, 5e-2
 LEAST_MOVEMENT = 1e-3  # a hundred tolerances: equal weights prove nothing if they hardly moved
 
-Key = tuple[str, bool, bool]  # optimizer, packed, weighted
+Key = tuple[str, bool, str]  # optimizer, packed, variant
+
+# What a cell trains besides the plain objective: settings by dotted name that differ from the configuration's.
+VARIANTS: dict[str, dict[str, object]] = {
+    "": {},
+    "weighted": {},  # tokens have weights of their own, which the samples bring
+}
 
 
 @dataclass(frozen=True)
@@ -45,12 +51,12 @@ class Cell:
     optimizer: str
     precision: str = "32-true"
     device: str = "cpu"
-    weighted: bool = False
+    variant: str = ""  # one of VARIANTS
 
     @property
     def key(self) -> Key:
         """What the reference depends on."""
-        return self.optimizer, self.packed, self.weighted
+        return self.optimizer, self.packed, self.variant
 
     @property
     def group(self) -> tuple[int, str]:
@@ -79,7 +85,7 @@ class Cell:
         start = "resumed" if self.resumed else "uninterrupted"
         return (
             f"{self.strategy}-{self.num_ranks}ranks-accumulation{self.accumulation}-{packed}-{self.optimizer}-{start}"
-            f"{'-weighted' if self.weighted else ''}"
+            f"{self.variant and f'-{self.variant}'}"
         )
 
 
@@ -133,7 +139,7 @@ def all_cells(quick: bool = False, precision: str = "32-true", device: str = "cp
             ]
         # SGD, since AdamW's steps don't show by what all gradients are multiplied.
         if not quick or strategy == "ddp":
-            cells.append(Cell(strategy, num_ranks, 2, True, False, "sgd", precision, device, weighted=True))
+            cells.append(Cell(strategy, num_ranks, 2, True, False, "sgd", precision, device, "weighted"))
     return cells
 
 
@@ -146,15 +152,15 @@ class Outcome:
     checkpoint: Path
 
 
-def samples_of(samples: Excerpt, weighted: bool, seed: int) -> Excerpt:
+def samples_of(samples: Excerpt, variant: str, seed: int) -> Excerpt:
     """The samples of a cell, weighted or not."""
-    return samples.reweighted(seed) if weighted else samples
+    return samples.reweighted(seed) if variant == "weighted" else samples
 
 
 def datamodule(samples: Excerpt, cell: Cell, seed: int) -> SFTDataModule:
     """The samples and steps of a cell."""
     return SFTDataModule(
-        samples_of(samples, cell.weighted, seed),
+        samples_of(samples, cell.variant, seed),
         None,
         seed=seed,
         epochs=NUM_STEPS,
@@ -178,6 +184,8 @@ def run_cell(config: DictConfig, folder: Path, samples: Excerpt, cell: Cell) -> 
     config = copy.deepcopy(config)
     config.strategy, config.optimizer = config.strategies[cell.strategy], config.optimizers[cell.optimizer]
     config.trainer.devices = cell.num_ranks
+    for name, value in VARIANTS[cell.variant].items():
+        OmegaConf.update(config, name, value, force_add=True)
     own_folder = folder / str(cell)
     uninterrupted = folder / str(replace(cell, resumed=False)) / "checkpoints"
     file = MetricsFile(own_folder / "metrics.csv")

@@ -66,13 +66,13 @@ class Certificate:
                 {
                     "optimizer": optimizer,
                     "packed": packed,
-                    "weighted": weighted,
+                    "variant": variant,
                     "losses": reference.losses,
                     "grad_norms": reference.grad_norms,
                     "num_clipped": sum(norm > largest for norm in reference.grad_norms),
                     "movement": reference.movement,
                 }
-                for (optimizer, packed, weighted), reference in self.references.items()
+                for (optimizer, packed, variant), reference in self.references.items()
             ],
             "cells": [result.document() for result in self.results],
             "seconds": round(self.seconds, 1),
