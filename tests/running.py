@@ -52,7 +52,7 @@ class Sft:
 
     def __call__(self, command: str, *arguments: str) -> int:
         """Exit code of `sft COMMAND ARGUMENTS`, run here."""
-        handlers = {number: signal.getsignal(number) for number in signals.SIGNALS}
+        handlers = {number: signal.getsignal(number) for number in (*signals.SIGNALS, *signals.BY_HAND)}
         with self.monkeypatch.context() as patch:
             patch.setattr(sys, "argv", ["sft", command, *arguments])
             patch.setattr(sys, "executable", python().executable)

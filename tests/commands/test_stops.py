@@ -2,7 +2,9 @@
 
 import json
 import math
-from collections.abc import Iterator
+import signal
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -16,6 +18,7 @@ from sft.runs import events, signals
 from sft.runs.run import Run, Status
 
 SETTINGS = ("epochs=2", "val_every=4", "checkpoint.save_every=4", "micro_batch_size=1", "run=run")
+TARGET = "sft.proof.rehearsal.SignalInStep"
 TIME_IS_UP = "+callbacks.up={_target_: mishaps.TimeIsUp, step: 3}"
 
 
@@ -48,14 +51,16 @@ def test_the_time_runs_from_the_start_of_the_command(monkeypatch: pytest.MonkeyP
     assert signals.received() == 0
 
 
-def interrupted(sft: Sft, step: int, reason: str, stopped: str) -> None:
+def interrupted(sft: Sft, step: int, reason: str, stopped: str, why: str = "") -> None:
     folder = sft.run_folder()
     assert f"stopped by {reason} after step {step}: the same command resumes it" in stopped.splitlines()
     assert "Traceback" not in stopped
     status = Run(folder).status
     assert (status["state"], status["step"], status["num_steps"]) == ("interrupted", step, 6)
     assert (last_checkpoint(folder).step, last_checkpoint(folder).state["stopped"]) == (step, False)
-    assert [event["why"] for event in events.read(folder) if event["event"] == "time_up"] == [reason]
+    assert [event["why"] for event in events.read(folder) if event["event"] in ("time_up", "by_hand")] == [
+        why or f"{reason} is over"
+    ]
     assert not (folder / "export").exists()
 
 
@@ -115,13 +120,84 @@ def test_max_time_itself(sft: Sft, capsys: pytest.CaptureFixture[str]) -> None:
     assert "stopped by max_time after step " in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("event", ["time_up", "signal"])
-def test_a_job_is_requeued_after_a_signal_and_not_when_the_users_time_is_up(
+@pytest.mark.parametrize(("name", "reason"), [("SIGINT", "Ctrl-C"), ("SIGHUP", "SIGHUP")])
+def test_a_run_stopped_by_hand_is_saved_and_resumes(
+    sft: Sft, whole: Path, name: str, reason: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    by_default(signal.Signals[name])
+    assert sft.train(*SETTINGS, f"+callbacks.signal={{_target_: {TARGET}, step: 3, name: {name}}}") == 130
+    printed = capfd.readouterr()
+    assert "sft: saves at the end of this step and stops; Ctrl-C again: stops at once" in printed.err
+    assert "step 3: saved runs/run/checkpoints/step-00000003" in printed.out
+    interrupted(sft, 3, reason, printed.out, why=reason)
+    assert sft.train(*SETTINGS) == 0
+    assert final_files(sft.run_folder()) == final_files(whole)
+    assert rows(sft.run_folder()) == rows(whole)
+
+
+def test_two_ranks_of_which_one_is_stopped_by_hand(sft: Sft) -> None:
+    settings = ("train", *sft.settings, *SETTINGS, "strategy=ddp", "trainer.devices=2")
+    stops = f"+callbacks.signal={{_target_: {TARGET}, step: 3, rank: 1, name: SIGINT}}"
+    stopped = sft.process(*settings, stops, before=partial(by_default, signal.SIGINT))
+    assert stopped.code == 130, stopped.output
+    interrupted(sft, 3, "Ctrl-C", stopped.output, why="Ctrl-C")
+
+
+def test_a_second_ctrl_c_ends_at_once(
+    sft: Sft, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    by_default(signal.SIGINT)
+    monkeypatch.setattr(signals, "ONCE", 0.0)
+    twice = [f"+callbacks.{n}={{_target_: {TARGET}, step: 5, name: SIGINT}}" for n in ("first", "second")]
+    assert sft.train(*SETTINGS, *twice) == 130
+    printed = capsys.readouterr()
+    assert printed.err.splitlines()[-1] == "sft: interrupted; the same command resumes from the last checkpoint"
+    assert "Traceback" not in printed.out + printed.err and "graceful" not in printed.out + printed.err
+    assert (Run(sft.run_folder()).status["state"], last_checkpoint(sft.run_folder()).step) == ("interrupted", 4)
+
+
+def test_what_a_launcher_passes_on_is_no_second_ctrl_c(monkeypatch: pytest.MonkeyPatch) -> None:
+    handlers: dict[int, Callable[..., None]] = {}
+    monkeypatch.setattr("sft.runs.signals.signal.getsignal", lambda number: signal.default_int_handler)
+    monkeypatch.setattr("sft.runs.signals.signal.signal", handlers.__setitem__)
+    now = 5.0
+    monkeypatch.setattr("sft.runs.signals.time.monotonic", lambda: now)
+    signals.install()
+    signals.save_first(True)
+    handlers[signal.SIGINT](signal.SIGINT, None)
+    now = 5.9
+    handlers[signal.SIGINT](signal.SIGINT, None)
+    assert signals.received() == signals.SIGINT
+    now = 8.0
+    with pytest.raises(KeyboardInterrupt):
+        handlers[signal.SIGINT](signal.SIGINT, None)
+    signals.install()  # no step to save yet
+    with pytest.raises(KeyboardInterrupt):
+        handlers[signal.SIGHUP](signal.SIGHUP, None)
+    assert signals.received() == 0
+
+
+def test_nohup_stays_without_a_hangup(monkeypatch: pytest.MonkeyPatch) -> None:
+    handlers: dict[int, object] = {}
+    monkeypatch.setattr("sft.runs.signals.signal.getsignal", lambda number: signal.SIG_IGN)
+    monkeypatch.setattr("sft.runs.signals.signal.signal", handlers.__setitem__)
+    signals.install()
+    assert set(handlers) == {signal.SIGUSR1, signal.SIGTERM}
+
+
+def by_default(number: int) -> None:
+    """The signal isn't ignored, as it is in a job of a shell in the background."""
+    handler = signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL
+    signal.signal(number, handler)
+
+
+@pytest.mark.parametrize("event", ["time_up", "by_hand", "signal"])
+def test_a_job_is_requeued_after_a_signal_and_not_when_its_user_has_ended_it(
     event: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("SLURM_JOB_ID", "7")
     events.record(tmp_path, "job", max_requeues={"signal": 100})
-    events.record(tmp_path, event, step=3, why="max_time")
+    events.record(tmp_path, event, step=3, why="max_time is over")
     if event == "signal":
         with pytest.raises(SystemExit) as ended:
             job.end(Run(tmp_path), 75, tmp_path / "log")
@@ -129,7 +205,7 @@ def test_a_job_is_requeued_after_a_signal_and_not_when_the_users_time_is_up(
         return
     job.end(Run(tmp_path), 75, tmp_path / "log")
     last = events.read(tmp_path)[-1]
-    assert (last["event"], last["cause"], last["why"]) == ("stop", "time_up", "max_time is over")
+    assert (last["event"], last["cause"], last["why"]) == ("stop", event, "max_time is over")
     assert "max_time is over; submit the job again to resume" in capsys.readouterr().out
 
 
@@ -138,7 +214,7 @@ def test_a_sweeps_job_whose_time_is_up_is_not_requeued(monkeypatch: pytest.Monke
     monkeypatch.setattr("atexit.register", lambda function: None)
     monkeypatch.setattr(submitit_rank, "requeue", lambda: pytest.fail("it was requeued"))
     with pytest.raises(RuntimeError, match="stopped by max_time after step 3"), submitit_rank.rank():
-        raise signals.Interrupted(signals.MAX_TIME, 3, 75)
+        raise signals.Interrupted(signals.MAX_TIME, 3)
 
 
 def finished_early(sft: Sft, reason: str, capsys: pytest.CaptureFixture[str], *command: str) -> Status:

@@ -90,9 +90,9 @@ def end(run: Run, exit_code: int, log: Path) -> None:
     printed = printed.rpartition(f"job {job['job']} restart {job['restart']} ")[2]
     step = _step(run.folder)
     for event in story[start:]:
-        if event["event"] == "time_up":
-            events.record(run.folder, "stop", cause="time_up", step=step, why=f"{event['why']} is over")
-            print(f"stopped at step {step}: {event['why']} is over; submit the job again to resume", flush=True)
+        if event["event"] in ("time_up", "by_hand"):
+            events.record(run.folder, "stop", cause=event["event"], step=step, why=event["why"])
+            print(f"stopped at step {step}: {event['why']}; submit the job again to resume", flush=True)
             return
     by_slurm = ended_by_slurm(printed)
     if any(event["event"] == "signal" for event in story[start:]):

@@ -70,6 +70,7 @@ class Checkpoints(Callback):
             raise RuntimeError(f"the ranks see different checkpoints in {self.folder}, of the steps {seen}")
         if self.resume is not None:
             self._resume(trainer, module, self.resume)
+        signals.save_first(True)
         self._record(trainer, "start", step=trainer.global_step, hosts=list(steps), num_ranks=trainer.world_size)
         if number := self._agreed(trainer):  # came before the first step: there is nothing to save yet
             self._interrupt(trainer, number)
@@ -96,13 +97,14 @@ class Checkpoints(Callback):
 
     def _interrupt(self, trainer: L.Trainer, number: int) -> NoReturn:
         """Ends the run on all ranks, once its checkpoint is saved."""
-        # The others end with 0: launchers take anything else for a failure and kill the first rank, still busy.
-        step, exit_code = trainer.global_step, signals.EXIT_CODE if trainer.is_global_zero else 0
-        interrupted = signals.Interrupted(number, step, exit_code)
+        step = trainer.global_step
+        interrupted = signals.Interrupted(number, step, trainer.is_global_zero)
         if interrupted.by_signal:
             self._record(trainer, "signal", signal=signals.name(number), step=step)
+        elif interrupted.by_hand:
+            self._record(trainer, "by_hand", why=signals.name(number), step=step)
         else:
-            self._record(trainer, "time_up", why=signals.name(number), step=step)
+            self._record(trainer, "time_up", why=f"{signals.name(number)} is over", step=step)
         log(str(interrupted))
         raise interrupted
 

@@ -19,7 +19,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 from sft.checkpoint.checkpoint import Checkpoint
 from sft.errors import UserError
 from sft.model.loading import ModelSource
-from sft.runs import events, watchdog
+from sft.runs import events, signals, watchdog
 from sft.training import early_stopping
 from sft.training.checkpointing import Checkpoints
 from sft.training.datamodule import SFTDataModule
@@ -121,3 +121,4 @@ def fit(
             trainer.fit(module, data)
     finally:
         watchdog.stop()
+        signals.save_first(False)

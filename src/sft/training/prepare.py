@@ -105,7 +105,7 @@ def setup(config: DictConfig, start_step: int = 0, run: Run | None = None) -> Pr
 HINTS = re.compile(
     r"(GPU|TPU|HPU) available: |💡|Using (16bit|bfloat16) Automatic Mixed|You are using a CUDA device|LOCAL_RANK: "
     r"|-+\ndistributed_backend=|[Ii]nitializing (deepspeed )?distributed: |`Trainer\.fit` stopped: `max_epochs="
-    r"|`Trainer\(\w+=1(\.0)?\)` was configured|Your model can run with static graph"
+    r"|\nDetected KeyboardInterrupt|`Trainer\(\w+=1(\.0)?\)` was configured|Your model can run with static graph"
 )
 HINTING = (
     "fabric.utilities.distributed",
