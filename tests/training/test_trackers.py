@@ -2,6 +2,8 @@
 
 import json
 import os
+import re
+import shutil
 import subprocess
 import sys
 import time
@@ -48,6 +50,10 @@ def service(monkeypatch: pytest.MonkeyPatch) -> Iterator[Service]:
     monkeypatch.setenv("WANDB_API_KEY", KEY)
     yield service
     service.vanish()
+
+
+def identity(folder: Path) -> str:
+    return (folder / "wandb" / "id").read_text()
 
 
 def track(folder: Path, history: list[dict[str, str]], *steps: int, **options: Any) -> None:
@@ -143,12 +149,12 @@ def test_only_what_is_missing_is_sent(had: int, tmp_path: Path, service: Service
     if had:
         track(tmp_path, [], *range(had), config={"optimizer": {"lr": 1.0}, "gone": True})
     track(tmp_path, HISTORY, 4, 5, config={"optimizer": {"lr": 2.0, "name": None}}, tags="a", job_type="train")
-    rows = service.rows("r")
+    rows = service.rows(identity(tmp_path))
     assert [row["_step"] for row in rows] == [row["trainer/global_step"] for row in rows] == STEPS
     assert [row["train/loss"] for row in rows] == [9, 8, 7, 6, 5, 4]
     assert had > 2 or rows[2]["val/loss"] == 0.5
-    assert "r" in service.complete
-    run = service.buckets["r"]
+    assert identity(tmp_path) in service.complete
+    run = service.buckets[identity(tmp_path)]
     assert (run["project"], run["groupName"], run["jobType"], run["tags"]) == ("sft", "g", "train", ["a"])
     assert json.loads(run["config"])["optimizer"] == {"value": {"lr": 2.0, "name": None}}
 
@@ -188,7 +194,7 @@ def test_run_begins_offline_and_is_online_when_started_again(
     service.fault = None
     again = Service(service.server_port) if fault == "vanish" else service
     track(tmp_path, HISTORY, 4, 5)
-    assert [row["_step"] for row in again.rows("r")] == STEPS
+    assert [row["_step"] for row in again.rows(identity(tmp_path))] == STEPS
     assert kept(tmp_path) == 0
     assert f"W&B run {service.url}" in capsys.readouterr().out
 
@@ -214,10 +220,10 @@ def test_server_that_fails_at_any_moment_holds_up_nothing(
     assert sft.train(*SHORT, *about, *group) == 0
     rows = Metrics.read(sft.run_folder() / "metrics.csv").rows
     assert [row["step"] for row in rows] == ["0", "1", "2", "3"]
-    assert len(service.rows("run")) < len(rows)
+    assert len(service.rows(identity(sft.run_folder()))) < len(rows)
     out = capsys.readouterr().out
     (command,) = [line for line in out.splitlines() if "wandb sync" in line]
-    run = service.buckets["run"]
+    run = service.buckets[identity(sft.run_folder())]
     assert (run["entity"], run["tags"], run["notes"], run["jobType"]) == ("team", ["a", "b"], "why", "train")
     assert run["groupName"] == ("several" if group else "sft")
     assert json.loads(run["config"])["optimizer"]["value"]["lr"] == 0.01
@@ -228,16 +234,32 @@ def test_server_that_fails_at_any_moment_holds_up_nothing(
     wandb = [sys.executable, "-m", "wandb", "sync", *words.split()]
     synced = subprocess.run(wandb, env=os.environ | {"WANDB_BASE_URL": later.url}, capture_output=True, text=True)
     assert "Finished syncing" in synced.stderr
-    assert [row["_step"] for row in later.rows("run")] == [0, 1, 2, 3]
+    assert [row["_step"] for row in later.rows(identity(sft.run_folder()))] == [0, 1, 2, 3]
     later.vanish()
 
 
-def test_long_name_is_cut_to_an_id_of_its_own(tmp_path: Path, service: Service) -> None:
-    names = ["n" * 200 + end for end in "ab"]
-    for name in names:
-        track(tmp_path / name, [], 0, run=name)
-    assert len(service.complete) == 2
-    assert all(len(identity) == 128 for identity in service.complete)
+def test_a_run_begun_anew_under_the_same_name_is_another_one(tmp_path: Path, service: Service) -> None:
+    folders = [tmp_path / "mine" / "r", tmp_path / "theirs" / "r"]
+    track(folders[0], [], 0, 1, 2)
+    first = identity(folders[0])
+    shutil.rmtree(folders[0])
+    for folder in folders:
+        track(folder, [], 0, 1)
+    ids = {first, *map(identity, folders)}
+    assert len(ids) == 3 and all(re.fullmatch("r-[0-9a-f]{8}", each) for each in ids)
+    assert [len(service.rows(each)) for each in (first, *map(identity, folders))] == [3, 2, 2]
+    assert {service.buckets[each]["displayName"] for each in ids} == {"r"}
+
+
+def test_a_run_begun_when_the_id_was_its_name_keeps_it(tmp_path: Path, service: Service) -> None:
+    (tmp_path / "wandb").mkdir()
+    track(tmp_path, [], 0, 1)
+    assert len(service.rows("r")) == 2
+
+
+def test_a_long_name_is_cut(tmp_path: Path, service: Service) -> None:
+    track(tmp_path, [], 0, run="n" * 200)
+    assert list(map(len, service.complete)) == [128]
 
 
 def test_a_process_of_wandb_that_is_shared_writes_to_the_runs_folder(

@@ -15,8 +15,8 @@
       prints every setting with its value and trains nothing
 
 SIGUSR1, SIGTERM and the end of max_time=HOURS:MINUTES:SECONDS save a checkpoint at the end of the step and end the
-command with exit code 75, Ctrl-C with 130; the same command resumes the run. sft preview with the same settings shows the samples token
-by token; sft rehearse tries a cluster's job first.
+command with exit code 75, Ctrl-C with 130; the same command resumes the run. sft preview with the same settings shows
+the samples token by token; sft rehearse tries a cluster's job first.
 
 The run's folder is runs/NAME/: config.yaml, data.json (the rows used and lost), preview.html, metrics.csv, checkpoints/
 and export/, the fine-tuned model.

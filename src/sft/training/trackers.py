@@ -2,6 +2,7 @@
 
 import json
 import os
+import secrets
 import shutil
 import sys
 from base64 import b64encode
@@ -20,6 +21,7 @@ from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
 
 from sft.errors import UserError
+from sft.runs.files import write_text
 from sft.runs.signals import shielded
 from sft.training.log import log
 
@@ -43,7 +45,8 @@ def wandb_logger(
 ) -> WandbLogger:
     """Weights & Biases; `mode=auto` is online if wandb finds a key, unless `wandb offline` was called, else offline.
 
-    One W&B run, however often this run is resumed, with each step exactly once. A resumed run repeats the steps after
+    One W&B run, however often this run is resumed, with each step exactly once; a folder that is begun anew is another
+    W&B run. A resumed run repeats the steps after
     its checkpoint, to the same bits: online, steps that W&B has already are left out. An offline W&B run can't be
     resumed, so it is written anew. Steps that W&B lacks come from `history`, the rows of metrics.csv. `config` is the
     W&B run's configuration; the latest start's values count.
@@ -82,6 +85,8 @@ def wandb_logger(
                 log(f"W&B failed; the run continues without it until it is resumed: {error}")
                 self.lost = True
 
+    identity = _identity(folder, run)
+
     def start(mode: str) -> wandb.Run:
         options: dict[str, Any] = {"silent": True, "console": "off", "init_timeout": BEGIN}
         # Offline nothing is waited for but the disk. Older versions decide by themselves.
@@ -97,7 +102,7 @@ def wandb_logger(
                 tags=[tags] if isinstance(tags, str) else tags and [str(tag) for tag in tags],
                 notes=notes,
                 config=dict(config or {}),
-                id=run if len(run) <= 128 else f"{run[:119]}-{sha256(run.encode()).hexdigest()[:8]}",
+                id=identity,
                 resume="allow",
                 dir=str(folder.absolute()),  # its process may have another working folder
                 mode=mode,  # type: ignore[arg-type]
@@ -214,6 +219,20 @@ def _within(seconds: float, call: Callable[[], str | None], otherwise: str | Non
 
 def _line(error: Exception) -> str:
     return " ".join(str(error).split())[:200] or type(error).__name__
+
+
+def _identity(folder: Path, run: str) -> str:
+    """The W&B run's id, kept in the run's folder. W&B never takes the id of a removed run again, and two people may
+    give their runs one name."""
+    file = folder / "wandb" / "id"
+    if file.is_file():
+        return file.read_text()
+    identity = f"{run[:119]}-{secrets.token_hex(4)}"  # W&B takes 128 characters
+    if file.parent.is_dir():  # by a run begun when the id was the name
+        identity = run if len(run) <= 128 else f"{run[:119]}-{sha256(run.encode()).hexdigest()[:8]}"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    write_text(file, identity)
+    return identity
 
 
 def tensorboard_logger(
