@@ -142,7 +142,7 @@ def test_preview(line: str, project: Sft, model_folder: Path, capsys: pytest.Cap
 def test_settings_are_printed(project: Sft, capsys: pytest.CaptureFixture[str]) -> None:
     (line,) = commands("sft train --cfg")
     assert project(*words(line)[1:]) == 0
-    assert "global_batch_size: 16\n" in capsys.readouterr().out
+    assert "global_batch_size: null\n" in capsys.readouterr().out
     assert [path.name for path in project.folder.glob("runs/*")] == ["demo-base"]
 
 
@@ -308,7 +308,7 @@ def test_settings_have_the_values_that_the_tables_give() -> None:
         assert len(table) >= least
         choices = config.hydra.runtime.choices
         values = {name: choices.get(name, OmegaConf.select(config, name)) for name, _ in table}
-        assert {name: str(value).lower() for name, value in values.items()} == dict(table)
+        assert {name: "null" if value is None else str(value).lower() for name, value in values.items()} == dict(table)
 
 
 def test_packages_are_listed_in_the_order_of_the_import_contract() -> None:

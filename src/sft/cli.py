@@ -134,12 +134,13 @@ def _parsed(command: str, typed: list[str]) -> arguments.Typed:
 
 def _check(command: str, config: "DictConfig", typed: set[str]) -> None:
     """What can be known to be wrong before torch is imported."""
-    from sft.training.settings import check_inputs, check_schema
+    from sft.training.settings import check_inputs, check_schema, settle_batch
     from sft.training.shape import settle_data
 
     check_schema(config, CONFIGURATION.get(command, command), typed)
     if "data" in config:
         settle_data(config)
+        settle_batch(config)
     if command in ON_A_RUN:
         from sft.runs.files import input_file
         from sft.runs.run import Run

@@ -64,7 +64,7 @@ NAME = "is not a name of at most 120 characters, none of them one of / \\ # ? % 
         ("seed=-1", "seed=-1 is not a whole number from 0 to 4294967295"),
         ("seed=null", "seed=null is not a whole number from 0 to 4294967295"),
         ("seed=true", "seed=true is not a whole number from 0 to 4294967295"),
-        ("epochs=many", f"epochs=many {WHOLE}"),
+        ("epochs=many", "epochs=many is not a number above 0"),
         ("max_steps=0", f"max_steps=0 {WHOLE} (or null)"),
         ("checkpoint.keep_last=null", f"checkpoint.keep_last=null {WHOLE}"),
         ("checkpoint=3", "checkpoint=3 is not a mapping of settings"),
@@ -194,7 +194,7 @@ def test_what_the_project_sets_in_the_configuration_of_deepspeed(name: str, here
         ("export", "dtype=fp8", "dtype=fp8 is not one of float32, bfloat16 (or null)"),
         ("certify", "cell_timeout=0", f"cell_timeout=0 {ABOVE_0}"),
         ("preview", "preview.packs=-1", "preview.packs=-1 is not a whole number from 0 on"),
-        ("rehearse", "epochs=0", f"epochs=0 {WHOLE}"),
+        ("rehearse", "epochs=0", "epochs=0 is not a number above 0"),
     ],
 )
 def test_other_commands(command: str, setting: str, line: str) -> None:

@@ -11,8 +11,10 @@ from sft.data.step_plan import (
     Step,
     accumulation,
     check_division,
+    default_step,
     epoch_plan,
     eval_plan,
+    num_steps,
     share,
     split_held_out,
 )
@@ -237,3 +239,32 @@ def test_sizes_that_cannot_be_held_out(size: float) -> None:
 def test_copies_of_one_row_cannot_be_held_out() -> None:
     with pytest.raises(UserError, match="leaves nothing to train on, because copies of a row stay together"):
         split_held_out(np.zeros(100, dtype=np.uint64), 10, seed=0)
+
+
+def test_a_step_left_open_is_16_packs_or_a_sixteenth_of_an_epoch() -> None:
+    whole = np.full(16 * 16, 100, dtype=np.int32)  # each a pack of its own
+    assert default_step(whole, 100, packing=True) == (16, 100)
+    assert default_step(whole[:-1], 100, packing=True) == (15, 100)
+    assert default_step(whole[:31], 100, packing=True) == (1, 100)
+    assert default_step(whole[:48], 2048, packing=False) == (3, 2048)
+    assert default_step(whole[:5], 2048, packing=False) == (1, 2048)
+
+
+def test_a_file_that_fits_in_one_pack_has_16_steps_all_the_same() -> None:
+    lengths = np.full(57, 20, dtype=np.int32)
+    packs, tokens = default_step(lengths, 2048, packing=True)
+    assert (packs, tokens) == (1, 72)  # 1140 / 16, rounded up: 3 samples
+    plan = epoch_plan(lengths, lengths, seed=0, epoch=0, global_batch_size=packs, max_length=tokens, packing=True)
+    assert plan.num_steps == 19
+    assert sorted(np.concatenate(plan.packs).tolist()) == list(range(57))
+    lengths[7] = 1000  # is not cut
+    assert default_step(lengths, 2048, packing=True) == (1, 1000)
+
+
+def test_the_steps_of_a_run() -> None:
+    assert num_steps(3, None, 10) == 30
+    assert num_steps(3, 7, 10) == 7
+    assert num_steps(3, 70, 10) == 70
+    assert num_steps(0.5, None, 3) == 2
+    assert num_steps(0.1, None, 30) == 3
+    assert num_steps(1e-9, None, 30) == 1

@@ -190,9 +190,19 @@ def test_folder_that_another_rank_is_making_is_no_strangers(tmp_path: Path) -> N
 @pytest.mark.parametrize(
     ("overrides", "digits"),
     [
-        (["model.path=m", "data.path=d"], "6f5f9745"),
+        (["model.path=m", "data.path=d", "global_batch_size=16"], "6f5f9745"),
         (["experiment=gsm8k", "adapter=lora", "schedule=linear", "model.path=m"], "3e8898f0"),
-        (["data=messages", "schedule=warmup_stable_decay", "optimizer=sgd", "model.path=m", "data.path=d"], "e9ab0592"),
+        (
+            [
+                "data=messages",
+                "schedule=warmup_stable_decay",
+                "optimizer=sgd",
+                "model.path=m",
+                "data.path=d",
+                "global_batch_size=16",
+            ],
+            "e9ab0592",
+        ),
     ],
 )
 def test_runs_keep_the_names_that_they_were_begun_with(overrides: list[str], digits: str) -> None:

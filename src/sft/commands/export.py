@@ -162,7 +162,7 @@ def model_card(run: Run, step: int, state: Mapping[str, object], merge: bool | N
         **({"adapter": _adapter_line(settings["adapter"], merge)} if merge is not None else {}),
         "data": f"{data['path']} ({num_samples:,} samples, {num_supervised:,} supervised tokens)",
         "loss on": "responses" if data["supervise"] == "response" else "all tokens",
-        "global batch": f"{settings['global_batch_size']} packs of up to {data['max_length']} tokens",
+        "global batch": f"{settings['global_batch_size'] or 'up to 16'} packs of up to {data['max_length']} tokens",
         "optimizer": json.dumps({k: v for k, v in settings["optimizer"].items() if k != "_partial_"}),
         "schedule": json.dumps({k: v for k, v in settings["schedule"].items() if k != "_partial_"}),
         **({"chat template's arguments": _arguments_line(template)} if template else {}),

@@ -25,7 +25,7 @@ from transformers import PreTrainedTokenizerFast
 
 from sft.data.labels import IGNORE
 from sft.data.ledger import Ledger, not_read
-from sft.data.step_plan import check_division
+from sft.data.step_plan import DEFAULT_PACKS, check_division
 from sft.runs.files import output_file
 from sft.runs.run import Run
 from sft.training.prepare import Prepared, quiet, setup
@@ -35,7 +35,7 @@ from sft.training.settings import world_size
 def main(config: DictConfig) -> None:
     quiet()
     path = output_file(config.preview.dump, "preview.dump") if config.preview.dump else None
-    check_division(config.global_batch_size, world_size(config), config.micro_batch_size)
+    check_division(config.global_batch_size or DEFAULT_PACKS, world_size(config), config.micro_batch_size)
     settings: Any = OmegaConf.to_container(config, resolve=True)
     prepared = setup(config, run=Run.named(settings))
     console = Console(highlight=False, soft_wrap=True)
@@ -76,14 +76,14 @@ def figures(prepared: Prepared) -> Table:
     num_packs = len(data.epoch(0).packs)
     num_tokens, num_supervised = int(train.lengths.sum()), int(train.num_supervised.sum())
     shortest, median, longest = np.quantile(train.lengths, [0, 0.5, 1])
-    full = f"{num_tokens / (num_packs * data.max_length):.2%} full"
+    full = f"{num_tokens / (num_packs * data.pack_length):.2%} full"
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
     table.add_row("samples", f"{len(train):,} training, {len(val) if val else 0:,} validation")
     table.add_row(
         "tokens", f"{num_tokens:,}, {num_supervised:,} ({num_supervised / num_tokens:.1%}) of them supervised"
     )
     table.add_row("length", f"{shortest:.0f} to {longest:.0f} tokens, median {median:.0f}")
-    table.add_row("packs", f"{num_packs:,} of up to {data.max_length} tokens, {full}")
+    table.add_row("packs", f"{num_packs:,} of up to {data.pack_length} tokens, {full}")
     table.add_row("steps", f"{data.num_steps:,} of {data.global_batch_size} packs, {data.steps_per_epoch:,} an epoch")
     return table
 

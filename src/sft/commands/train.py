@@ -67,6 +67,7 @@ def main(config: DictConfig) -> float | None:
     from sft.data.ledger import in_one_line
     from sft.ranks import disband
     from sft.training.fit import fit
+    from sft.training.length import check_schedule, lines
     from sft.training.log import is_main, log
     from sft.training.metrics import MetricsFile
     from sft.training.prepare import quiet, setup
@@ -79,6 +80,7 @@ def main(config: DictConfig) -> float | None:
     resume = checkpoints.latest(run.checkpoints)
     prepared = setup(config, start_step=resume.step if resume else 0, run=run)
     data = prepared.data
+    check_schedule(config.schedule, data.num_steps)
 
     attempt = run.attempt(settings, prepared.splits.fingerprint, data.num_steps, is_main(), prepared.template)
     with attempt as status, tracking():
@@ -87,11 +89,8 @@ def main(config: DictConfig) -> float | None:
             write_html(run.folder / "preview.html", prepared)
         log(f"run {run.folder}: {data.num_steps} steps" + (f", resumed after step {resume.step}" if resume else ""))
         log(f"data: {in_one_line(prepared.splits.ledger)}")
-        if data.global_batch_size > data.num_packs:
-            log(
-                f"global_batch_size={data.global_batch_size} is more than the {data.num_packs} packs of an epoch: each "
-                "step trains on all of them"
-            )
+        for line in lines(config, data):
+            log(line)
         file = MetricsFile(run.folder / "metrics.csv")
         file.resume(data.start_step)
         if not (resume and resume.last):  # killed after its last step, only the export is missing
@@ -145,7 +144,9 @@ def summarise(run: Run, metrics: Metrics) -> None:
     speed = metrics.median("train/tokens_per_second")
     print(f"finished {run.folder} {_after(run)}")
     if not math.isnan(metrics.last("val/loss")):
-        print(f"  validation loss   {metrics.first('val/loss'):.4f} before, {metrics.last('val/loss'):.4f} after")
+        first, last = metrics.first("val/loss"), metrics.last("val/loss")
+        hardly = ": it hardly moved, so try a higher optimizer.lr or more steps" if 0.99 < last / first <= 1 else ""
+        print(f"  validation loss   {first:.4f} before, {last:.4f} after{hardly}")
     print(f"  speed             {speed:,.0f} tokens/s (median step)")
     if run.export.exists():
         print(f"  model             {run.export}")

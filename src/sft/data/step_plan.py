@@ -8,6 +8,7 @@ a run resumes at its exact next sample on any number of GPUs, and what the loss 
 of its supervised tokens or the sum of their weights, is known before its first forward pass.
 """
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,6 +16,9 @@ from numpy.typing import NDArray
 
 from sft.data.packing import pack
 from sft.errors import UserError
+
+DEFAULT_PACKS = 16  # of a step
+LEAST_STEPS = 16  # of an epoch, where the size of a step is left open
 
 
 @dataclass(frozen=True)
@@ -124,6 +128,21 @@ def eval_plan(
     batches = [_joined(packs[i : i + micro_batch_size]) for i in range(0, len(packs), micro_batch_size)]
     batches += [_joined([])] * (-len(batches) % world_size)
     return batches[rank::world_size]
+
+
+def default_step(lengths: NDArray[np.int32], max_length: int, packing: bool) -> tuple[int, int]:
+    """Packs of a step, and the most tokens of a pack, where the global batch is left open: 16 packs of `max_length`, or
+    so much less that an epoch has 16 steps. Otherwise all samples of a small file would make one step."""
+    num_packs = len(_packs(lengths, np.arange(len(lengths)), max_length, packing))
+    if num_packs < LEAST_STEPS and packing:
+        # No sample is cut, so that a pack has room for the longest.
+        return 1, min(max_length, max(int(lengths.max()), math.ceil(int(lengths.sum()) / LEAST_STEPS)))
+    return min(DEFAULT_PACKS, max(1, num_packs // LEAST_STEPS)), max_length
+
+
+def num_steps(epochs: float, max_steps: int | None, steps_per_epoch: int) -> int:
+    """Optimizer steps of a run: `max_steps`, over as many epochs as it takes, or those of whole and broken epochs."""
+    return max_steps or max(1, math.ceil(epochs * steps_per_epoch - 1e-9))  # 0.1 of 30 is more than 3 in binary
 
 
 def check_division(global_batch_size: int, world_size: int, micro_batch_size: int) -> int:

@@ -56,18 +56,18 @@ def warmup_stable_decay(
     `decay` is the length of the last phase: below 1 a share of the run, from 1 on a number of steps.
     """
     rising, _ = _phase(step, num_steps, warmup)
-    num_decay = max(1, _steps(decay, num_steps))
+    num_decay = max(1, steps_of(decay, num_steps))
     remaining = (num_steps - step) / num_decay
     return rising if rising < 1 else final + (1 - final) * min(1.0, remaining)
 
 
-def _steps(share_or_steps: float, num_steps: int) -> int:
+def steps_of(share_or_steps: float, num_steps: int) -> int:
     return round(share_or_steps * num_steps) if share_or_steps < 1 else int(share_or_steps)
 
 
 def _phase(step: int, num_steps: int, warmup: float) -> tuple[float, float]:
     """(warm-up's factor, 1 from its end on; progress 0..1 through the rest, 1 just after the last step)."""
-    num_warmup = _steps(warmup, num_steps)
+    num_warmup = steps_of(warmup, num_steps)
     rising = (step + 1) / (num_warmup + 1)
     progress = (step - num_warmup) / max(1, num_steps - num_warmup)
     return rising, min(1.0, max(0.0, progress))

@@ -71,6 +71,8 @@ def deciding(config: Config) -> dict[str, object]:
     if (conversation := data.get("conversation") or {}).get("_target_") == UNREAD:
         asked = {key: value for key, value in conversation.items() if key != "_target_" and value is not None}
         config = {**config, "data": {**data, "conversation": {**UNREAD_MEANS, **asked}}}
+    if isinstance(epochs := config.get("epochs"), float) and epochs.is_integer():
+        config = {**config, "epochs": int(epochs)}  # however it is written
     return {
         name: _first_name(str(value)) if name.endswith("._target_") else value
         for name, value in sorted(flatten(config).items())

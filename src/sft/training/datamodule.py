@@ -7,7 +7,17 @@ import lightning as L
 import torch
 
 from sft.data.batch import Batch, SampleSet, make_batch, to_device
-from sft.data.step_plan import EpochPlan, Step, accumulation, epoch_plan, eval_plan, share
+from sft.data.step_plan import (
+    DEFAULT_PACKS,
+    EpochPlan,
+    Step,
+    accumulation,
+    default_step,
+    epoch_plan,
+    eval_plan,
+    num_steps,
+    share,
+)
 from sft.errors import UserError
 
 
@@ -17,8 +27,8 @@ class SFTDataModule(L.LightningDataModule):
     Args:
         train, val: the samples; no `val`, no validation.
         seed: the order of samples is drawn from it.
-        epochs: passes over the training samples; `max_steps` cuts them short.
-        global_batch_size: packs an optimizer step, over all ranks.
+        epochs: passes over the training samples, which may be broken; `max_steps` takes their place.
+        global_batch_size: packs an optimizer step, over all ranks; None: as `default_step` has it.
         micro_batch_size: packs a forward pass.
     """
 
@@ -28,9 +38,9 @@ class SFTDataModule(L.LightningDataModule):
         val: SampleSet | None,
         *,
         seed: int,
-        epochs: int,
+        epochs: float,
         max_steps: int | None,
-        global_batch_size: int,
+        global_batch_size: int | None,
         micro_batch_size: int,
         max_length: int,
         packing: bool,
@@ -38,13 +48,16 @@ class SFTDataModule(L.LightningDataModule):
     ) -> None:
         super().__init__()
         self.train, self.val = train, val
-        self.seed, self.max_length, self.packing = seed, max_length, packing
-        self.global_batch_size, self.micro_batch_size = global_batch_size, micro_batch_size
+        self.seed, self.max_length, self.packing, self.micro_batch_size = seed, max_length, packing, micro_batch_size
+        self.asked = global_batch_size or DEFAULT_PACKS  # what ranks and micro-batches must divide
+        self.global_batch_size, self.pack_length = (
+            (global_batch_size, max_length) if global_batch_size else default_step(train.lengths, max_length, packing)
+        )
         self.start_step = start_step
         self._plan: tuple[int, EpochPlan] | None = None
         self.num_packs = len(self.epoch(0).packs)  # the same in all epochs: see `packing`
         self.steps_per_epoch = self.epoch(0).num_steps
-        self.num_steps = min(epochs * self.steps_per_epoch, max_steps or epochs * self.steps_per_epoch)
+        self.num_steps = num_steps(epochs, max_steps, self.steps_per_epoch)
 
     def epoch(self, epoch: int) -> EpochPlan:
         """The plan of one epoch; the last one asked for is kept."""
@@ -56,7 +69,7 @@ class SFTDataModule(L.LightningDataModule):
                 seed=self.seed,
                 epoch=epoch,
                 global_batch_size=self.global_batch_size,
-                max_length=self.max_length,
+                max_length=self.pack_length,
                 packing=self.packing,
             )
             self._plan = epoch, plan
@@ -120,7 +133,7 @@ class SFTDataModule(L.LightningDataModule):
         if world_size is None:
             assert self.trainer is not None
             world_size = self.trainer.world_size
-        return accumulation(self.num_packs, self.global_batch_size, world_size, self.micro_batch_size)
+        return accumulation(min(self.num_packs, self.global_batch_size), self.asked, world_size, self.micro_batch_size)
 
 
 @dataclass(frozen=True)

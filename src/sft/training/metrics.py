@@ -154,7 +154,7 @@ class StepMetrics(Callback):
             "train/grad_norm": norm,
             "train/grad_norm_clipped": norm if largest is None else min(norm, float(largest)),
             "train/supervised_share": plan.num_supervised / plan.num_tokens,
-            "train/pack_fill": plan.num_tokens / (len(plan.packs) * data.max_length),
+            "train/pack_fill": plan.num_tokens / (len(plan.packs) * data.pack_length),
         }
         # After the values were read, so that work still queued on a device counts.
         seconds = time.perf_counter() - self.step_start

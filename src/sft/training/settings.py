@@ -17,9 +17,10 @@ from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict
 from sft.config.check import check as left_over
 from sft.config.check import targets
 from sft.config.schema import OURS
-from sft.data.step_plan import check_division
+from sft.data.step_plan import DEFAULT_PACKS, check_division
 from sft.errors import UserError
 from sft.runs import signals
+from sft.runs.run import Run
 from sft.training.launch import Launch
 
 AUTO = ("auto", -1)  # all devices that there are
@@ -54,7 +55,7 @@ def check(config: DictConfig, here: bool = True) -> tuple[int, int]:
     `here`: on this machine; otherwise on others, which may have GPUs."""
     signals.seconds(OmegaConf.select(config, "max_time"))
     num_ranks = world_size(config)
-    accumulation = check_division(config.global_batch_size, num_ranks, config.micro_batch_size)
+    accumulation = check_division(config.global_batch_size or DEFAULT_PACKS, num_ranks, config.micro_batch_size)
     if num_ranks > 1 and not config.strategy:
         raise UserError(f"strategy=single is for one device, and the trainer has {num_ranks}: set strategy=ddp")
     offload = OmegaConf.select(config, "strategy.config.zero_optimization.offload_optimizer")
@@ -147,6 +148,17 @@ def settle(config: DictConfig, launch: Launch) -> None:
     if _count(config.trainer.devices) is None:
         config.trainer.devices = num_devices
     config.trainer.num_nodes = num_nodes
+
+
+def settle_batch(config: DictConfig) -> None:
+    """Where `global_batch_size` is left open, a run that was begun when its default was 16 keeps 16."""
+    if config.global_batch_size is not None:
+        return
+    settings: Any = OmegaConf.to_container(config, resolve=True)
+    file = Run.named({**settings, "global_batch_size": DEFAULT_PACKS}).folder / "config.yaml"
+    if file.is_file() and OmegaConf.select(OmegaConf.load(file), "global_batch_size") == DEFAULT_PACKS:
+        with open_dict(config):
+            config.global_batch_size = DEFAULT_PACKS
 
 
 def _count(devices: int | str | ListConfig) -> int | None:
