@@ -305,7 +305,8 @@ def test_multirun_makes_runs_of_their_own_in_the_tracker_too(sft: Sft) -> None:
     folders = sorted((sft.folder / "runs").glob("sft-*"))
     assert len(folders) == 2
     tracked = [path.name for folder in folders for path in folder.rglob("run-*.wandb")]
-    assert sorted(tracked) == sorted(f"run-{(folder / 'wandb' / 'id').read_text()}.wandb" for folder in folders), ended.output
+    ids = [(folder / "wandb" / "id").read_text() for folder in folders]
+    assert sorted(tracked) == sorted(f"run-{each}.wandb" for each in ids), ended.output
 
 
 def test_loss_that_is_no_number_ends_the_run_and_is_never_saved(sft: Sft, capsys: pytest.CaptureFixture[str]) -> None:
