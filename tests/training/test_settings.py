@@ -41,6 +41,11 @@ def test_ranks_and_accumulation() -> None:
             "optimizer is torch.optim.SGD: set optimizer=adamw, or a strategy without offload",
         ),
         (
+            ["strategy=deepspeed_zero1", "trainer.gradient_clip_algorithm=value"],
+            "trainer.gradient_clip_algorithm=value: DeepSpeed clips by norm alone: set strategy=fsdp2, which shards as "
+            "much, or trainer.gradient_clip_algorithm=norm",
+        ),
+        (
             ["strategy=deepspeed_zero3", "model.compile=true"],
             "model.compile=true: ZeRO-3 works before and after each layer, which breaks up every graph: set "
             "strategy=fsdp2, which shards as much, or model.compile=false",

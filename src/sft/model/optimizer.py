@@ -1,30 +1,52 @@
-"""Weight decay by parameter, and learning-rate schedules. `conf/optimizer/*.yaml` names the optimizer."""
+"""The optimizer, the clipping of gradients, and learning-rate schedules. `conf/optimizer/*.yaml` names the optimizer."""
 
 import math
 from collections.abc import Callable
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
-from sft.checkpoint.layout import full_shape, named_trainable
+from sft.checkpoint.layout import flat
 from sft.errors import UserError
+from sft.model.parameters import Parameters, describe, groups
 
 
-def build(model: nn.Module, factory: Callable[..., Optimizer]) -> Optimizer:
-    """The factory's optimizer over two groups: matrices decay; biases, norms and other vectors don't.
-
-    Parameters go in by name, so that a checkpoint can tell whose state it holds on any number of ranks.
-    """
-    matrices: list[tuple[str, nn.Parameter]] = []
-    vectors: list[tuple[str, nn.Parameter]] = []
-    for name, parameter in named_trainable(model):
-        # Sharded by ZeRO-3 every parameter looks like a vector: ask for its true shape.
-        (matrices if len(full_shape(parameter)) >= 2 else vectors).append((name, parameter))
-    groups: list[dict[str, object]] = [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
+def build(
+    model: nn.Module,
+    factory: Callable[..., Optimizer],
+    parameters: Parameters | None = None,
+    log: Callable[[str], None] = lambda line: None,
+) -> Optimizer:
+    """The factory's optimizer over the groups of `parameters`; without, of two: matrices decay; biases, norms and
+    other vectors don't. `log` gets a line for each."""
+    named = groups(model, parameters or Parameters())
     try:
-        return factory([group for group in groups if group["params"]])
+        optimizer = factory([group for _, group in named])
     except (TypeError, ValueError) as error:
         raise UserError(f"the optimizer refuses its settings: {error}") from error
+    for (name, _), group in zip(named, optimizer.param_groups, strict=True):
+        log(describe(name, group))
+    return optimizer
+
+
+def clip(model: nn.Module, largest: float | None, by_value: bool) -> tuple[Tensor, Tensor | None]:
+    """Clips the gradients, all together to a norm of `largest`, or each value to ±`largest`; None or 0: not at all.
+
+    Returns their norm over all ranks before it, and after it where values were clipped.
+    """
+    if not (by_value and largest):  # inf: measured, not clipped
+        return _whole(torch.nn.utils.clip_grad_norm_(model.parameters(), largest or float("inf"))), None
+    grads = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+    norm = _whole(torch.nn.utils.get_total_norm(grads))
+    for grad in grads:
+        flat(grad).clamp_(-largest, largest)
+    return norm, _whole(torch.nn.utils.get_total_norm(grads))
+
+
+def _whole(norm: Tensor) -> Tensor:
+    return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
 
 # Learning-rate factors: pure functions of (step, num_steps), step counting from 0 in optimizer steps.

@@ -21,6 +21,8 @@ DECIDING = (
     "schedule",
     "trainer.precision",
     "trainer.gradient_clip_val",
+    "trainer.gradient_clip_algorithm",
+    "parameters",
 )
 NOT_DECIDING = (
     "model.attention",
@@ -44,6 +46,11 @@ NEUTRAL: dict[str, object] = {
     "data.special_text": None,
     "data.sample_by": "line",
     "data.conversation.system_column": None,
+    "trainer.gradient_clip_algorithm": "norm",
+    "parameters": {},
+    "parameters.train": None,
+    "parameters.freeze": None,
+    "parameters.groups": None,
 }
 # The module of the project's own classes and functions decides nothing: each counts by the name that it had when the
 # first hash was made of it.
@@ -71,6 +78,9 @@ def deciding(config: Config) -> dict[str, object]:
     if (conversation := data.get("conversation") or {}).get("_target_") == UNREAD:
         asked = {key: value for key, value in conversation.items() if key != "_target_" and value is not None}
         config = {**config, "data": {**data, "conversation": {**UNREAD_MEANS, **asked}}}
+    trainer = config.get("trainer") or {}
+    if not trainer.get("gradient_clip_val", 1):  # 0 means null, and what isn't clipped is clipped in no way
+        config = {**config, "trainer": {**trainer, "gradient_clip_val": None, "gradient_clip_algorithm": "norm"}}
     return {
         name: _first_name(str(value)) if name.endswith("._target_") else value
         for name, value in sorted(flatten(config).items())

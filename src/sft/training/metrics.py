@@ -142,7 +142,8 @@ class StepMetrics(Callback):
         step, data = trainer.global_step, trainer.datamodule  # type: ignore[attr-defined]
         plan = data.step(step - 1)
         nll = trainer.strategy.reduce(module.step_nll, reduce_op="sum")
-        loss, norm, largest = float(nll) / plan.weight, float(module.grad_norm), trainer.gradient_clip_val
+        loss, norm, clipped = float(nll) / plan.weight, float(module.grad_norm), module.norm_of_clipped
+        largest = float(trainer.gradient_clip_val or math.inf)
         if not (math.isfinite(loss) and math.isfinite(norm)):
             raise NotFinite(
                 f"step {step}: the loss is {loss}, the gradient's norm {norm}, so nothing of this step is saved. Set a "
@@ -152,7 +153,7 @@ class StepMetrics(Callback):
             "train/loss": loss,
             "train/lr": module.learning_rate,
             "train/grad_norm": norm,
-            "train/grad_norm_clipped": norm if largest is None else min(norm, float(largest)),
+            "train/grad_norm_clipped": min(norm, largest) if clipped is None else float(clipped),
             "train/supervised_share": plan.num_supervised / plan.num_tokens,
             "train/pack_fill": plan.num_tokens / (len(plan.packs) * data.max_length),
         }

@@ -9,7 +9,6 @@ import torch
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 from torch.autograd.graph import save_on_cpu
-from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import PreTrainedModel
@@ -18,6 +17,7 @@ from sft.data.batch import Batch
 from sft.model import optimizer as optimizers
 from sft.model.loading import ModelSource
 from sft.model.loss import head_is_plain_matrix, nll
+from sft.training.log import log
 from sft.training.strategies import placement
 
 
@@ -48,9 +48,10 @@ class SFTModule(L.LightningModule):
         self.source, self.optimizer, self.schedule = source, optimizer, schedule
         self.num_steps, self.seed, self.resumed = num_steps, seed, resumed
         # Of the step under way or just made, read by the metrics: this rank's weighted sum of −log p, the norm of the
-        # whole gradient before clipping, and the learning rate of the first group.
+        # whole gradient before clipping, and after clipping by value, and the learning rate of the first group.
         self.step_nll: Tensor | None = None
         self.grad_norm = torch.tensor(float("nan"))
+        self.norm_of_clipped: Tensor | None = None
         self.learning_rate = float("nan")
         self.val_loss = float("nan")
 
@@ -101,14 +102,13 @@ class SFTModule(L.LightningModule):
     ) -> None:
         if self.trainer.strategy.handles_gradient_accumulation:
             return  # DeepSpeed clips within its step, and its strategy notes the norm
-        largest = gradient_clip_val or float("inf")  # inf: measured, not clipped
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), largest)
-        self.grad_norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+        by_value = gradient_clip_algorithm == "value"
+        self.grad_norm, self.norm_of_clipped = optimizers.clip(self.model, gradient_clip_val, by_value)
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         # A strategy that keeps the states elsewhere brings its own implementation of the same optimizer.
         factory = placement(self.trainer.strategy).optimizer_factory(self.optimizer)
-        optimizer = optimizers.build(self.model, factory)
+        optimizer = optimizers.build(self.model, factory, self.source.parameters, log)
         scheduler = LambdaLR(optimizer, lambda step: self.schedule(step, self.num_steps))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 

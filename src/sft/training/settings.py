@@ -63,7 +63,13 @@ def check(config: DictConfig, here: bool = True) -> tuple[int, int]:
             f"this strategy keeps the optimizer's states on the {offload.device}, where DeepSpeed's own AdamW steps, "
             f"and the optimizer is {config.optimizer._target_}: set optimizer=adamw, or a strategy without offload"
         )
-    if config.model.compile and OmegaConf.select(config, "strategy.config.zero_optimization.stage") == 3:
+    stage = OmegaConf.select(config, "strategy.config.zero_optimization.stage")
+    if config.trainer.gradient_clip_algorithm == "value" and config.trainer.gradient_clip_val and stage is not None:
+        raise UserError(
+            "trainer.gradient_clip_algorithm=value: DeepSpeed clips by norm alone: set strategy=fsdp2, which shards as "
+            "much, or trainer.gradient_clip_algorithm=norm"
+        )
+    if config.model.compile and stage == 3:
         raise UserError(
             "model.compile=true: ZeRO-3 works before and after each layer, which breaks up every graph: set "
             "strategy=fsdp2, which shards as much, or model.compile=false"
