@@ -67,10 +67,10 @@ def test_groups_of_patterns_have_rates_and_decays_of_their_own() -> None:
     ]
     assert lines == [
         "optimizer: matrices: lr 0.001, weight decay 0.1, 9,216 parameters in 7 tensors",
-        "optimizer: biases, norms and other vectors: lr 0.001, weight decay 0.0, 32 parameters in 1 tensors",
+        "optimizer: vectors: lr 0.001, weight decay 0.0, 32 parameters in 1 tensors",
         "optimizer: *embed*: lr 1e-05, weight decay 0.0, 8,448 parameters in 1 tensors",
         "optimizer: *.layers.0.* matrices: lr 0.0001, weight decay 0.1, 9,216 parameters in 7 tensors",
-        "optimizer: *.layers.0.* biases, norms and other vectors: lr 0.0001, weight decay 0.0, 64 parameters in 2 tensors",
+        "optimizer: *.layers.0.* vectors: lr 0.0001, weight decay 0.0, 64 parameters in 2 tensors",
         "optimizer: *.layers.*norm*: lr 0.001, weight decay 0.3, 64 parameters in 2 tensors",
     ]
 
@@ -113,8 +113,11 @@ def test_train_and_freeze() -> None:
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
 def test_pattern_without_a_match_is_refused(settings: dict, line: str) -> None:
-    model, chosen = tiny_llama(), Parameters(**settings)
-    with pytest.raises(UserError) as refused:
+    def choose_and_build() -> None:
+        model, chosen = tiny_llama(), Parameters(**settings)
         chosen.choose(model)
         build(model, ADAMW, chosen)
+
+    with pytest.raises(UserError) as refused:
+        choose_and_build()
     assert str(refused.value) == line

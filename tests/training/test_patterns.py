@@ -46,6 +46,6 @@ def test_resumed_with_frozen_weights(sft: Sft) -> None:
 def test_freezing_beside_an_adapter_is_refused(sft: Sft, capsys: pytest.CaptureFixture[str]) -> None:
     assert sft.train("run=run", FROZEN, "adapter=lora") == 2
     assert (
-        "parameters.train and parameters.freeze: beside an adapter the whole model is frozen: choose the layers that it "
-        "adapts with adapter.target_modules" in capsys.readouterr().err
+        "parameters.train and parameters.freeze: beside an adapter the whole model is frozen: choose the layers that "
+        "it adapts with adapter.target_modules" in capsys.readouterr().err
     )

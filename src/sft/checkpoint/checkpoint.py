@@ -140,8 +140,8 @@ class Checkpoint:
                 )
         if len(optimizer.param_groups) != len(state["groups"]):
             raise UserError(
-                f"{self.path} has {len(state['groups'])} groups of parameters with learning rates of their own, this run "
-                f"{len(optimizer.param_groups)}: set parameters.groups as they were, or start another run"
+                f"{self.path} has {len(state['groups'])} groups of parameters with settings of their own, this run "
+                f"has {len(optimizer.param_groups)}: set parameters.groups as they were, or start another run"
             )
         for group, saved in zip(optimizer.param_groups, state["groups"], strict=True):
             # Which of its names decay is for this run to say: an earlier version went by a parameter's shape alone.

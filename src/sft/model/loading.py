@@ -59,13 +59,13 @@ class ModelSource:
             raise UserError("model.init=random leaves an adapter nothing to adapt: set adapter=none, or model.path")
         if self.parameters.freezes and self.adapter:
             raise UserError(
-                "parameters.train and parameters.freeze: beside an adapter the whole model is frozen: choose the layers "
-                "that it adapts with adapter.target_modules"
+                "parameters.train and parameters.freeze: beside an adapter the whole model is frozen: choose the "
+                "layers that it adapts with adapter.target_modules"
             )
         if self.parameters.freezes and self.init == "random":
             raise UserError(
-                "parameters.train and parameters.freeze: with model.init=random frozen weights would be in no file: set "
-                "model.path"
+                "parameters.train and parameters.freeze: with model.init=random frozen weights would be in no file: "
+                "set model.path"
             )
 
     def check_files(self) -> None:

@@ -1,4 +1,4 @@
-"""The optimizer, the clipping of gradients, and learning-rate schedules. `conf/optimizer/*.yaml` names the optimizer."""
+"""The optimizer, which `conf/optimizer/*.yaml` names, the clipping of gradients, and learning-rate schedules."""
 
 import math
 from collections.abc import Callable

@@ -3,11 +3,11 @@
 A pattern is a glob over a parameter's whole name: `*` stands for anything, dots too (`model.layers.0.*`, `*_norm.*`).
 """
 
+import fnmatch
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
-from fnmatch import fnmatchcase
 from math import prod
 from typing import TYPE_CHECKING
 
@@ -73,16 +73,12 @@ def groups(model: "nn.Module", chosen: Parameters) -> list[tuple[str, dict[str, 
 
 
 def _by_role(model: "nn.Module", named: "list[Named]", of: str = "") -> list[tuple[str, dict[str, object]]]:
-    """What decays, and what doesn't: biases, norms, vectors and the like."""
-    decaying = {name for name, parameter in named if decays(model, name, parameter)}
-    parts = [
-        (f"{of} " * bool(of) + "matrices", {"params": [pair for pair in named if pair[0] in decaying]}),
-        (
-            f"{of} " * bool(of) + "biases, norms and other vectors",
-            {"params": [pair for pair in named if pair[0] not in decaying], "weight_decay": 0.0},
-        ),
-    ]
-    return [(name, group) for name, group in parts if group["params"]]
+    """What decays (matrices), and what doesn't (vectors, by role)."""
+    kinds: dict[bool, list[Named]] = {True: [], False: []}
+    for name, parameter in named:
+        kinds[decays(model, name, parameter)].append((name, parameter))
+    parts = [("matrices", {"params": kinds[True]}), ("vectors", {"params": kinds[False], "weight_decay": 0.0})]
+    return [(f"{of} {kind}".lstrip(), group) for kind, group in parts if group["params"]]
 
 
 def decays(model: "nn.Module", name: str, parameter: "nn.Parameter") -> bool:
@@ -124,9 +120,8 @@ def _matching(setting: str, patterns: Sequence[str], names: Iterable[str], tied:
     """The names that some pattern matches; `UserError` for a pattern that matches none."""
     matched: set[str] = set()
     for pattern in patterns:
-        match: Callable[[str], bool] = lambda name, pattern=pattern: fnmatchcase(name, pattern)  # type: ignore[misc]
-        own = set(filter(match, names))
-        if not own and (alias := next(filter(match, tied), None)):
+        own = fnmatch.filter(names, pattern)
+        if not own and (alias := next(iter(fnmatch.filter(tied, pattern)), None)):
             raise UserError(
                 f"{setting}: {pattern} means {alias}, which shares its weight with {tied[alias]}: name that, or leave "
                 "it out"
@@ -134,7 +129,7 @@ def _matching(setting: str, patterns: Sequence[str], names: Iterable[str], tied:
         if not own:
             near = ", ".join(_near(pattern, list(names))) or "none, since earlier patterns have them all"
             raise UserError(f"{setting}: {pattern} matches no parameter that is trained; near it are {near}")
-        matched |= own
+        matched |= set(own)
     return matched
 
 
