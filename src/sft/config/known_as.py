@@ -128,7 +128,7 @@ KNOWN_AS: dict[str, dict[str, str]] = {
         "lora_dropout": "`adapter.dropout`",
         "lora_target_modules": "`adapter.target_modules`",
         "load_in_4bit": "`adapter=qlora`",
-        "neftune_noise_alpha": NONE,
+        "neftune_noise_alpha": "`model.neftune_alpha`",
         "push_to_hub": "`hf upload` of the run's export/",
         "max_new_tokens": "`sft generate max_new_tokens=256`",
     },

@@ -231,6 +231,7 @@ Model = table(
     gradient_checkpointing=Yes,
     activation_offload=Yes,
     compile=Yes,
+    neftune_alpha=NotNegative,
     trust_remote_code=Yes,
 )
 Adapter = table(

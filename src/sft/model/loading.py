@@ -46,6 +46,7 @@ class ModelSource:
     trust_remote_code: bool
     # Runs begun before these settings existed lack them.
     compile: bool = False
+    neftune_alpha: float = 0.0  # of noise on the input embeddings in training; 0: none
     template: Mapping[str, object] = field(default_factory=dict)  # arguments of the chat template, and `today`
     adapter: Adapter | None = None  # of conf/adapter/*.yaml; None: every weight is trained
     parameters: Parameters = field(default_factory=Parameters)  # of conf/train.yaml

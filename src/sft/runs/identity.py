@@ -47,6 +47,7 @@ NEUTRAL: dict[str, object] = {
     "data.sample_by": "line",
     "data.conversation.system_column": None,
     "trainer.gradient_clip_algorithm": "norm",
+    "model.neftune_alpha": 0.0,
     "parameters": {},
     "parameters.train": None,
     "parameters.freeze": None,

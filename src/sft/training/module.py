@@ -14,6 +14,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import PreTrainedModel
 
 from sft.data.batch import Batch
+from sft.model import noise
 from sft.model import optimizer as optimizers
 from sft.model.loading import ModelSource
 from sft.model.loss import head_is_plain_matrix, nll
@@ -29,7 +30,7 @@ class SFTModule(L.LightningModule):
         optimizer: makes the optimizer of a list of parameter groups.
         schedule: learning-rate factor of (step, num_steps).
         num_steps: optimizer steps of the whole run.
-        seed: dropout is drawn from it, with step, rank and micro-batch.
+        seed: random weights and noise are drawn from it.
         resumed: the weights come from a checkpoint, so the pre-trained ones aren't read.
     """
 
@@ -68,10 +69,13 @@ class SFTModule(L.LightningModule):
         sharding = placement(self.trainer.strategy).sharding
         self.model = self.source.load(dtype, weights=not self.resumed, sharding=sharding)
         self.plain_head = head_is_plain_matrix(self.model)
+        self.trainer.datamodule.keyed = noise.attach(self.model, self.source.neftune_alpha, log)  # type: ignore[attr-defined]
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         # Random numbers are a function of the place in the run, as the step plan is: a resumed step draws
-        # what the uninterrupted one would, and a checkpoint holds no generator's state.
+        # what the uninterrupted one would, and a checkpoint holds no generator's state. Where a model draws them in a
+        # way that `noise` can't make one by token, they are one by micro-batch.
+        noise.TOKENS.use(batch)
         micro_batch = batch_idx % self.trainer.accumulate_grad_batches
         place = [self.seed, self.trainer.global_step, self.global_rank, micro_batch]
         torch.manual_seed(int(np.random.SeedSequence(place).generate_state(1, np.uint64)[0] >> 1))
