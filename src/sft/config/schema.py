@@ -117,6 +117,7 @@ Train = table(  # conf/train.yaml; its groups are checked by the tables below
     global_batch_size=whole(1),
     micro_batch_size=whole(1),
     val_every=maybe(whole(1)),
+    loss=table("Loss", label_smoothing=BelowOne, z_loss=NotNegative, router_aux=NotNegative),
     parameters=table(
         "Parameters",
         train=maybe(Globs),

@@ -1,9 +1,9 @@
 """Random numbers by token: what is drawn for a token depends on its place in the run alone.
 
-torch draws from one stream, so what dropout leaves of a token would depend on the tokens before it: on the micro-batch,
-the rank and the pack. Here each token has a key, drawn from (seed, step, sample, position) by the loader, and the number
-of a channel of a module is a hash of the key, the channel and the module's name. So they are the same on every device and
-rank, in any micro-batch or pack, and when a layer is computed a second time.
+torch draws from one stream, so what dropout leaves of a token would depend on the tokens before it: on the
+micro-batch, the rank and the pack. Here each token has a key, drawn from (seed, step, sample, position) by the loader,
+and the number of a channel of a module is a hash of the key, the channel and the module's name. So they are the same
+on every device and rank, in any micro-batch or pack, and when a layer is computed a second time.
 
 Shape suffixes: T tokens of the row, C channels.
 """
@@ -11,7 +11,7 @@ Shape suffixes: T tokens of the row, C channels.
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import lru_cache, partial
+from functools import cache, partial
 
 import numpy as np
 import torch
@@ -73,8 +73,8 @@ def _dropout(module: nn.Dropout, salt: int, values: Tensor) -> Tensor:
 
 
 def _add_noise(alpha: float, module: nn.Module, inputs: object, output: Tensor) -> Tensor:
-    """Adds uniform(-1, 1) · alpha / sqrt(L · C) to embeddings [1, T, C] in training, L being the tokens of a token's own
-    sample (NEFTune, arXiv 2310.05914)."""
+    """Adds uniform(-1, 1) · alpha / sqrt(L · C) to embeddings [1, T, C] in training, L being the number of tokens of a
+    token's own sample (NEFTune, arXiv 2310.05914)."""
     key_T = TOKENS.key_T
     if not module.training or key_T is None:
         return output
@@ -105,7 +105,7 @@ def _numbers(key_T: Tensor, salt: int, num_channels: int) -> Tensor:
     return number_TC
 
 
-@lru_cache(maxsize=None)
+@cache
 def _channels(salt: int, num_channels: int, device: torch.device) -> Tensor:
     numbers = np.random.default_rng(salt).integers(2 * HALF, size=num_channels, dtype=np.uint32)
     return torch.from_numpy(numbers.view(np.int32)).to(device)

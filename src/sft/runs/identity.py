@@ -23,6 +23,7 @@ DECIDING = (
     "trainer.gradient_clip_val",
     "trainer.gradient_clip_algorithm",
     "parameters",
+    "loss",
 )
 NOT_DECIDING = (
     "model.attention",
@@ -48,6 +49,10 @@ NEUTRAL: dict[str, object] = {
     "data.conversation.system_column": None,
     "trainer.gradient_clip_algorithm": "norm",
     "model.neftune_alpha": 0.0,
+    "loss": {},
+    "loss.label_smoothing": 0.0,
+    "loss.z_loss": 0.0,
+    "loss.router_aux": 0.0,
     "parameters": {},
     "parameters.train": None,
     "parameters.freeze": None,

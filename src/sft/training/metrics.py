@@ -13,11 +13,13 @@ import lightning as L
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers.logger import Logger
 from lightning.pytorch.utilities import rank_zero_only
+from torch import Tensor
 from tqdm import tqdm
 
 from sft.cluster.time_limit import clock
 from sft.data.batch import Batch
 from sft.errors import NotFinite
+from sft.model.loss import Objective
 from sft.runs.files import fsync, write_text
 from sft.runs.metrics_file import Metrics
 from sft.training.log import log
@@ -141,8 +143,9 @@ class StepMetrics(Callback):
             return
         step, data = trainer.global_step, trainer.datamodule  # type: ignore[attr-defined]
         plan = data.step(step - 1)
-        nll = trainer.strategy.reduce(module.step_nll, reduce_op="sum")
-        loss, norm, clipped = float(nll) / plan.weight, float(module.grad_norm), module.norm_of_clipped
+        sums = {name: trainer.strategy.reduce(value, reduce_op="sum") for name, value in module.step_sums.items()}
+        loss, *added = (sums["nll"].reshape(-1).cpu().double() / plan.weight).tolist()
+        norm, clipped = float(module.grad_norm), module.norm_of_clipped
         largest = float(trainer.gradient_clip_val or math.inf)
         if not (math.isfinite(loss) and math.isfinite(norm)):
             raise NotFinite(
@@ -151,6 +154,7 @@ class StepMetrics(Callback):
             )
         metrics = {
             "train/loss": loss,
+            **_added(module.objective, added, sums, plan.num_tokens),
             "train/lr": module.learning_rate,
             "train/grad_norm": norm,
             "train/grad_norm_clipped": min(norm, largest) if clipped is None else float(clipped),
@@ -183,3 +187,14 @@ class StepMetrics(Callback):
     def _log(self, trainer: L.Trainer, metrics: dict[str, float], step: int) -> None:
         for logger in trainer.loggers:
             logger.log_metrics(metrics, step=step)
+
+
+def _added(objective: Objective, to_nll: list[float], sums: Mapping[str, Tensor], num_tokens: int) -> dict[str, float]:
+    """What a step's objective adds to its mean −log p, by column, and the largest share of a layer's tokens that an
+    expert has, over that of even shares. `to_nll`: the means of label smoothing and z-loss, where there are any."""
+    columns = dict(zip(("train/label_smoothing", "train/z_loss"), to_nll, strict=False))
+    if "router_aux" in sums:
+        load_LE = sums["expert_load"]
+        columns["train/router_aux"] = objective.router_aux * float(sums["router_aux"]) / num_tokens
+        columns["train/expert_load_max"] = float((load_LE / load_LE.mean(1, keepdim=True)).max())
+    return {name: value for name, value in columns.items() if getattr(objective, name.removeprefix("train/"), 1.0)}

@@ -14,10 +14,10 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import PreTrainedModel
 
 from sft.data.batch import Batch
-from sft.model import noise
+from sft.model import noise, router
 from sft.model import optimizer as optimizers
 from sft.model.loading import ModelSource
-from sft.model.loss import head_is_plain_matrix, nll
+from sft.model.loss import Objective, head_is_plain_matrix, nll
 from sft.training.log import log
 from sft.training.strategies import placement
 
@@ -32,6 +32,7 @@ class SFTModule(L.LightningModule):
         num_steps: optimizer steps of the whole run.
         seed: random weights and noise are drawn from it.
         resumed: the weights come from a checkpoint, so the pre-trained ones aren't read.
+        objective: what is minimised besides −log p.
     """
 
     model: PreTrainedModel  # made by `configure_model`
@@ -44,13 +45,15 @@ class SFTModule(L.LightningModule):
         num_steps: int,
         seed: int,
         resumed: bool = False,
+        objective: Objective | None = None,
     ) -> None:
         super().__init__()
         self.source, self.optimizer, self.schedule = source, optimizer, schedule
         self.num_steps, self.seed, self.resumed = num_steps, seed, resumed
-        # Of the step under way or just made, read by the metrics: this rank's weighted sum of −log p, the norm of the
-        # whole gradient before clipping, and after clipping by value, and the learning rate of the first group.
-        self.step_nll: Tensor | None = None
+        self.objective = objective or Objective()
+        # Of the step under way or just made, read by the metrics: this rank's weighted sum of −log p and the like, the
+        # norm of the whole gradient before clipping, and after clipping by value, and the first group's learning rate.
+        self.step_sums: dict[str, Tensor] = {}
         self.grad_norm = torch.tensor(float("nan"))
         self.norm_of_clipped: Tensor | None = None
         self.learning_rate = float("nan")
@@ -69,6 +72,7 @@ class SFTModule(L.LightningModule):
         sharding = placement(self.trainer.strategy).sharding
         self.model = self.source.load(dtype, weights=not self.resumed, sharding=sharding)
         self.plain_head = head_is_plain_matrix(self.model)
+        self.router = router.attach(self.model, self.objective.router_aux, log)
         self.trainer.datamodule.keyed = noise.attach(self.model, self.source.neftune_alpha, log)  # type: ignore[attr-defined]
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
@@ -80,7 +84,7 @@ class SFTModule(L.LightningModule):
         place = [self.seed, self.trainer.global_step, self.global_rank, micro_batch]
         torch.manual_seed(int(np.random.SeedSequence(place).generate_state(1, np.uint64)[0] >> 1))
         if micro_batch == 0:
-            self.step_nll = None
+            self.step_sums = {}
             # The forward pass makes the head's gradient: those of the step before must be gone by then. Lightning's
             # own call comes after it.
             self.trainer.optimizers[0].zero_grad()
@@ -91,12 +95,17 @@ class SFTModule(L.LightningModule):
             save_on_cpu(pin_memory=self.device.type == "cuda") if self.source.activation_offload else nullcontext()
         )
         with offload:
-            total = nll(self.model, batch, plain_head=self.plain_head)
-        self.step_nll = total.detach() if self.step_nll is None else self.step_nll + total.detach()
+            total = nll(self.model, batch, plain_head=self.plain_head, objective=self.objective)
+        sums = {"nll": total} | (self.router.measure(batch) if self.router else {})
+        self.step_sums = {name: self.step_sums.get(name, 0) + value.detach() for name, value in sums.items()}
         # Rule 2: the update is the gradient of (weighted sum over the global batch) / (sum of its tokens' weights).
         # Lightning divides by the accumulation and the strategy averages over ranks; undo both.
         num_averaged = self.trainer.world_size * self.trainer.accumulate_grad_batches
-        return total * (num_averaged / batch["step_weight"])
+        loss = total.sum() * (num_averaged / batch["step_weight"])
+        if self.router:
+            num_tokens = self.trainer.datamodule.step(self.trainer.global_step).num_tokens  # type: ignore[attr-defined]
+            loss = loss + sums["router_aux"] * (self.objective.router_aux * num_averaged / num_tokens)
+        return loss
 
     def configure_gradient_clipping(
         self,
