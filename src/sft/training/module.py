@@ -120,8 +120,9 @@ class SFTModule(L.LightningModule):
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         # A strategy that keeps the states elsewhere brings its own implementation of the same optimizer.
-        factory = placement(self.trainer.strategy).optimizer_factory(self.optimizer)
-        optimizer = optimizers.build(self.model, factory, self.source.parameters, log)
+        place = placement(self.trainer.strategy)
+        factory, sharded = place.optimizer_factory(self.optimizer), not place.layout.replicated
+        optimizer = optimizers.build(self.model, factory, self.source.parameters, log, sharded)
         scheduler = LambdaLR(optimizer, lambda step: self.schedule(step, self.num_steps))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
