@@ -80,9 +80,14 @@ def _add_noise(alpha: float, module: nn.Module, inputs: object, output: Tensor) 
         return output
     length = TOKENS.cu_seqlens.diff()
     length_T = torch.repeat_interleave(length, length, output_size=len(key_T))
-    noise_TC = _numbers(key_T, zlib.crc32(b"neftune"), output.shape[-1]).float() / HALF
+    noise_TC = uniform(key_T, output.shape[-1])
     noise_TC *= alpha * (length_T[:, None] * output.shape[-1]).rsqrt()
     return output + noise_TC.view(output.shape).to(output.dtype)
+
+
+def uniform(key_T: Tensor, num_channels: int) -> Tensor:
+    """NEFTune's random numbers, uniform from -1 to 1, float32 [T, C]."""
+    return _numbers(key_T, zlib.crc32(b"neftune"), num_channels).float() / HALF
 
 
 @contextmanager

@@ -64,18 +64,23 @@ def attach(model: PreTrainedModel, coefficient: float, log: Callable[[str], None
     for a model that has none, or for which transformers has no such loss."""
     config, name = model.config.get_text_config(), type(model).__name__
     num_experts = next((n for field in NUM_EXPERTS if (n := getattr(config, field, None))), 1)
-    # Routers of another kind, as DeepSeek-V3's, are balanced otherwise: transformers has no such loss beside the model.
-    has_loss = any(hasattr(sys.modules[kind.__module__], "load_balancing_loss_func") for kind in type(model).__mro__)
-    returns = has_loss and hasattr(config, "output_router_logits") and hasattr(config, "num_experts_per_tok")
     if coefficient and num_experts < 2:
         raise UserError(f"loss.router_aux={coefficient}: {name} is no mixture of experts: set loss.router_aux=0")
-    if coefficient and not returns:
+    if coefficient and not has_loss(model):
         raise UserError(
             f"loss.router_aux={coefficient}: {name} has no such loss in transformers: set loss.router_aux=0"
         )
     if coefficient:
         return Router(model, config.num_experts_per_tok)
-    if num_experts > 1 and returns:
+    if num_experts > 1 and has_loss(model):
         usual = getattr(config, "router_aux_loss_coef", None) or 0.001
         log(f"{num_experts} experts without a load-balancing loss: loss.router_aux={usual} adds the one of its authors")
     return None
+
+
+def has_loss(model: PreTrainedModel) -> bool:
+    """Whether transformers has the loss beside the model. Routers of another kind, as DeepSeek-V3's, are balanced
+    otherwise."""
+    config = model.config.get_text_config()
+    beside = any(hasattr(sys.modules[kind.__module__], "load_balancing_loss_func") for kind in type(model).__mro__)
+    return beside and hasattr(config, "output_router_logits") and hasattr(config, "num_experts_per_tok")

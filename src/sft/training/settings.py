@@ -60,8 +60,8 @@ def check(config: DictConfig, here: bool = True) -> tuple[int, int]:
     if config.optimizer._target_.startswith("bitsandbytes."):
         raise UserError(
             f"optimizer._target_={config.optimizer._target_}: no checkpoint holds its states, which are in 8 bits or "
-            "in pages: set optimizer=adamw with a strategy that shares the states out (deepspeed_zero2, fsdp2) or keeps "
-            "them in host memory (deepspeed_zero2_offload), or adapter=lora"
+            "in pages: set optimizer=adamw with a strategy that shares the states out (deepspeed_zero2, fsdp2) or "
+            "keeps them in host memory (deepspeed_zero2_offload), or adapter=lora"
         )
     offload = OmegaConf.select(config, "strategy.config.zero_optimization.offload_optimizer")
     if offload and config.optimizer._target_ != "torch.optim.AdamW":
