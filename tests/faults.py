@@ -164,6 +164,85 @@ def optimizer_forgotten_on_resume() -> None:
     Checkpoint.restore = restore
 
 
+def groups_of_patterns_forgotten() -> None:
+    from sft.model import optimizer
+    from sft.model.parameters import Parameters
+
+    original = optimizer.groups
+    optimizer.groups = lambda model, chosen: original(model, Parameters())
+
+
+def frozen_weights_trained() -> None:
+    from sft.model.parameters import Parameters
+
+    Parameters.choose = lambda self, model: None
+
+
+def _with_tokens(change: Callable[[Any, Batch], None]) -> None:
+    from sft.model.noise import Tokens
+
+    original = Tokens.use
+
+    def use(self: Tokens, batch: Batch) -> None:
+        original(self, batch)
+        change(self, batch)
+
+    Tokens.use = use
+
+
+def noise_by_the_length_of_the_pack() -> None:
+    def whole(tokens: Any, batch: Batch) -> None:
+        tokens.cu_seqlens = batch["cu_seqlens"][[0, -1]]
+
+    _with_tokens(whole)
+
+
+def noise_by_the_place_in_the_pack() -> None:
+    def places(tokens: Any, batch: Batch) -> None:
+        tokens.key_T = torch.arange(batch["input_ids"].shape[1], dtype=torch.int32)
+
+    _with_tokens(places)
+
+
+def smoothing_and_z_loss_left_out_of_the_gradient() -> None:
+    original = loss.linear_nll
+
+    def linear_nll(
+        hidden: torch.Tensor, weight: torch.Tensor, target_N: torch.Tensor, *, adds: Any = None, **weights: Any
+    ) -> torch.Tensor:
+        plain = original(hidden, weight, target_N, **weights)
+        if adds is None:
+            return plain
+        parts = original(hidden, weight, target_N, adds=adds, **weights).detach()
+        return torch.stack([plain, parts[1], parts[2]])
+
+    loss.linear_nll = linear_nll
+
+
+def experts_balanced_over_the_pack() -> None:
+    from sft.model.router import Router
+
+    original = Router.measure
+    Router.measure = lambda self, batch: original(self, batch | {"cu_seqlens": batch["cu_seqlens"][[0, -1]]})
+
+
+def experts_balanced_by_the_supervised_tokens() -> None:
+    original = SFTModule.training_step
+
+    def training_step(self: SFTModule, batch: Batch, batch_idx: int) -> torch.Tensor:
+        measure = self.router.measure
+        step = self.trainer.datamodule.step(self.trainer.global_step)
+        self.router.measure = lambda batch: {
+            name: value * (step.num_tokens / step.num_supervised) for name, value in measure(batch).items()
+        }
+        try:
+            return original(self, batch, batch_idx)
+        finally:
+            del self.router.measure
+
+    SFTModule.training_step = training_step
+
+
 def dies() -> None:
     import os
 
@@ -201,6 +280,9 @@ def cell(
     return Cell(strategy, num_ranks, accumulation, packed, resumed, optimizer, precision, variant=variant)
 
 
+PATTERNS, OBJECTIVE, EXPERTS = (
+    cell("ddp", 2, 2, packed=True, variant=variant) for variant in ("patterns", "objective", "experts")
+)
 PLAIN, WEIGHTED = cell(accumulation=2, packed=True), cell(accumulation=2, packed=True, variant="weighted")
 WEIGHTED_RANKS = cell("ddp", 2, 2, packed=True, variant="weighted")
 
@@ -229,5 +311,10 @@ FAULTS: dict[Callable[[], None], tuple[list[Cell], list[Cell]]] = {  # fault -> 
         [cell(optimizer="adamw", resumed=True)],
         [cell(optimizer="adamw"), cell(), cell(resumed=True)],
     ),
+    groups_of_patterns_forgotten: ([PATTERNS], []),
+    frozen_weights_trained: ([PATTERNS], []),
+    noise_by_the_length_of_the_pack: ([OBJECTIVE], []),
+    noise_by_the_place_in_the_pack: ([OBJECTIVE], []),
+    smoothing_and_z_loss_left_out_of_the_gradient: ([OBJECTIVE], [WEIGHTED_RANKS]),
     dies: ([cell("ddp", 2)], []),
 }

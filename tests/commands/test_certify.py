@@ -12,7 +12,7 @@ from omegaconf import DictConfig
 
 import faults
 import warm
-from faults import FAULTS, cell
+from faults import EXPERTS, FAULTS, cell
 from made_up import drawn, weigh
 from running import Sft
 from sft.commands import certify
@@ -48,7 +48,8 @@ def references(tmp_path_factory: pytest.TempPathFactory) -> References:
     with seeing("cpu"):
         folder = tmp_path_factory.mktemp("references")
         config, excerpt = certify.prepare(composed(), folder)
-        keys = [*product(("adamw", "sgd"), (False, True), (False,)), ("sgd", True, True)]
+        keys = [*product(("adamw", "sgd"), (False, True), ("",))]
+        keys += [("sgd", True, variant) for variant in ("weighted", "patterns", "objective")]
         return certify.make_references(config, folder, excerpt, keys)
 
 
@@ -66,15 +67,17 @@ def same_references(references: References, monkeypatch: pytest.MonkeyPatch) -> 
 def test_matrix_is_whole() -> None:
     assert set(STRATEGIES) <= {path.stem for path in (CONF / "strategy").glob("*.yaml")}
     everything = all_cells()
-    assert len(set(everything)) == len(everything) == (1 + 5 * 3) * 25
+    assert len(set(everything)) == len(everything) == (1 + 5 * 3) * 27
+    assert len(all_cells(experts=True)) == (1 + 5 * 3) * 28
     quick = all_cells(quick=True)
     assert set(quick) <= set(everything)
     assert {each.strategy for each in quick} == set(STRATEGIES)
     for name, values in {"num_ranks": {2}, "accumulation": {1, 2}, "packed": {True, False}}.items():
         assert {getattr(each, name) for each in quick if each.strategy == "ddp"} == values
-    assert [str(each) for each in quick if each.variant] == [
-        "ddp-2ranks-accumulation2-packed-sgd-uninterrupted-weighted"
+    assert [f"{each.strategy}-{each.variant}" for each in quick if each.variant] == [
+        *("ddp-weighted", "deepspeed_zero3-patterns", "fsdp2-objective")
     ]
+    assert {*all_cells(quick=True, experts=True)} - {*quick} == {EXPERTS}
     assert {each.strategy for each in all_cells(quick=True, max_ranks=1)} == set(STRATEGIES)
 
 
@@ -87,7 +90,8 @@ def test_quick_certificate_passes(sft: Sft, capfd: pytest.CaptureFixture[str]) -
     for reference in document["references"]:
         assert 0 < reference["num_clipped"] < 20
         assert reference["movement"] > 5e-3
-    assert [reference["variant"] for reference in document["references"]].count("weighted") == 1
+    variants = [reference["variant"] for reference in document["references"] if reference["variant"]]
+    assert sorted(variants) == ["objective", "patterns", "weighted"]
     assert "# Certificate passed" in Path("certificate/certificate.md").read_text()
 
 
@@ -195,6 +199,23 @@ def test_adapter_is_certified(tmp_path: Path) -> None:
     chosen = [cell(strategy, 2) for strategy in ("ddp", "deepspeed_zero2", "deepspeed_zero3", "fsdp2")]
     certificate = made(tmp_path, chosen, None, "adapter=lora", "adapter.r=3")
     assert certificate.passed
+
+
+@pytest.mark.parametrize(
+    ("fault", "passes"),
+    [
+        (None, True),
+        (faults.experts_balanced_over_the_pack, False),
+        (faults.experts_balanced_by_the_supervised_tokens, False),
+    ],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
+def test_experts_are_certified(fault: Callable[[], None] | None, passes: bool, tmp_path: Path) -> None:
+    model = ("model_type=mixtral", "num_local_experts=4")
+    certificate = made(tmp_path, [EXPERTS], fault, *(f"+model.config.{field}" for field in model))
+    assert certificate.passed is passes
+    # All cells of such a model have it among them, and those of others don't.
+    assert certificate.results[0].error is None
 
 
 def test_weights_that_hardly_move_prove_nothing(tmp_path: Path) -> None:

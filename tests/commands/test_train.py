@@ -200,6 +200,21 @@ def test_clipping_and_the_logged_norm(sft: Sft) -> None:
     assert float(moved.norm()) == pytest.approx(0.01, rel=1e-3)
 
 
+def test_clipping_by_value_and_the_logged_norm(sft: Sft) -> None:
+    settings = ("optimizer=sgd", "optimizer.lr=1.0", "schedule=constant", "schedule.warmup=0", "max_steps=1")
+    value = ("trainer.gradient_clip_algorithm=value", "trainer.gradient_clip_val=0.001")
+    start = load_file(Path(sft.settings[0].removeprefix("model.path=")) / "model.safetensors")
+    moved = {}
+    for run, clipping in {"none": ("trainer.gradient_clip_val=0",), "value": value}.items():
+        assert sft.train(f"run={run}", "export=false", "data.val_size=0", *settings, *clipping) == 0
+        moved[run] = {name: start[name] - t for name, t in weights(sft.run_folder(run)).items()}
+        # What is logged is the norm of what the weights moved by.
+        norm = torch.cat([t.flatten() for t in moved[run].values()]).norm().item()
+        assert float(rows(sft.run_folder(run))[0]["train/grad_norm_clipped"]) == pytest.approx(norm, rel=1e-4)
+    for name, gradient in moved["none"].items():
+        torch.testing.assert_close(moved["value"][name], gradient.clamp(-0.001, 0.001), rtol=0, atol=1e-6)
+
+
 @pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true"])
 def test_bf16_learns_and_exports(sft: Sft, precision: str) -> None:
     assert sft.train("run=run", "epochs=2", f"trainer.precision={precision}") == 0

@@ -12,7 +12,7 @@ from conftest import tiny_llama
 from made_up import NUM_PROMPT, pack
 from sft.data.labels import IGNORE
 from sft.model import attention, loss
-from sft.model.loss import head_is_plain_matrix, linear_nll, nll, token_log_probs
+from sft.model.loss import Objective, head_is_plain_matrix, linear_nll, nll, token_log_probs
 
 LENGTHS = [5, 9, 9, 3, 17]
 
@@ -255,3 +255,47 @@ def test_head_is_found_plain_without_reading_a_weight(model: PreTrainedModel) ->
     assert not head_is_plain_matrix(model)
     in_place(empty)
     assert not head_is_plain_matrix(empty)
+
+
+@pytest.mark.parametrize("weighted", [True, False])
+@pytest.mark.parametrize("adds", [Objective(0.1, 0.0), Objective(0.0, 0.02), Objective(0.1, 0.02)], ids=str)
+def test_smoothing_and_z_loss_against_autograd(
+    adds: Objective, weighted: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(loss.CHUNK_ELEMENTS, "cpu", 1)  # chunks of 16 rows
+    torch.manual_seed(0)
+    hidden, weight, target = torch.randn(50, 8), torch.randn(40, 8) * 2, torch.randint(0, 40, (50,))
+    weights = torch.rand(50) if weighted else None
+    h, w = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
+    parts = linear_nll(h, w, target, weights, adds)
+    (3 * parts.sum()).backward()
+    # The formula, and its gradients by autograd, in double precision.
+    h64, w64 = hidden.double().requires_grad_(), weight.double().requires_grad_()
+    logits = h64 @ w64.T
+    log_p = logits.log_softmax(-1)
+    of_target = -log_p.gather(1, target[:, None])[:, 0]
+    smoothed = (1 - adds.label_smoothing) * of_target + adds.label_smoothing * -log_p.mean(-1)
+    z = adds.z_loss * logits.exp().sum(-1).log() ** 2
+    scale = torch.ones(50) if weights is None else weights
+    expected = (scale * torch.stack([of_target, smoothed - of_target, z])).sum(1)
+    (3 * expected.sum()).backward()
+    torch.testing.assert_close(parts.double(), expected, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(h.grad.double(), h64.grad, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(w.grad.double(), w64.grad, rtol=1e-5, atol=1e-5)
+
+
+def test_models_own_head_adds_the_same(model: PreTrainedModel) -> None:
+    batch, adds = pack(LENGTHS), Objective(0.1, 0.01)
+    batch["weights"] = torch.rand(len(batch["predicting"]))
+    results = []
+    for plain_head in (True, False):
+        model.zero_grad()
+        parts = nll(model, batch, plain_head=plain_head, objective=adds)
+        parts.sum().backward()
+        results.append([parts.detach(), *(parameter.grad.clone() for parameter in model.parameters())])
+    for one, other in zip(*results, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+    assert results[0][0].min() > 0.01
+    # The first part is what is measured without.
+    torch.testing.assert_close(results[0][0][0], nll(model, batch, plain_head=True).detach(), rtol=1e-6, atol=0)
+    assert nll(model, batch, plain_head=True, objective=Objective()).ndim == 0

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from conftest import tiny_llama
+from sft.errors import UserError
 from sft.model.optimizer import build, constant, cosine, linear, warmup_stable_decay
 
 
@@ -23,6 +24,52 @@ def test_frozen_parameters_are_left_out() -> None:
     model.model.embed_tokens.weight.requires_grad_(False)
     optimizer = build(model, partial(torch.optim.SGD, lr=1.0))
     assert all("embed" not in name for group in optimizer.param_groups for name in group["param_names"])
+
+
+class Norms(torch.optim.SGD):
+    """Steps by a share of each parameter's norm."""
+
+    def step(self, closure: object = None) -> None:
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                parameter.data -= group["lr"] * parameter.grad / parameter.grad.norm()
+
+
+class Listed(torch.optim.SGD):
+    """Keeps what isn't a number."""
+
+    def step(self, closure: object = None) -> None:
+        for parameter in self.param_groups[0]["params"]:
+            self.state[parameter]["history"] = [1.0]
+
+
+class OfAll(torch.optim.SGD):
+    """Keeps what belongs to no parameter."""
+
+    def step(self, closure: object = None) -> None:
+        self.state["all"] = {"step": 1}
+
+
+@pytest.mark.parametrize(
+    ("kind", "line"),
+    [
+        (torch.optim.Adafactor, "its state row_var is neither a number nor shaped like its parameter"),
+        (Listed, "its state history is neither"),
+        (OfAll, "its state all is neither"),
+        (torch.optim.LBFGS, "can't step on a matrix without a closure|refuses its settings: LBFGS doesn't support"),
+    ],
+)
+def test_what_can_not_be_saved_or_stepped_is_found_before_the_first_step(kind: type, line: str) -> None:
+    with pytest.raises(UserError, match=line):
+        build(tiny_llama(), partial(kind, lr=1e-3))
+
+
+def test_what_needs_whole_matrices_is_refused_where_they_are_sharded() -> None:
+    build(tiny_llama(), partial(Norms, lr=1e-3))
+    with pytest.raises(UserError, match="Norms needs all values of a matrix together, and this strategy shards them"):
+        build(tiny_llama(), partial(Norms, lr=1e-3), sharded=True)
+    for usual in (torch.optim.AdamW, torch.optim.SGD, torch.optim.Adam, torch.optim.NAdam, torch.optim.RMSprop):
+        build(tiny_llama(), partial(usual, lr=1e-3), sharded=True)
 
 
 @pytest.mark.parametrize(

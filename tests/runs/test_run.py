@@ -51,11 +51,21 @@ def test_where_it_runs_is_not_in_the_name(changes: dict[str, Any]) -> None:
         {"data": {"path": "d", "num_workers": 1, "conversation": {"prompt": "q"}}},
         {"trainer": {"precision": "bf16-true", "devices": 1}},
         {"global_batch_size": 7},
+        {"parameters": {"freeze": ["*norm*"]}},
+        {"parameters": {"groups": [{"match": "*norm*", "lr": 1.0}]}},
+        {"trainer": {"precision": "32-true", "gradient_clip_algorithm": "value", "gradient_clip_val": 1.0}},
     ],
     ids=str,
 )
 def test_what_decides_the_numbers_is(changes: dict[str, Any]) -> None:
     assert identity(settings(**changes)) != identity(settings())
+
+
+def test_without_clipping_there_is_one_name() -> None:
+    trainer = settings()["trainer"]
+    null, zero = trainer | {"gradient_clip_val": None}, trainer | {"gradient_clip_val": 0}
+    for none in (zero, null | {"gradient_clip_algorithm": "value"}):
+        assert identity(settings(trainer=none)) == identity(settings(trainer=null))
 
 
 LATER = {

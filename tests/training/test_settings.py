@@ -41,6 +41,17 @@ def test_ranks_and_accumulation() -> None:
             "optimizer is torch.optim.SGD: set optimizer=adamw, or a strategy without offload",
         ),
         (
+            ["optimizer._target_=bitsandbytes.optim.PagedAdamW8bit"],
+            "optimizer._target_=bitsandbytes.optim.PagedAdamW8bit: no checkpoint holds its states, which are in 8 bits "
+            "or in pages: set optimizer=adamw with a strategy that shares the states out (deepspeed_zero2, fsdp2) or "
+            "keeps them in host memory (deepspeed_zero2_offload), or adapter=lora",
+        ),
+        (
+            ["strategy=deepspeed_zero1", "trainer.gradient_clip_algorithm=value"],
+            "trainer.gradient_clip_algorithm=value: DeepSpeed clips by norm alone: set strategy=fsdp2, which shards as "
+            "much, or trainer.gradient_clip_algorithm=norm",
+        ),
+        (
             ["strategy=deepspeed_zero3", "model.compile=true"],
             "model.compile=true: ZeRO-3 works before and after each layer, which breaks up every graph: set "
             "strategy=fsdp2, which shards as much, or model.compile=false",

@@ -138,8 +138,13 @@ class Checkpoint:
                     f"{self.path} is a checkpoint of another model: {name} has shape {state['shapes'][name]}, the "
                     f"model's is {shape}"
                 )
+        if len(optimizer.param_groups) != len(state["groups"]):
+            raise UserError(
+                f"{self.path} has {len(state['groups'])} groups of parameters with settings of their own, this run "
+                f"has {len(optimizer.param_groups)}: set parameters.groups as they were, or start another run"
+            )
         for group, saved in zip(optimizer.param_groups, state["groups"], strict=True):
-            assert group["param_names"] == saved["param_names"], "the optimizer's groups are others"
+            # Which of its names decay is for this run to say: an earlier version went by a parameter's shape alone.
             group.update({key: value for key, value in saved.items() if key != "param_names"})
         fields: defaultdict[str, list[str]] = defaultdict(list)  # of the optimizer's states, by the parameter's name
         for name, field in self._pieces:

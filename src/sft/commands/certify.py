@@ -10,8 +10,9 @@
       in bf16 (the loop stays in fp32), and on this machine's GPUs instead of its processor
 
 Cells: strategy x ranks x accumulation x packed or not x uninterrupted or resumed x SGD or AdamW, and for each strategy
-and number of ranks one whose tokens have weights. Each cell is a fit by the code of sft train in processes of this
-machine. It is compared with a loop that shares no code with it: the loss of
+and number of ranks one each whose tokens have weights, whose parameters are frozen and grouped by patterns, with
+NEFTune, label smoothing and z-loss and, of a mixture of experts, with a load-balancing loss. Each cell is a fit by the
+code of sft train in processes of this machine. It is compared with a loop that shares no code with it: the loss of
 every step, and the weights after the last one. The certificate is certificates/NAME/certificate.json and .md. The exit
 code is 0 only if every cell passes.
 """
@@ -33,8 +34,10 @@ import torch
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
+from transformers import AutoModelForCausalLM
 
 from sft.errors import UserError
+from sft.model.router import has_loss
 from sft.proof import cells as matrix
 from sft.proof import reference
 from sft.proof.cells import GLOBAL_BATCH_SIZE, NUM_STEPS, RESUME_AT, Cell, CellResult, Key, compare, run_cell
@@ -58,9 +61,8 @@ def main(config: DictConfig) -> None:
     kinds = {"quick": config.quick, config.precision: config.precision != "32-true", "gpu": config.device == "gpu"}
     kind = "".join(f"-{name}" for name, true in kinds.items() if true)
     output = Path(config.output or f"certificates/{config.name}-{identity(settings)}{kind}")
-    cells = matrix.all_cells(config.quick, config.precision, config.device, max_ranks)
     with seeing(config.device), tempfile.TemporaryDirectory(prefix="sft-certify-") as folder:
-        certificate = certify(config, Path(folder), cells)
+        certificate = certify(config, Path(folder), max_ranks=max_ranks)
     certificate.save(output)
     certificate.show(Console())
     print(f"certificate: {output}/certificate.md", flush=True)
@@ -78,11 +80,18 @@ def check(config: DictConfig) -> int:
 
 
 def certify(
-    config: DictConfig, folder: Path, cells: list[Cell], before: Callable[[], None] | None = None
+    config: DictConfig,
+    folder: Path,
+    cells: list[Cell] | None = None,
+    before: Callable[[], None] | None = None,
+    max_ranks: int = 4,
 ) -> Certificate:
-    """Runs the cells in `folder`; `before` is called in each rank's process first."""
+    """Runs the cells in `folder`, by default all of the model; `before` is called in each rank's process first."""
     started = time.monotonic()
     config, samples = prepare(config, folder)
+    if cells is None:
+        experts = has_loss(AutoModelForCausalLM.from_pretrained(folder / "model"))
+        cells = matrix.all_cells(config.quick, config.precision, config.device, max_ranks, experts)
     keys = sorted({cell.key for cell in cells})
     references, config.trainer.gradient_clip_val = make_references(config, folder, samples, keys)
     results: list[CellResult] = []
@@ -119,6 +128,9 @@ def prepare(config: DictConfig, folder: Path) -> tuple[DictConfig, Excerpt]:
     shrink(config, folder, config.device, config.precision, samples.vocab_size)
     config.callbacks, config.logger = None, None
     config.val_every, config.checkpoint = None, {"save_every": RESUME_AT, "keep_last": 2}
+    # What its cells are about.
+    config.parameters, config.loss = {}, {}
+    config.model.neftune_alpha, config.trainer.gradient_clip_algorithm = 0.0, "norm"
     return config, samples
 
 
@@ -139,7 +151,8 @@ def make_references(
         in_steps = [[of_cell.weighted_sample(index) for index in step] for step in steps[packed][:num_steps]]
         make_optimizer = instantiate(config.optimizers[optimizer], _convert_="all")
         arguments = (folder / "model", in_steps, make_optimizer, schedule, clip, lora, config.seed)
-        return pool(reference.train, *arguments, timeout=600)
+        different = matrix.settings_of(variant, adapter=lora is not None)
+        return pool(reference.train, *arguments, different, steps[packed], timeout=600)
 
     pools = [Pool(1, folder / f"reference-{number}", config.device) for number in range(min(4, num_cores()))]
     try:

@@ -26,7 +26,7 @@ from transformers import AutoConfig, AutoTokenizer
 from sft.checkpoint.checkpoint import Checkpoint, best, complete
 from sft.errors import UserError, disk_is_full
 from sft.export.folder import Read, Specs, empty_model, generation_config, verify, write_model
-from sft.export.merge import adapter_config, merged, write_adapter
+from sft.export.merge import adapter_config, completed, merged, write_adapter
 from sft.runs.files import check_writable
 from sft.runs.identity import TODAY, Config
 from sft.runs.run import Run
@@ -79,8 +79,8 @@ def export_run(
     if merge is False:
         write_adapter(staging, source, specs, read, dtypes[dtype])
     else:
-        if merge:
-            specs, read = merged(source, specs, read)
+        if merge or source.parameters.freezes:
+            specs, read = (merged if merge else completed)(source, specs, read)
         write_model(
             staging, source, specs, read, generation, dtype=dtypes[dtype], max_shard_size=max_shard_size, log=log
         )

@@ -96,6 +96,15 @@ def table(title: str, base: type[Settings] = Settings, /, **settings: Any) -> ty
     return create_model(title, __base__=base, **fields)  # type: ignore[call-overload]
 
 
+Globs = described("a list of patterns of parameters' names like ['*.layers.0.*']", Texts)
+Group = table("Group", match=Text, lr=rare(maybe(Positive)), weight_decay=rare(maybe(NotNegative)))
+
+
+def _group(group: dict[str, Any]) -> dict[str, Any]:
+    Group.model_validate(group)
+    return group
+
+
 Train = table(  # conf/train.yaml; its groups are checked by the tables below
     "Train",
     name=Name,
@@ -108,6 +117,18 @@ Train = table(  # conf/train.yaml; its groups are checked by the tables below
     global_batch_size=maybe(whole(1)),
     micro_batch_size=whole(1),
     val_every=maybe(whole(1)),
+    loss=table("Loss", label_smoothing=BelowOne, z_loss=NotNegative, router_aux=NotNegative),
+    parameters=table(
+        "Parameters",
+        train=maybe(Globs),
+        freeze=maybe(Globs),
+        groups=maybe(
+            described(
+                "a list of groups like {match: '*.layers.0.*', lr: 1e-5}, of match, lr and weight_decay",
+                Annotated[list[Annotated[dict[str, Any], AfterValidator(_group)]], Field(min_length=1)],
+            )
+        ),
+    ),
     checkpoint=table("Checkpoint", save_every=maybe(whole(1)), keep_last=whole(1)),
     export=Yes,
     extra=rare(Open),
@@ -211,6 +232,7 @@ Model = table(
     gradient_checkpointing=Yes,
     activation_offload=Yes,
     compile=Yes,
+    neftune_alpha=NotNegative,
     trust_remote_code=Yes,
 )
 Adapter = table(
@@ -236,7 +258,8 @@ Trainer = table(
     num_nodes=described("a whole number from 1 on, or auto", whole(1) | Literal["auto"]),
     precision=one_of("32-true", "bf16-mixed", "bf16-true"),
     deterministic=described("true, false or warn", bool | Literal["warn"]),
-    gradient_clip_val=maybe(Positive),
+    gradient_clip_val=maybe(NotNegative),
+    gradient_clip_algorithm=one_of("norm", "value"),
     profiler=rare(
         maybe(
             described(

@@ -1,7 +1,7 @@
 """Samples → batch: the tensors of one micro-batch, flat, without padding."""
 
 from collections.abc import Sequence
-from typing import Protocol, TypedDict, cast
+from typing import NotRequired, Protocol, TypedDict, cast
 
 import numpy as np
 import torch
@@ -23,6 +23,7 @@ class Batch(TypedDict):
     max_seqlen: int  # tokens of the longest sample
     step_weight: float  # sum of weights of the whole global step, all ranks and micro-batches: its loss's divisor
     num_tokens: int  # tokens of this micro-batch; 0 if it is empty
+    keys: NotRequired[Tensor]  # int32 [T], which random numbers of each token are drawn from
 
 
 class SampleSet(Protocol):
@@ -45,8 +46,10 @@ class SampleSet(Protocol):
     def __len__(self) -> int: ...
 
 
-def make_batch(samples: SampleSet, indices: NDArray[np.int64], step_weight: float) -> Batch:
-    """Lays `samples[indices]` end to end.
+def make_batch(
+    samples: SampleSet, indices: NDArray[np.int64], step_weight: float, draw: tuple[int, int] | None = None
+) -> Batch:
+    """Lays `samples[indices]` end to end. With `draw`, a seed and the number of the step, tokens have keys.
 
     No indices give one token without loss: the rank still runs forward and backward, as the collectives of the others
     require, and adds 0 to the step.
@@ -61,7 +64,7 @@ def make_batch(samples: SampleSet, indices: NDArray[np.int64], step_weight: floa
     predicting = np.flatnonzero(labels[1:] != IGNORE)
     weights = [weights for i in indices if (weights := samples.weights(int(i))) is not None]
     assert len(weights) in (0, len(indices)), "weights of some samples and not of others"
-    return {
+    batch: Batch = {
         "input_ids": _row([ids for ids, _ in pairs]),
         "labels": torch.from_numpy(labels)[None],
         "position_ids": _row([np.arange(length) for length in lengths]),
@@ -72,6 +75,17 @@ def make_batch(samples: SampleSet, indices: NDArray[np.int64], step_weight: floa
         "step_weight": step_weight,
         "num_tokens": num_tokens,
     }
+    if draw is not None:
+        numbers = [-1] if len(indices) == 0 else indices.tolist()
+        keys = [token_keys(*draw, number, length) for number, length in zip(numbers, lengths, strict=True)]
+        batch["keys"] = torch.from_numpy(np.concatenate(keys))
+    return batch
+
+
+def token_keys(seed: int, step: int, sample: int, length: int) -> NDArray[np.int32]:
+    """A random number for each token of a sample in a step, [length]: the same whatever is beside it."""
+    numbers = np.random.default_rng([seed, step, sample + 1]).integers(2**32, size=length, dtype=np.uint32)
+    return numbers.view(np.int32)
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:

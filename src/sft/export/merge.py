@@ -79,6 +79,15 @@ def merged(source: ModelSource, specs: Specs, read: Read) -> tuple[Specs, Read]:
     return merged_specs, merged_weight
 
 
+def completed(source: ModelSource, specs: Specs, read: Read) -> tuple[Specs, Read]:
+    """The whole model's weights, from those that were trained and the base model's."""
+    dtype = next(own for own, _ in specs.values())
+    base = empty_model(source, dtype=dtype)
+    whole = _specs(weights(base))
+    read_base = stored_weights(source, base, whole) or weights(source.load(dtype)).__getitem__
+    return whole, lambda name: (read if name in specs else read_base)(name)
+
+
 def merged_by_peft(source: ModelSource, specs: Specs, read: Read, dtype: torch.dtype) -> dict[str, Tensor]:
     """The merged model's weights by name."""
     from peft import PeftModel

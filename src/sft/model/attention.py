@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 
 from sft.errors import UserError
+from sft.model.noise import TOKENS, seeded
 
 varlen_attn: Any
 try:
@@ -68,7 +69,8 @@ def packed_attention(
     scale = query_1HTD.shape[-1] ** -0.5 if scaling is None else scaling
     if max_length_q and not softcap and not dropout and _kernel_takes(*rows, window):
         return _varlen(*rows, cu_seq_lens_q, max_length_q, scale, window), None
-    return _by_sample(*rows, cu_seq_lens_q, scale, dropout, window, softcap), None
+    salt = getattr(module, "layer_idx", None) or 0
+    return _by_sample(*rows, cu_seq_lens_q, scale, dropout, window, softcap, salt), None
 
 
 @torch.compiler.disable  # as many calls as there are samples, which no graph can know
@@ -81,12 +83,20 @@ def _by_sample(
     dropout: float,
     window: int | None,
     softcap: float | None,
+    salt: int,
 ) -> Tensor:
-    """A call for each sample, [1, T, H, E]."""
+    """A call for each sample, [1, T, H, E]. Dropout is drawn by sample, for the layer `salt`."""
     lengths, rows = _lengths(cu_seq_lens), _ungrouped(query_1HTD, key_1GTD, value_1GTE)
     # `split` and not slices: its backward is one `cat`, a slice's is a row of zeros for every sample.
     samples = zip(*(row.split(lengths, dim=2) for row in rows), strict=True)
-    outs = [_attend(query, key, value, scale, dropout, window, softcap) for query, key, value in samples]
+    options = scale, dropout, window, softcap
+    if dropout and (seeds := TOKENS.seeds()) is not None:
+        outs = []
+        for seed, sample in zip(seeds, samples, strict=True):
+            with seeded(seed, salt, query_1HTD.device):
+                outs.append(_attend(*sample, *options))
+    else:
+        outs = [_attend(*sample, *options) for sample in samples]
     return torch.cat(outs, dim=2).transpose(1, 2)
 
 

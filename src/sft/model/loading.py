@@ -13,6 +13,7 @@ from sft.data.clock import check_arguments
 from sft.errors import UserError
 from sft.model import tokenizer as tokenizer_files
 from sft.model.adapter import Adapter, quantization
+from sft.model.parameters import Parameters
 
 if TYPE_CHECKING:
     import torch
@@ -45,8 +46,10 @@ class ModelSource:
     trust_remote_code: bool
     # Runs begun before these settings existed lack them.
     compile: bool = False
+    neftune_alpha: float = 0.0  # of noise on the input embeddings in training; 0: none
     template: Mapping[str, object] = field(default_factory=dict)  # arguments of the chat template, and `today`
     adapter: Adapter | None = None  # of conf/adapter/*.yaml; None: every weight is trained
+    parameters: Parameters = field(default_factory=Parameters)  # of conf/train.yaml
 
     def __post_init__(self) -> None:
         if self.init == "pretrained" and not self.path:
@@ -55,6 +58,16 @@ class ModelSource:
             raise UserError("model.init=random needs model.tokenizer: a folder or a Hub name")
         if self.init == "random" and self.adapter:
             raise UserError("model.init=random leaves an adapter nothing to adapt: set adapter=none, or model.path")
+        if self.parameters.freezes and self.adapter:
+            raise UserError(
+                "parameters.train and parameters.freeze: beside an adapter the whole model is frozen: choose the "
+                "layers that it adapts with adapter.target_modules"
+            )
+        if self.parameters.freezes and self.init == "random":
+            raise UserError(
+                "parameters.train and parameters.freeze: with model.init=random frozen weights would be in no file: "
+                "set model.path"
+            )
 
     def check_files(self) -> None:
         """Refuses folders that hold no causal language model or no tokenizer; a Hub name isn't looked up."""
@@ -156,8 +169,8 @@ class ModelSource:
     def load(self, dtype: "torch.dtype", weights: bool = True, sharding: "Sharding | None" = None) -> "PreTrainedModel":
         """The model in training mode; `weights=False` leaves them undefined, to be filled from a checkpoint.
 
-        With an adapter, only the adapter is trainable; the base weights are always read from `path`. With `sharding`,
-        each rank holds its part of the parameters plus the tensor being read.
+        With an adapter, only the adapter is trainable; weights that aren't trained are always read from `path`. With
+        `sharding`, each rank holds its part of the parameters plus the tensor being read.
         """
         from accelerate import init_empty_weights
         from transformers import AutoModelForCausalLM
@@ -182,7 +195,7 @@ class ModelSource:
             return AutoModelForCausalLM.from_pretrained(path, config=config, revision=self.revision, **options)
 
         try:
-            if sharding is not None or not (weights or self.adapter):
+            if sharding is not None or not (weights or self.adapter or self.parameters.freezes):
                 with init_empty_weights():  # parameters only: buffers such as RoPE's frequencies keep their values
                     model = AutoModelForCausalLM.from_config(config, **options)
                 model.tie_weights()
@@ -194,9 +207,11 @@ class ModelSource:
                     adapter=self.adapter,
                     weights=weights,
                     sharding=sharding,
+                    parameters=self.parameters,
                 )
             else:
                 model = load_whole()
+                self.parameters.choose(model)
         except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
             raise _not_loaded("model", self.path or "(random)", error) from error
         if self.adapter and sharding is None:

@@ -2,7 +2,7 @@
 
     sum over samples of log Pr(y | x) = sum over supervised positions t of log p(token t | tokens before t)
 
-Where the data have weights, each term is multiplied by its token's.
+Where the data have weights, each term is multiplied by its token's. `Objective` may add to each term.
 
 The backbone runs over every token, the head at supervised positions only. Where the head is one matrix the
 logits are never held whole: each chunk of rows is turned into its loss and its gradients at once (the idea of
@@ -12,17 +12,42 @@ of supervised tokens times the vocabulary.
 Shape suffixes: T tokens of the row, N supervised tokens, C hidden channels, V vocabulary.
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from sft.data.batch import Batch
+from sft.model.head import forward_replaced
+from sft.model.head import head_is_plain_matrix as head_is_plain_matrix
+
+
+@dataclass(frozen=True)
+class Objective:
+    """The settings of `loss` in conf/train.yaml. With p_v the probability of token v, y the token that comes, V their
+    number and Z the normalizer of the softmax, the term of a supervised token is −log p_y
+
+        + label_smoothing · (mean over v of −log p_v + log p_y)     (arXiv 1512.00567)
+        + z_loss · (log Z)²                                         (PaLM, arXiv 2204.02311)
+
+    and d(term)/d(logit v) = (1 + 2 · z_loss · log Z) p_v − (1 − label_smoothing) [v = y] − label_smoothing / V.
+    """
+
+    label_smoothing: float = 0.0
+    z_loss: float = 0.0
+    router_aux: float = 0.0  # of sft.model.router
+
+    def parts(self, nll: Tensor, log_z: Tensor, mean_logit: Tensor) -> Tensor:
+        """The three parts of each row's term, [3, ...]."""
+        smoothing = self.label_smoothing * (log_z - mean_logit - nll)
+        return torch.stack([nll, smoothing, self.z_loss * log_z**2])
+
 
 # Logits held at once, in elements. Smaller saves memory; larger feeds the matrix units.
 CHUNK_ELEMENTS = {"cpu": 2**23, "cuda": 2**27}
@@ -45,8 +70,9 @@ def model_inputs(batch: Batch) -> dict[str, object]:
     }
 
 
-def nll(model: PreTrainedModel, batch: Batch, *, plain_head: bool) -> Tensor:
-    """Sum of weight · −log p over the batch's supervised tokens, float32 scalar.
+def nll(model: PreTrainedModel, batch: Batch, *, plain_head: bool, objective: Objective | None = None) -> Tensor:
+    """Sum of weight · −log p over the batch's supervised tokens, float32 scalar; with an objective that adds to it [3],
+    the sums of the three parts, which are to be added up.
 
     The loss is computed in the place of the head, within the model's own forward pass: a strategy that shards the
     weights gathers them by hooks on the modules it calls. The head is called once a batch, on every rank, also where
@@ -55,15 +81,21 @@ def nll(model: PreTrainedModel, batch: Batch, *, plain_head: bool) -> Tensor:
     Args:
         plain_head: whether the head is a plain matrix (`head_is_plain_matrix`); else the model makes its logits.
     """
+    adds = objective if objective and (objective.label_smoothing or objective.z_loss) else None
     position_N = batch["predicting"]
     target_N, token_weight_N = batch["labels"][0, position_N + 1], batch["weights"]
     inputs = model_inputs(batch)
     if not plain_head:
         logits_NV = model(**inputs, logits_to_keep=position_N).logits[0]
+        if adds:
+            logits_NV = logits_NV.float()
+            parts_3N = adds.parts(-_log_probs(logits_NV, target_N), logits_NV.logsumexp(-1), logits_NV.mean(-1))
+            return (parts_3N if token_weight_N is None else parts_3N * token_weight_N).sum(1)
         if token_weight_N is None:
             return F.cross_entropy(logits_NV.float(), target_N, reduction="sum")
         return -(_log_probs(logits_NV, target_N) * token_weight_N).sum()
-    with head_replaced(model, partial(linear_nll, target_N=target_N, token_weight_N=token_weight_N)):
+    function = partial(linear_nll, target_N=target_N, token_weight_N=token_weight_N, adds=adds)
+    with head_replaced(model, function):
         return model(**inputs, logits_to_keep=position_N).logits
 
 
@@ -84,54 +116,10 @@ def token_log_probs(model: PreTrainedModel, batch: Batch, *, plain_head: bool) -
     return log_prob_T
 
 
-def head_is_plain_matrix(model: PreTrainedModel) -> bool:
-    """Whether the model returns the product of the head's input with one matrix, and does nothing to it.
-
-    Then the logits need never be held whole. A head with a bias or an adapter, soft-capping or a scale makes its own
-    logits. The model's forward pass is asked, with stand-ins for its backbone and its head: no weight is read, so the
-    answer is the same on every rank and under every strategy, also before there are weights.
-    """
-    head, backbone = model.get_output_embeddings(), model.base_model
-    if type(head) is not nn.Linear or head.bias is not None or backbone is model:
-        return False
-    hidden = torch.zeros(1, 1, head.in_features, dtype=head.weight.dtype)
-    logits = torch.zeros(1, 1, 2, dtype=head.weight.dtype)
-    before = logits._version
-    with forward_replaced(backbone, lambda *_, **__: _Outputs(hidden)), forward_replaced(head, lambda _: logits):
-        try:  # not by a call of the model, whose hooks would gather weights
-            returned = model.forward(input_ids=torch.zeros(1, 1, dtype=torch.long), use_cache=False).logits
-        except Exception:  # whatever a model does between the two, which the stand-ins can't answer
-            return False
-    return returned is logits and logits._version == before
-
-
-class _Outputs:
-    """What a backbone returns: hidden states, and nothing else that it is asked for."""
-
-    def __init__(self, hidden: Tensor) -> None:
-        self.last_hidden_state = hidden
-
-    def __getitem__(self, index: int) -> Tensor:
-        return (self.last_hidden_state,)[index]
-
-    def __getattr__(self, name: str) -> None:
-        return None
-
-
 def head_replaced(model: PreTrainedModel, function: Callable[[Tensor, Tensor], Tensor]) -> AbstractContextManager[None]:
     """While it lasts the model returns, as its logits, `function(hidden [N, C], the head's weight [V, C])`."""
     head = model.get_output_embeddings()
     return forward_replaced(head, lambda hidden_1NC: function(hidden_1NC[0], head.weight))
-
-
-@contextmanager
-def forward_replaced(module: nn.Module, forward: Callable[..., object]) -> Iterator[None]:
-    """While it lasts the module computes `forward`."""
-    module.forward = forward
-    try:
-        yield
-    finally:
-        del module.forward  # the class's own is seen again
 
 
 def linear_log_probs(hidden_NC: Tensor, weight_VC: Tensor, target_N: Tensor) -> Tensor:
@@ -145,13 +133,19 @@ def _log_probs(logits_NV: Tensor, target_N: Tensor) -> Tensor:
     return -F.cross_entropy(logits_NV.float(), target_N, reduction="none")
 
 
-def linear_nll(hidden_NC: Tensor, weight_VC: Tensor, target_N: Tensor, token_weight_N: Tensor | None = None) -> Tensor:
+def linear_nll(
+    hidden_NC: Tensor,
+    weight_VC: Tensor,
+    target_N: Tensor,
+    token_weight_N: Tensor | None = None,
+    adds: Objective | None = None,
+) -> Tensor:
     """Sum of −log softmax(hidden @ weight.T)[target], each term times its token's weight if there are any; float32
-    scalar; 0, with a graph, where N = 0."""
+    scalar, or [3] as of `nll`; 0, with a graph, where N = 0."""
     dtype = weight_VC.dtype
     if torch.is_autocast_enabled(hidden_NC.device.type):
         dtype = torch.get_autocast_dtype(hidden_NC.device.type)
-    return _LinearNLL.apply(hidden_NC, weight_VC, target_N, token_weight_N, dtype, torch.is_grad_enabled())
+    return _LinearNLL.apply(hidden_NC, weight_VC, target_N, token_weight_N, adds, dtype, torch.is_grad_enabled())
 
 
 def _chunk_rows(hidden: Tensor, num_vocab: int) -> int:
@@ -159,7 +153,8 @@ def _chunk_rows(hidden: Tensor, num_vocab: int) -> int:
 
 
 class _LinearNLL(torch.autograd.Function):
-    """Loss and gradients of one chunk of rows at a time; d(w · −log p)/d(logits) = w · (softmax − one-hot)."""
+    """Loss and gradients of one chunk of rows at a time; d(w · −log p)/d(logits) = w · (softmax − one-hot), to which an
+    objective adds as `Objective` says."""
 
     @staticmethod
     def forward(
@@ -168,6 +163,7 @@ class _LinearNLL(torch.autograd.Function):
         weight_VC: Tensor,
         target_N: Tensor,
         token_weight_N: Tensor | None,
+        adds: Objective | None,
         dtype: torch.dtype,
         with_grad: bool,
     ) -> Tensor:
@@ -177,7 +173,7 @@ class _LinearNLL(torch.autograd.Function):
         grad_hidden = torch.empty_like(hidden_NC) if need_hidden else None
         # Summed over chunks, so in float32 whatever the matrices are in.
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if need_weight else None
-        total = hidden_NC.new_zeros((), dtype=torch.float32)
+        total = hidden_NC.new_zeros((3,) if adds else (), dtype=torch.float32)
         rows = _chunk_rows(hidden_NC, weight.shape[0])
         for start in range(0, len(target_N), rows):
             chunk = slice(start, start + rows)
@@ -185,18 +181,28 @@ class _LinearNLL(torch.autograd.Function):
             target = target_N[chunk, None]
             logits = (hidden @ weight.T).float()
             # In place, and one exponential for loss and gradient: this tensor is most of the step's memory traffic.
-            logits -= logits.amax(dim=-1, keepdim=True)
+            largest = logits.amax(dim=-1, keepdim=True)
+            mean = logits.mean(dim=-1, keepdim=True) if adds else None
+            logits -= largest
             logit_of_target = logits.gather(1, target)
             normalizer = logits.exp_().sum(dim=-1, keepdim=True)
             nll_of_target, scale = normalizer.log() - logit_of_target, torch.ones_like(normalizer)
+            parts = nll_of_target[None]
+            if adds and mean is not None:
+                log_z = normalizer.log() + largest
+                parts = adds.parts(nll_of_target, log_z, mean)
+                normalizer /= 1 + 2 * adds.z_loss * log_z
             if token_weight_N is not None:
                 scale = token_weight_N[chunk, None]
-                nll_of_target *= scale
+                parts *= scale
                 normalizer /= scale  # so that the softmax comes out weighted, without a pass of its own
-            total += nll_of_target.sum()
+            total += parts.sum(dim=(1, 2)) if adds else parts.sum()
             if not (need_hidden or need_weight):
                 continue
             softmax = logits.div_(normalizer)
+            if adds:
+                softmax -= scale * (adds.label_smoothing / logits.shape[1])
+                scale = scale * (1 - adds.label_smoothing)
             grad = softmax.scatter_add_(1, target, -scale).to(dtype)
             if grad_hidden is not None:
                 grad_hidden[chunk] = grad @ weight
@@ -216,5 +222,5 @@ class _LinearNLL(torch.autograd.Function):
         del ctx.grads
         for grad in (grad_hidden, grad_weight):
             if grad is not None:
-                grad.mul_(grad_output.to(grad.dtype))
-        return grad_hidden, grad_weight, None, None, None, None
+                grad.mul_(grad_output.reshape(-1)[0].to(grad.dtype))  # the same of all parts
+        return grad_hidden, grad_weight, None, None, None, None, None

@@ -1,30 +1,88 @@
-"""Weight decay by parameter, and learning-rate schedules. `conf/optimizer/*.yaml` names the optimizer."""
+"""The optimizer, which `conf/optimizer/*.yaml` names, the clipping of gradients, and learning-rate schedules."""
 
 import math
 from collections.abc import Callable
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
-from sft.checkpoint.layout import full_shape, named_trainable
+from sft.checkpoint.layout import flat
+from sft.checkpoint.save import is_scalar
 from sft.errors import UserError
+from sft.model.parameters import Parameters, describe, groups
 
 
-def build(model: nn.Module, factory: Callable[..., Optimizer]) -> Optimizer:
-    """The factory's optimizer over two groups: matrices decay; biases, norms and other vectors don't.
-
-    Parameters go in by name, so that a checkpoint can tell whose state it holds on any number of ranks.
-    """
-    matrices: list[tuple[str, nn.Parameter]] = []
-    vectors: list[tuple[str, nn.Parameter]] = []
-    for name, parameter in named_trainable(model):
-        # Sharded by ZeRO-3 every parameter looks like a vector: ask for its true shape.
-        (matrices if len(full_shape(parameter)) >= 2 else vectors).append((name, parameter))
-    groups: list[dict[str, object]] = [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
+def build(
+    model: nn.Module,
+    factory: Callable[..., Optimizer],
+    parameters: Parameters | None = None,
+    log: Callable[[str], None] = lambda line: None,
+    sharded: bool = False,
+) -> Optimizer:
+    """The factory's optimizer over the groups of `parameters`; without, of two: matrices decay; biases, norms and
+    other vectors don't. `log` gets a line for each. `sharded`: a rank steps on a part of a parameter's values."""
+    named = groups(model, parameters or Parameters())
     try:
-        return factory([group for group in groups if group["params"]])
+        optimizer = factory([group for _, group in named])
     except (TypeError, ValueError) as error:
         raise UserError(f"the optimizer refuses its settings: {error}") from error
+    if not type(optimizer).__module__.startswith("deepspeed"):  # which is torch's AdamW, elsewhere
+        _try_out(factory, sharded)
+    for (name, _), group in zip(named, optimizer.param_groups, strict=True):
+        log(describe(name, group))
+    return optimizer
+
+
+def _try_out(factory: Callable[..., Optimizer], sharded: bool) -> None:
+    """Two steps on made-up matrices, before any of the model: UserError for an optimizer that can't make them without a
+    closure, or whose states no checkpoint holds, or, if `sharded`, that needs a parameter's values all together."""
+    values = torch.linspace(-1, 1, 24).view(4, 6)
+    whole, halves = [values.clone()], list(values.clone().split(2))
+    try:
+        for tensors in (whole, halves):
+            parameters = [(str(place), nn.Parameter(tensor)) for place, tensor in enumerate(tensors)]
+            optimizer = factory([{"params": parameters}])
+            for _ in range(2):
+                for (_, parameter), gradient in zip(parameters, values.cos().split(len(tensors[0])), strict=True):
+                    parameter.grad = gradient.clone()
+                optimizer.step()
+    except Exception as error:  # whatever a class of the user's own may raise
+        raise UserError(f"the optimizer can't step on a matrix without a closure: {error}") from error
+    name = type(optimizer).__name__
+    kept = {id(parameter) for _, parameter in parameters}
+    for parameter, state in optimizer.state.items():
+        for field, value in state.items() if id(parameter) in kept else [("", "")]:
+            alike = type(value) is Tensor and value.shape == parameter.shape and value.is_floating_point()
+            if not (alike or value is None or is_scalar(value)):
+                raise UserError(
+                    f"the optimizer {name} can't be used: its state {field or parameter} is neither a number nor shaped"
+                    " like its parameter, so no checkpoint holds it: set optimizer=adamw"
+                )
+    if sharded and not torch.allclose(whole[0], torch.cat(halves), rtol=1e-5, atol=1e-7):
+        raise UserError(
+            f"the optimizer {name} needs all values of a matrix together, and this strategy shards them: set "
+            "strategy=ddp, or optimizer=adamw"
+        )
+
+
+def clip(model: nn.Module, largest: float | None, by_value: bool) -> tuple[Tensor, Tensor | None]:
+    """Clips the gradients, all together to a norm of `largest`, or each value to ±`largest`; None or 0: not at all.
+
+    Returns their norm over all ranks before it, and after it where values were clipped.
+    """
+    if not (by_value and largest):  # inf: measured, not clipped
+        return _whole(torch.nn.utils.clip_grad_norm_(model.parameters(), largest or float("inf"))), None
+    grads = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+    norm = _whole(torch.nn.utils.get_total_norm(grads))
+    for grad in grads:
+        flat(grad).clamp_(-largest, largest)
+    return norm, _whole(torch.nn.utils.get_total_norm(grads))
+
+
+def _whole(norm: Tensor) -> Tensor:
+    return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
 
 # Learning-rate factors: pure functions of (step, num_steps), step counting from 0 in optimizer steps.

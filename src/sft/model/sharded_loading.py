@@ -14,6 +14,7 @@ from transformers.utils.hub import cached_file
 from sft.checkpoint.layout import Whole, allocate, full_shape, persistent_buffers
 from sft.checkpoint.safetensors_file import read_range
 from sft.model.adapter import Adapter, initial
+from sft.model.parameters import NO_DECAY, Parameters
 
 Read = Callable[[str, int, int], Tensor]  # name, start, stop -> flat values, 1-D
 
@@ -37,24 +38,31 @@ def load_sharded(
     adapter: Adapter | None,
     weights: bool,
     sharding: Sharding | None,
+    parameters: Parameters | None = None,
 ) -> None:
     """Shards a model whose parameters hold nothing yet, and reads each rank's part of each weight into its place.
 
     Args:
         load_whole: the same model with its weights, where they can't be read range by range from `path`: those drawn
             at random (`path` None), or stored under other names. It takes the whole model's memory.
-        weights: read them; without, and without an adapter, their values stay undefined.
+        weights: read them; without, and where all of them are trained, their values stay undefined.
         sharding: without, the model stays whole.
+        parameters: which of them are trained; None: all.
     """
     shapes = {name: list(tensor.shape) for name, tensor in [*model.named_parameters(), *persistent_buffers(model)]}
     if adapter:
         adapter.add(model)
+    if parameters:
+        parameters.choose(model)
+    flagged = [name for name, parameter in model.named_parameters() if hasattr(parameter, NO_DECAY)]
     if sharding is not None:
         sharding.shard(model)
     else:
         allocate(model, torch.device("cpu"))
         model.tie_weights()  # each module got memory of its own
-    if not (weights or adapter):
+    for name in flagged:  # the parameters are others now
+        setattr(model.get_parameter(name), NO_DECAY, True)
+    if not (weights or adapter or (parameters and parameters.freezes)):
         return
     read = weight_reader(path, revision, shapes, model.base_model_prefix) if path else None
     if read is None:

@@ -36,7 +36,18 @@ Key = tuple[str, bool, str]  # optimizer, packed, variant
 VARIANTS: dict[str, dict[str, object]] = {
     "": {},
     "weighted": {},  # tokens have weights of their own, which the samples bring
+    "patterns": {
+        "parameters.freeze": ["*.0.*"],
+        "parameters.groups": [{"match": "*.1.*", "lr": 0.1, "weight_decay": 0.05}],
+    },
+    "objective": {"model.neftune_alpha": 5.0, "loss.label_smoothing": 0.2, "loss.z_loss": 0.01},
+    "experts": {"loss.router_aux": 0.02},  # more would level the router until rounding decides which experts are chosen
 }
+FEW = {
+    "deepspeed_zero3": ["patterns"],
+    "ddp": ["weighted", "experts"],
+    "fsdp2": ["objective"],
+}  # in a quick certificate
 
 
 @dataclass(frozen=True)
@@ -122,8 +133,17 @@ class CellResult:
         }
 
 
-def all_cells(quick: bool = False, precision: str = "32-true", device: str = "cpu", max_ranks: int = 4) -> list[Cell]:
-    """All cells: those of one group of ranks together, each resumed cell right after the one that it resumes."""
+def all_cells(
+    quick: bool = False,
+    precision: str = "32-true",
+    device: str = "cpu",
+    max_ranks: int = 4,
+    experts: bool = False,
+) -> list[Cell]:
+    """All cells: those of one group of ranks together, each resumed cell right after the one that it resumes.
+
+    `experts`: the model is a mixture of experts.
+    """
     cells = []
     for num_ranks, strategy in product((1, 2, 4), STRATEGIES):
         most = 1 if strategy == "single" else max_ranks
@@ -138,8 +158,9 @@ def all_cells(quick: bool = False, precision: str = "32-true", device: str = "cp
                 for resumed in (False, True)
             ]
         # SGD, since AdamW's steps don't show by what all gradients are multiplied.
-        if not quick or strategy == "ddp":
-            cells.append(Cell(strategy, num_ranks, 2, True, False, "sgd", precision, device, "weighted"))
+        for variant in filter(None, FEW.get(strategy, []) if quick else VARIANTS):
+            if variant != "experts" or experts:
+                cells.append(Cell(strategy, num_ranks, 2, True, False, "sgd", precision, device, variant))
     return cells
 
 
@@ -179,12 +200,17 @@ def steps(samples: Excerpt, packed: bool, seed: int) -> list[list[int]]:
     return [np.concatenate(data.step(number).packs).tolist() for number in range(NUM_STEPS)]
 
 
+def settings_of(variant: str, adapter: bool) -> dict[str, object]:
+    """What a variant sets. Beside an adapter nothing is left to freeze."""
+    return {name: value for name, value in VARIANTS[variant].items() if not adapter or name != "parameters.freeze"}
+
+
 def run_cell(config: DictConfig, folder: Path, samples: Excerpt, cell: Cell) -> Outcome:
     """One rank's part of a cell, in a folder of its own in `folder`."""
     config = copy.deepcopy(config)
     config.strategy, config.optimizer = config.strategies[cell.strategy], config.optimizers[cell.optimizer]
     config.trainer.devices = cell.num_ranks
-    for name, value in VARIANTS[cell.variant].items():
+    for name, value in settings_of(cell.variant, bool(config.adapter)).items():
         OmegaConf.update(config, name, value, force_add=True)
     own_folder = folder / str(cell)
     uninterrupted = folder / str(replace(cell, resumed=False)) / "checkpoints"

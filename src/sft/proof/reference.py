@@ -1,25 +1,31 @@
 """What training must equal: a plain PyTorch loop in one process, one sample at a time, written out in full.
 
-It shares no code with the training path except the learning-rate formula and an adapter's initial weights, which are
-both configuration. The samples of each step are given; `check_order` checks their order independently.
+It shares no code with the training path except the learning-rate formula, an adapter's initial weights and NEFTune's
+random numbers, which are all configuration. The samples of each step are given; `check_order` checks their order
+independently.
 """
 
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from sft.data.batch import token_keys
 from sft.model.adapter import initial
+from sft.model.noise import uniform
 
 if TYPE_CHECKING:  # whose import touches CUDA, which must not happen before a fork
     from peft import LoraConfig
 
 IGNORE = -100
+NO_DECAY = re.compile(r"(bias|A_log|dt_bias|\.D|norm\d*\.weight)$")  # of parameters, whatever their shape
 
 # input_ids, labels, which are IGNORE where there is no loss, and what each token's loss is multiplied by
 Sample = tuple[np.ndarray, np.ndarray, np.ndarray]
@@ -44,40 +50,70 @@ def train(
     clip: float,
     adapter: "LoraConfig | None" = None,
     seed: int = 0,
+    variant: Mapping[str, Any] | None = None,
+    numbers: list[list[int]] | None = None,
 ) -> Reference:
     """Trains the model in `folder` on `steps`, each the samples of one optimizer step.
 
-    `make_optimizer` is called with the two parameter groups; `factor(step, num_steps)` scales its learning rate. With
-    an `adapter`, only the adapter is trained, from initial weights drawn from the seed.
+    `make_optimizer` is called with the parameter groups; `factor(step, num_steps)` scales their learning rates. With an
+    `adapter`, only the adapter is trained, from initial weights drawn from the seed. `variant`: settings by dotted name
+    that differ from the defaults; `numbers`: of the samples of each step.
     """
+    variant = variant or {}
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).train()
     if adapter is not None:
         inject(model, adapter, seed)
+    for name, parameter in model.named_parameters():
+        if any(fnmatchcase(name, pattern) for pattern in variant.get("parameters.freeze", ())):
+            parameter.requires_grad = False
     parameters = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     first = {name: parameter.detach().numpy().copy() for name, parameter in parameters.items()}
-    matrices = [parameter for parameter in parameters.values() if parameter.dim() > 1]
-    vectors = [parameter for parameter in parameters.values() if parameter.dim() <= 1]
-    optimizer = make_optimizer([{"params": matrices}, {"params": vectors, "weight_decay": 0.0}])
-    peak = optimizer.param_groups[0]["lr"]
+    groups: dict[str, dict[str, Any]] = {}
+    for name, parameter in parameters.items():
+        options = next(
+            (group for group in variant.get("parameters.groups", ()) if fnmatchcase(name, group["match"])), {}
+        )
+        decays = parameter.dim() > 1 and not NO_DECAY.search(name)
+        chosen = {key: value for key, value in options.items() if key != "match"}
+        group = ({} if decays else {"weight_decay": 0.0}) | chosen
+        groups.setdefault(str(group), {"params": [], **group})["params"].append(parameter)
+    optimizer = make_optimizer(list(groups.values()))
+    peaks = [group["lr"] for group in optimizer.param_groups]
+    noise: list[torch.Tensor] = []  # of the embeddings of the sample under way
+    if variant.get("model.neftune_alpha"):
+        model.get_input_embeddings().register_forward_hook(lambda module, inputs, output: output + noise[0])
     losses, grad_norms = [], []
     for number, samples in enumerate(steps):
         divisor = sum(float(token_weights[1:][labels[1:] != IGNORE].sum()) for _, labels, token_weights in samples)
-        loss = 0.0
+        num_tokens, loss = sum(len(ids) for ids, _, _ in samples), 0.0
         optimizer.zero_grad()
-        for ids, labels, token_weights in samples:
-            logits = model(input_ids=torch.tensor(ids[None].astype(np.int64)), use_cache=False).logits[0]
+        for place, (ids, labels, token_weights) in enumerate(samples):
+            if numbers and variant.get("model.neftune_alpha"):
+                keys, width = token_keys(seed, number, numbers[number][place], len(ids)), model.config.hidden_size
+                size = variant["model.neftune_alpha"] / (len(ids) * width) ** 0.5
+                noise[:] = [size * uniform(torch.from_numpy(keys), width)]
+            inputs = {"input_ids": torch.tensor(ids[None].astype(np.int64)), "use_cache": False}
+            outputs = model(**inputs, output_router_logits=True) if variant.get("loss.router_aux") else model(**inputs)
+            logits = outputs.logits[0, :-1]
             target = torch.tensor(labels[1:].astype(np.int64))
-            nll = F.cross_entropy(logits[:-1], target, reduction="none", ignore_index=IGNORE)
-            term = (torch.tensor(token_weights[1:]) * nll).sum() / divisor
-            term.backward()
+            scale = torch.tensor(token_weights[1:]) * (target != IGNORE) / divisor
+            nll = F.cross_entropy(logits, target, reduction="none", ignore_index=IGNORE)
+            term = (scale * nll).sum()
             loss += term.item()
+            if smoothing := variant.get("loss.label_smoothing"):
+                term = (1 - smoothing) * term + smoothing * (scale * -logits.log_softmax(-1).mean(-1)).sum()
+            if z_loss := variant.get("loss.z_loss"):
+                term = term + z_loss * (scale * logits.logsumexp(-1) ** 2).sum()
+            if router_aux := variant.get("loss.router_aux"):
+                term = term + router_aux * outputs.aux_loss * len(ids) / num_tokens
+            term.backward()
         grads = [parameter.grad for parameter in parameters.values() if parameter.grad is not None]
         norm = torch.cat([grad.flatten() for grad in grads]).norm().item()
         if norm > clip:
             for grad in grads:
                 grad.mul_(clip / (norm + 1e-6))  # as torch and DeepSpeed guard against a norm of 0
-        for group in optimizer.param_groups:
-            group["lr"] = peak * factor(number, len(steps))
+        for made, peak in zip(optimizer.param_groups, peaks, strict=True):
+            made["lr"] = peak * factor(number, len(steps))
         optimizer.step()
         losses.append(loss)
         grad_norms.append(norm)

@@ -21,6 +21,9 @@ DECIDING = (
     "schedule",
     "trainer.precision",
     "trainer.gradient_clip_val",
+    "trainer.gradient_clip_algorithm",
+    "parameters",
+    "loss",
 )
 NOT_DECIDING = (
     "model.attention",
@@ -44,6 +47,16 @@ NEUTRAL: dict[str, object] = {
     "data.special_text": None,
     "data.sample_by": "line",
     "data.conversation.system_column": None,
+    "trainer.gradient_clip_algorithm": "norm",
+    "model.neftune_alpha": 0.0,
+    "loss": {},
+    "loss.label_smoothing": 0.0,
+    "loss.z_loss": 0.0,
+    "loss.router_aux": 0.0,
+    "parameters": {},
+    "parameters.train": None,
+    "parameters.freeze": None,
+    "parameters.groups": None,
 }
 # The module of the project's own classes and functions decides nothing: each counts by the name that it had when the
 # first hash was made of it.
@@ -73,6 +86,9 @@ def deciding(config: Config) -> dict[str, object]:
         config = {**config, "data": {**data, "conversation": {**UNREAD_MEANS, **asked}}}
     if isinstance(epochs := config.get("epochs"), float) and epochs.is_integer():
         config = {**config, "epochs": int(epochs)}  # however it is written
+    trainer = config.get("trainer") or {}
+    if not trainer.get("gradient_clip_val", 1):  # 0 means null, and what isn't clipped is clipped in no way
+        config = {**config, "trainer": {**trainer, "gradient_clip_val": None, "gradient_clip_algorithm": "norm"}}
     return {
         name: _first_name(str(value)) if name.endswith("._target_") else value
         for name, value in sorted(flatten(config).items())

@@ -54,6 +54,7 @@ class SFTDataModule(L.LightningDataModule):
             (global_batch_size, max_length) if global_batch_size else default_step(train.lengths, max_length, packing)
         )
         self.start_step = start_step
+        self.keyed = False  # whether tokens have keys: the model needs them if it draws random numbers
         self._plan: tuple[int, EpochPlan] | None = None
         self.num_packs = len(self.epoch(0).packs)  # the same in all epochs: see `packing`
         self.steps_per_epoch = self.epoch(0).num_steps
@@ -108,7 +109,7 @@ class SFTDataModule(L.LightningDataModule):
                 accumulation=self.accumulation(),
                 rank=self.trainer.global_rank,
             ):
-                yield make_batch(self.train, indices, step.weight)
+                yield make_batch(self.train, indices, step.weight, (self.seed, global_step) if self.keyed else None)
 
     def val_dataloader(self) -> "_Batches | list[Batch]":
         val, trainer = self.val, self.trainer

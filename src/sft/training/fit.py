@@ -19,6 +19,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 from sft.checkpoint.checkpoint import Checkpoint
 from sft.errors import UserError
 from sft.model.loading import ModelSource
+from sft.model.loss import Objective
 from sft.runs import events, signals, watchdog
 from sft.training import early_stopping
 from sft.training.checkpointing import Checkpoints
@@ -111,6 +112,7 @@ def fit(
         data.num_steps,
         config.seed,
         resumed=resume is not None,
+        objective=Objective(**config.loss),
     )
     logs = Path(os.environ.get("SFT_JOB_FOLDER", checkpoints.parent / "logs"))
     stack = f"attempt-{events.job().get('restart', 0)}-rank-{rank_zero_only.rank}.stack"  # type: ignore[attr-defined]

@@ -13,11 +13,13 @@ import lightning as L
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers.logger import Logger
 from lightning.pytorch.utilities import rank_zero_only
+from torch import Tensor
 from tqdm import tqdm
 
 from sft.cluster.time_limit import clock
 from sft.data.batch import Batch
 from sft.errors import NotFinite
+from sft.model.loss import Objective
 from sft.runs.files import fsync, write_text
 from sft.runs.metrics_file import Metrics
 from sft.training.log import log
@@ -141,8 +143,10 @@ class StepMetrics(Callback):
             return
         step, data = trainer.global_step, trainer.datamodule  # type: ignore[attr-defined]
         plan = data.step(step - 1)
-        nll = trainer.strategy.reduce(module.step_nll, reduce_op="sum")
-        loss, norm, largest = float(nll) / plan.weight, float(module.grad_norm), trainer.gradient_clip_val
+        sums = {name: trainer.strategy.reduce(value, reduce_op="sum") for name, value in module.step_sums.items()}
+        loss, *added = (sums["nll"].reshape(-1).cpu().double() / plan.weight).tolist()
+        norm, clipped = float(module.grad_norm), module.norm_of_clipped
+        largest = float(trainer.gradient_clip_val or math.inf)
         if not (math.isfinite(loss) and math.isfinite(norm)):
             raise NotFinite(
                 f"step {step}: the loss is {loss}, the gradient's norm {norm}, so nothing of this step is saved. Set a "
@@ -150,9 +154,10 @@ class StepMetrics(Callback):
             )
         metrics = {
             "train/loss": loss,
+            **_added(module.objective, added, sums, plan.num_tokens),
             "train/lr": module.learning_rate,
             "train/grad_norm": norm,
-            "train/grad_norm_clipped": norm if largest is None else min(norm, float(largest)),
+            "train/grad_norm_clipped": min(norm, largest) if clipped is None else float(clipped),
             "train/supervised_share": plan.num_supervised / plan.num_tokens,
             "train/pack_fill": plan.num_tokens / (len(plan.packs) * data.pack_length),
         }
@@ -182,3 +187,14 @@ class StepMetrics(Callback):
     def _log(self, trainer: L.Trainer, metrics: dict[str, float], step: int) -> None:
         for logger in trainer.loggers:
             logger.log_metrics(metrics, step=step)
+
+
+def _added(objective: Objective, to_nll: list[float], sums: Mapping[str, Tensor], num_tokens: int) -> dict[str, float]:
+    """What a step's objective adds to its mean −log p, by column, and the largest share of a layer's tokens that an
+    expert has, over that of even shares. `to_nll`: the means of label smoothing and z-loss, where there are any."""
+    columns = dict(zip(("train/label_smoothing", "train/z_loss"), to_nll, strict=False))
+    if "router_aux" in sums:
+        load_LE = sums["expert_load"]
+        columns["train/router_aux"] = objective.router_aux * float(sums["router_aux"]) / num_tokens
+        columns["train/expert_load_max"] = float((load_LE / load_LE.mean(1, keepdim=True)).max())
+    return {name: value for name, value in columns.items() if getattr(objective, name.removeprefix("train/"), 1.0)}

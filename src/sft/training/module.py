@@ -9,15 +9,16 @@ import torch
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 from torch.autograd.graph import save_on_cpu
-from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import PreTrainedModel
 
 from sft.data.batch import Batch
+from sft.model import noise, router
 from sft.model import optimizer as optimizers
 from sft.model.loading import ModelSource
-from sft.model.loss import head_is_plain_matrix, nll
+from sft.model.loss import Objective, head_is_plain_matrix, nll
+from sft.training.log import log
 from sft.training.strategies import placement
 
 
@@ -29,8 +30,9 @@ class SFTModule(L.LightningModule):
         optimizer: makes the optimizer of a list of parameter groups.
         schedule: learning-rate factor of (step, num_steps).
         num_steps: optimizer steps of the whole run.
-        seed: dropout is drawn from it, with step, rank and micro-batch.
+        seed: random weights and noise are drawn from it.
         resumed: the weights come from a checkpoint, so the pre-trained ones aren't read.
+        objective: what is minimised besides −log p.
     """
 
     model: PreTrainedModel  # made by `configure_model`
@@ -43,14 +45,17 @@ class SFTModule(L.LightningModule):
         num_steps: int,
         seed: int,
         resumed: bool = False,
+        objective: Objective | None = None,
     ) -> None:
         super().__init__()
         self.source, self.optimizer, self.schedule = source, optimizer, schedule
         self.num_steps, self.seed, self.resumed = num_steps, seed, resumed
-        # Of the step under way or just made, read by the metrics: this rank's weighted sum of −log p, the norm of the
-        # whole gradient before clipping, and the learning rate of the first group.
-        self.step_nll: Tensor | None = None
+        self.objective = objective or Objective()
+        # Of the step under way or just made, read by the metrics: this rank's weighted sum of −log p and the like, the
+        # norm of the whole gradient before clipping, and after clipping by value, and the first group's learning rate.
+        self.step_sums: dict[str, Tensor] = {}
         self.grad_norm = torch.tensor(float("nan"))
+        self.norm_of_clipped: Tensor | None = None
         self.learning_rate = float("nan")
         self.val_loss = float("nan")
 
@@ -67,15 +72,19 @@ class SFTModule(L.LightningModule):
         sharding = placement(self.trainer.strategy).sharding
         self.model = self.source.load(dtype, weights=not self.resumed, sharding=sharding)
         self.plain_head = head_is_plain_matrix(self.model)
+        self.router = router.attach(self.model, self.objective.router_aux, log)
+        self.trainer.datamodule.keyed = noise.attach(self.model, self.source.neftune_alpha, log)  # type: ignore[attr-defined]
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         # Random numbers are a function of the place in the run, as the step plan is: a resumed step draws
-        # what the uninterrupted one would, and a checkpoint holds no generator's state.
+        # what the uninterrupted one would, and a checkpoint holds no generator's state. Where a model draws them in a
+        # way that `noise` can't make one by token, they are one by micro-batch.
+        noise.TOKENS.use(batch)
         micro_batch = batch_idx % self.trainer.accumulate_grad_batches
         place = [self.seed, self.trainer.global_step, self.global_rank, micro_batch]
         torch.manual_seed(int(np.random.SeedSequence(place).generate_state(1, np.uint64)[0] >> 1))
         if micro_batch == 0:
-            self.step_nll = None
+            self.step_sums = {}
             # The forward pass makes the head's gradient: those of the step before must be gone by then. Lightning's
             # own call comes after it.
             self.trainer.optimizers[0].zero_grad()
@@ -86,12 +95,17 @@ class SFTModule(L.LightningModule):
             save_on_cpu(pin_memory=self.device.type == "cuda") if self.source.activation_offload else nullcontext()
         )
         with offload:
-            total = nll(self.model, batch, plain_head=self.plain_head)
-        self.step_nll = total.detach() if self.step_nll is None else self.step_nll + total.detach()
+            total = nll(self.model, batch, plain_head=self.plain_head, objective=self.objective)
+        sums = {"nll": total} | (self.router.measure(batch) if self.router else {})
+        self.step_sums = {name: self.step_sums.get(name, 0) + value.detach() for name, value in sums.items()}
         # Rule 2: the update is the gradient of (weighted sum over the global batch) / (sum of its tokens' weights).
         # Lightning divides by the accumulation and the strategy averages over ranks; undo both.
         num_averaged = self.trainer.world_size * self.trainer.accumulate_grad_batches
-        return total * (num_averaged / batch["step_weight"])
+        loss = total.sum() * (num_averaged / batch["step_weight"])
+        if self.router:
+            num_tokens = self.trainer.datamodule.step(self.trainer.global_step).num_tokens  # type: ignore[attr-defined]
+            loss = loss + sums["router_aux"] * (self.objective.router_aux * num_averaged / num_tokens)
+        return loss
 
     def configure_gradient_clipping(
         self,
@@ -101,14 +115,14 @@ class SFTModule(L.LightningModule):
     ) -> None:
         if self.trainer.strategy.handles_gradient_accumulation:
             return  # DeepSpeed clips within its step, and its strategy notes the norm
-        largest = gradient_clip_val or float("inf")  # inf: measured, not clipped
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), largest)
-        self.grad_norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+        by_value = gradient_clip_algorithm == "value"
+        self.grad_norm, self.norm_of_clipped = optimizers.clip(self.model, gradient_clip_val, by_value)
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         # A strategy that keeps the states elsewhere brings its own implementation of the same optimizer.
-        factory = placement(self.trainer.strategy).optimizer_factory(self.optimizer)
-        optimizer = optimizers.build(self.model, factory)
+        place = placement(self.trainer.strategy)
+        factory, sharded = place.optimizer_factory(self.optimizer), not place.layout.replicated
+        optimizer = optimizers.build(self.model, factory, self.source.parameters, log, sharded)
         scheduler = LambdaLR(optimizer, lambda step: self.schedule(step, self.num_steps))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 

@@ -18,6 +18,7 @@ from sft.data.chat_template import special_ids
 from sft.data.clock import settled, today
 from sft.data.dataset import Datasets, wait_until
 from sft.model.loading import ModelSource
+from sft.model.parameters import Parameters
 from sft.runs.identity import UNREAD
 from sft.runs.run import Run
 from sft.training.datamodule import SFTDataModule
@@ -49,9 +50,10 @@ class Prepared:
 
 
 def model_source(config: DictConfig) -> ModelSource:
-    """The model that a configuration's `model` and `adapter` name."""
+    """The model that a configuration's `model` and `adapter` name, and which of its `parameters` are trained."""
     adapter = instantiate(config.get("adapter"), _convert_="all") or None
-    return replace(instantiate(config["model"], _convert_="all"), adapter=adapter)
+    parameters = Parameters(**instantiate(config.get("parameters"), _convert_="all") or {})
+    return replace(instantiate(config["model"], _convert_="all"), adapter=adapter, parameters=parameters)
 
 
 def template_settings(

@@ -58,13 +58,25 @@ def check(config: DictConfig, here: bool = True) -> tuple[int, int]:
     accumulation = check_division(config.global_batch_size or DEFAULT_PACKS, num_ranks, config.micro_batch_size)
     if num_ranks > 1 and not config.strategy:
         raise UserError(f"strategy=single is for one device, and the trainer has {num_ranks}: set strategy=ddp")
+    if config.optimizer._target_.startswith("bitsandbytes."):
+        raise UserError(
+            f"optimizer._target_={config.optimizer._target_}: no checkpoint holds its states, which are in 8 bits or "
+            "in pages: set optimizer=adamw with a strategy that shares the states out (deepspeed_zero2, fsdp2) or "
+            "keeps them in host memory (deepspeed_zero2_offload), or adapter=lora"
+        )
     offload = OmegaConf.select(config, "strategy.config.zero_optimization.offload_optimizer")
     if offload and config.optimizer._target_ != "torch.optim.AdamW":
         raise UserError(
             f"this strategy keeps the optimizer's states on the {offload.device}, where DeepSpeed's own AdamW steps, "
             f"and the optimizer is {config.optimizer._target_}: set optimizer=adamw, or a strategy without offload"
         )
-    if config.model.compile and OmegaConf.select(config, "strategy.config.zero_optimization.stage") == 3:
+    stage = OmegaConf.select(config, "strategy.config.zero_optimization.stage")
+    if config.trainer.gradient_clip_algorithm == "value" and config.trainer.gradient_clip_val and stage is not None:
+        raise UserError(
+            "trainer.gradient_clip_algorithm=value: DeepSpeed clips by norm alone: set strategy=fsdp2, which shards as "
+            "much, or trainer.gradient_clip_algorithm=norm"
+        )
+    if config.model.compile and stage == 3:
         raise UserError(
             "model.compile=true: ZeRO-3 works before and after each layer, which breaks up every graph: set "
             "strategy=fsdp2, which shards as much, or model.compile=false"

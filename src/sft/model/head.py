@@ -1,0 +1,52 @@
+"""What a model does between its head and its logits."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+
+def head_is_plain_matrix(model: PreTrainedModel) -> bool:
+    """Whether the model returns the product of the head's input with one matrix, and does nothing to it.
+
+    Then the logits need never be held whole. A head with a bias or an adapter, soft-capping or a scale makes its own
+    logits. The model's forward pass is asked, with stand-ins for its backbone and its head: no weight is read, so the
+    answer is the same on every rank and under every strategy, also before there are weights.
+    """
+    head, backbone = model.get_output_embeddings(), model.base_model
+    if type(head) is not nn.Linear or head.bias is not None or backbone is model:
+        return False
+    hidden = torch.zeros(1, 1, head.in_features, dtype=head.weight.dtype)
+    logits = torch.zeros(1, 1, 2, dtype=head.weight.dtype)
+    before = logits._version
+    with forward_replaced(backbone, lambda *_, **__: _Outputs(hidden)), forward_replaced(head, lambda _: logits):
+        try:  # not by a call of the model, whose hooks would gather weights
+            returned = model.forward(input_ids=torch.zeros(1, 1, dtype=torch.long), use_cache=False).logits
+        except Exception:  # whatever a model does between the two, which the stand-ins can't answer
+            return False
+    return returned is logits and logits._version == before
+
+
+class _Outputs:
+    """What a backbone returns: hidden states, and nothing else that it is asked for."""
+
+    def __init__(self, hidden: Tensor) -> None:
+        self.last_hidden_state = hidden
+
+    def __getitem__(self, index: int) -> Tensor:
+        return (self.last_hidden_state,)[index]
+
+    def __getattr__(self, name: str) -> None:
+        return None
+
+
+@contextmanager
+def forward_replaced(module: nn.Module, forward: Callable[..., object]) -> Iterator[None]:
+    """While it lasts the module computes `forward`."""
+    module.forward = forward
+    try:
+        yield
+    finally:
+        del module.forward  # the class's own is seen again
