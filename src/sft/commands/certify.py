@@ -118,7 +118,7 @@ def prepare(config: DictConfig, folder: Path) -> tuple[DictConfig, Excerpt]:
         config.model.config = {**MADE_UP, **config.model.config}
     shrink(config, folder, config.device, config.precision, samples.vocab_size)
     config.callbacks, config.logger = None, None
-    config.val_every, config.checkpoint = None, {"save_every": RESUME_AT, "keep_last": 2}
+    config.val_every, config.checkpoint = None, {"save_every": RESUME_AT, "keep_last": 2, "export": "last"}
     return config, samples
 
 

@@ -108,7 +108,9 @@ Train = table(  # conf/train.yaml; its groups are checked by the tables below
     global_batch_size=whole(1),
     micro_batch_size=whole(1),
     val_every=maybe(whole(1)),
-    checkpoint=table("Checkpoint", save_every=maybe(whole(1)), keep_last=whole(1)),
+    checkpoint=table(
+        "Checkpoint", save_every=maybe(whole(1)), keep_last=whole(1), export=maybe(one_of("best", "last"))
+    ),
     export=Yes,
     extra=rare(Open),
     data=Open,
