@@ -103,6 +103,13 @@ class TimeIsUp(AtStep):
                     timer._start_time["train"] -= 1e6
 
 
+class StopsAtOnce(Callback):
+    """Ends the run before its first step."""
+
+    def on_train_start(self, trainer: L.Trainer, module: Any) -> None:
+        trainer.should_stop = True
+
+
 class StopsIn(Callback):
     """Ends the run in micro-batch `number`, counted from 1."""
 

@@ -208,10 +208,7 @@ def at_the_end(run: Run, which: str | None) -> tuple[Checkpoint, str | None]:
     """
     last = latest(run.checkpoints)
     if last is None or not last.last:
-        raise UserError(
-            f"training ended {f'after step {last.step}, ' if last else ''}before its last step, and not by trainer."
-            f"should_stop: a callback of your own has done it; without it the same command resumes {run.folder}"
-        )
+        raise UserError(f"{run.folder} has not reached its last step: the same command resumes it")
     default = "best" if last.state.get("stops_early") and best(complete(run.checkpoints)) else "last"
     return choose(run, which or default), last.state.get("stopped_early")
 

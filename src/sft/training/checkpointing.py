@@ -24,7 +24,7 @@ from sft.data.batch import Batch
 from sft.errors import UserError
 from sft.ranks import together
 from sft.runs import events, signals, watchdog
-from sft.training import early_stopping, probes
+from sft.training import callbacks, early_stopping, probes
 from sft.training.log import log
 from sft.training.module import SFTModule
 from sft.training.strategies import placement
@@ -117,10 +117,7 @@ class Checkpoints(Callback):
         saved.restore(layout(trainer, module))
         watchdog.beat(step)
         self.best = checkpoints.measured_best(saved, checkpoints.complete(self.folder))
-        states = saved.callbacks()
-        for callback in trainer.callbacks:  # type: ignore[attr-defined]
-            if callback.state_key in states and not isinstance(callback, Timer):  # the time of a process is its own
-                early_stopping.load(callback, states[callback.state_key])
+        callbacks.load(trainer, module, saved.callbacks())
         # The rate itself came back with the optimizer's groups.
         trainer.lr_scheduler_configs[0].scheduler.last_epoch = step
         # Lightning counts from where the loader starts: tell it how much came before. Its own resume would
@@ -134,6 +131,7 @@ class Checkpoints(Callback):
         batches.ready = batches.started = batches.processed = batches.completed = step * trainer.accumulate_grad_batches
 
     def on_train_start(self, trainer: L.Trainer, module: SFTModule) -> None:
+        callbacks.check_states(trainer, module)  # after all others have begun
         if self.resume is not None and not self.resume.state.get("validated", True):
             # As Lightning does it between two batches.
             trainer.validating = True
@@ -168,6 +166,16 @@ class Checkpoints(Callback):
     def on_validation_end(self, trainer: L.Trainer, module: SFTModule) -> None:
         if not trainer.sanity_checking and trainer.state.fn == "fit":
             self._end_step(trainer, module, val_loss=module.val_loss)
+
+    def on_fit_end(self, trainer: L.Trainer, module: SFTModule) -> None:
+        saved = checkpoints.latest(self.folder)
+        if saved is None or not saved.last:
+            step = trainer.global_step
+            where = f"after step {step}, not at its end" if step else "before its first step"
+            raise UserError(
+                f"{early_stopping.why(trainer)[1]} {where}: leave the callback out, or have it set trainer.should_stop "
+                "in a step"
+            )
 
     def _validates(self, trainer: L.Trainer, module: SFTModule) -> bool:
         step = trainer.global_step
@@ -207,12 +215,11 @@ class Checkpoints(Callback):
             "validated": validated,
             **self.facts,
         }
-        states = {callback.state_key: callback.state_dict() for callback in trainer.callbacks}  # type: ignore[attr-defined]
         saved = save(
             self.folder,
             step,
             layout(trainer, module),
-            {name: callback_state for name, callback_state in states.items() if callback_state},
+            callbacks.states(trainer.callbacks, trainer, module),  # type: ignore[attr-defined]
             state,
             log_probs,
         )

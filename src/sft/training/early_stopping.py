@@ -6,11 +6,15 @@ import lightning as L
 from lightning.pytorch.callbacks import Callback, EarlyStopping
 
 from sft.errors import UserError
+from sft.training.callbacks import bases
+from sft.training.callbacks import check as check_classes
 from sft.training.settings import NEVER_STOPS
 
 
 def check(callbacks: Iterable[Callback], has_validation: bool) -> None:
-    """Refuses early stopping without validation data, where nothing would ever be compared."""
+    """Refuses callbacks that can't work here, and early stopping without validation data, where nothing would ever be
+    compared."""
+    check_classes(bases(callbacks))
     if not has_validation and any(isinstance(callback, EarlyStopping) for callback in callbacks):
         raise UserError(NEVER_STOPS)
 
@@ -30,13 +34,6 @@ class MonitoredMetrics(Callback):
                     f"EarlyStopping monitors {stopping.monitor}, which is not measured: set its monitor to "
                     f"{' or '.join(measured)}"
                 )
-
-
-def load(callback: Callback, state: dict[str, object]) -> None:
-    """Restores a callback. Lightning's would take over the patience, and the reason why it ended the run before."""
-    if isinstance(callback, EarlyStopping):
-        state = {**state, "patience": callback.patience, "stopping_reason_message": None}
-    callback.load_state_dict(state)
 
 
 def why(trainer: L.Trainer) -> tuple[str | None, str]:

@@ -20,6 +20,7 @@ from sft.config.schema import OURS
 from sft.data.step_plan import check_division
 from sft.errors import UserError
 from sft.runs import signals
+from sft.training import callbacks
 from sft.training.launch import Launch
 
 AUTO = ("auto", -1)  # all devices that there are
@@ -67,6 +68,7 @@ def check(config: DictConfig, here: bool = True) -> tuple[int, int]:
             f"this strategy keeps the optimizer's states on the {offload.device}, where DeepSpeed's own AdamW steps, "
             f"and the optimizer is {config.optimizer._target_}: set optimizer=adamw, or a strategy without offload"
         )
+    callbacks.check(target.rpartition(".")[::2] for _, target in targets(config.callbacks or {}))
     check_validation(config)
     if config.model.compile and OmegaConf.select(config, "strategy.config.zero_optimization.stage") == 3:
         raise UserError(
