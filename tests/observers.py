@@ -7,7 +7,7 @@ from typing import Any
 
 import lightning as L
 import torch.distributed as dist
-from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.callbacks import Callback, WeightAveraging
 
 from sft.training.strategies import placement
 
@@ -31,6 +31,30 @@ class Facts(Callback):
             "tied": model.lm_head.weight is model.model.embed_tokens.weight,
         }
         Path(f"facts{trainer.local_rank}.json").write_text(json.dumps(facts))
+
+
+class Averages(WeightAveraging):
+    """A class of the user's own over one of Lightning's."""
+
+
+class Counts(Callback):
+    """Counts steps in `path`, and keeps the count as Lightning's hooks want it, or in a `form` that nothing can read
+    again."""
+
+    def __init__(self, path: str, form: str = "number") -> None:
+        self.path, self.form, self.number = Path(path), form, 0
+
+    def on_train_batch_end(self, trainer: L.Trainer, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        self.number += 1
+        self.path.write_text(str(self.number))
+
+    def on_save_checkpoint(self, trainer: L.Trainer, module: Any, checkpoint: dict[str, Any]) -> None:
+        if self.form == "weights":
+            checkpoint["state_dict"].clear()
+        checkpoint["own"] = self.number if self.form == "number" else Path("object")
+
+    def on_load_checkpoint(self, trainer: L.Trainer, module: Any, checkpoint: dict[str, Any]) -> None:
+        self.number = checkpoint["own"]
 
 
 class OwnMetric(Callback):

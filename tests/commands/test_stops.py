@@ -11,10 +11,12 @@ import pytest
 
 from runfiles import final_files, last_checkpoint, rows
 from running import Sft
+from sft.checkpoint.checkpoint import complete
 from sft.cluster import submitit_rank
 from sft.commands import job
 from sft.errors import UserError
 from sft.runs import events, signals
+from sft.runs.results import Result
 from sft.runs.run import Run, Status
 
 SETTINGS = ("epochs=2", "val_every=4", "checkpoint.save_every=4", "micro_batch_size=1", "run=run")
@@ -286,3 +288,88 @@ def test_a_wrong_metric_of_a_resumed_run_is_a_users_mistake_too(sft: Sft, capsys
     wrong = ("callbacks=early_stopping", "callbacks.early_stopping.monitor=val/los")
     assert sft.train(*SETTINGS, *wrong) == 2
     assert "EarlyStopping monitors val/los, which is not measured" in capsys.readouterr().err
+
+
+RISING = (
+    "callbacks=early_stopping",
+    "callbacks.early_stopping.patience=1",
+    "+callbacks.losses={_target_: mishaps.Losses, of: {0: 6.0, 2: 5.0, 4: 7.0, 6: 8.0, 8: 9.0, 9: 9.0}}",
+)
+
+
+def test_the_best_is_exported_where_early_stopping_ends_the_run(sft: Sft, capsys: pytest.CaptureFixture[str]) -> None:
+    settings = ("run=run", "epochs=3", "val_every=2", "checkpoint.save_every=5", *RISING)
+    assert sft.train(*settings) == 0
+    line = "  exported          step 2, the best: validation loss 5.0000 (the last, step 4: 7.0000)\n"
+    assert line in capsys.readouterr().out
+    folder = sft.run_folder()
+    assert [each.step for each in complete(folder / "checkpoints")] == [2, 4]
+    assert Run(folder).status["exported"] == 2
+    assert json.loads((folder / "export" / "verified.json").read_text())["step"] == 2
+    assert "| step | 2 of 9, the best |" in (folder / "export" / "README.md").read_text()
+    result = Result.read(Run(folder))
+    assert (result.last, result.best) == (5.0, 5.0)
+
+
+def test_more_patience_continues_a_run_that_was_stopped_early(sft: Sft, capsys: pytest.CaptureFixture[str]) -> None:
+    settings = ("run=run", "epochs=3", "val_every=2", "checkpoint.save_every=5", "export=false", *RISING)
+    assert sft.train(*settings) == 0
+    assert sft.train(*settings) == 0
+    assert "is finished: nothing to do" in capsys.readouterr().out
+    assert sft.train(*settings, "callbacks.early_stopping.patience=2") == 0
+    printed = capsys.readouterr().out
+    assert "it was stopped early at step 4, and continues with callbacks.early_stopping.patience=2, not 1\n" in printed
+    # Of two validations without improvement one was before it was stopped.
+    assert "did not improve in the last 2 validations" in Run(sft.run_folder()).status["stopped_early"]
+    assert Run(sft.run_folder()).status["step"] == 6
+    assert sft.train(*settings, "callbacks.early_stopping.patience=1") == 0
+    assert "is finished: nothing to do" in capsys.readouterr().out
+    assert sft.train(*settings, "~callbacks.early_stopping") == 0
+    assert "continues without callbacks.early_stopping\n" in capsys.readouterr().out
+    assert [row["step"] for row in rows(sft.run_folder())] == [str(step) for step in range(10)]
+    assert "stopped_early" not in Run(sft.run_folder()).status
+
+
+@pytest.mark.parametrize(
+    ("losses", "export", "line"),
+    [
+        (
+            {0: 4.0, 2: 5.0, 4: 7.0, 6: 6.0},
+            "null",
+            "step 6, the last: validation loss 6.0000 (the best, step 2: 5.0000; checkpoint.export=best exports it); "
+            "the model was better before training: 4.0000",
+        ),
+        (
+            {0: 9.0, 2: math.nan, 4: 5.0, 6: 5.0},
+            "best",
+            "step 4, the best: validation loss 5.0000 (the last, step 6: 5.0000)",
+        ),
+    ],
+)
+def test_which_step_a_run_gives_is_said(
+    sft: Sft, losses: dict[int, float], export: str, line: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made = f"+callbacks.losses={{_target_: mishaps.Losses, of: {losses}}}"
+    settings = ("run=run", "epochs=2", "val_every=2", "checkpoint.save_every=5", f"checkpoint.export={export}", made)
+    assert sft.train(*settings, "export=false") == 0
+    assert f"  to export         {line}\n" in capsys.readouterr().out
+
+
+def test_a_best_that_was_not_saved_is_never_another(sft: Sft, capsys: pytest.CaptureFixture[str]) -> None:
+    losses = "+callbacks.losses={_target_: mishaps.Losses, of: {0: 9, 2: 5.0, 4: 7.0, 5: 8.0}}"
+    settings = ("run=run", "max_steps=5", "val_every=2", "checkpoint.save_every=4", "export=false", losses)
+    assert sft.train(*settings) == 0
+    assert sft("export", "run=run", "checkpoint=best") == 2
+    assert (
+        "the best of runs/run is step 2 with validation loss 5.0000, which was not saved (checkpoint.export=best saves "
+        "it); the best that was is step 4: set checkpoint=4" in capsys.readouterr().err
+    )
+    assert sft.train(*settings, "checkpoint.export=best", "run=other") == 0
+    assert [each.step for each in complete(sft.run_folder("other") / "checkpoints")] == [2, 4, 5]
+
+
+def test_what_compares_validations_without_any_is_refused_before_torch_is_imported(
+    sft: Sft, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert sft.train("run=run", "data.val_size=0", "checkpoint.export=best") == 2
+    assert capsys.readouterr().err.startswith("sft: checkpoint.export=best is the lowest validation loss, and the run")

@@ -42,6 +42,10 @@ class State(TypedDict):
     num_steps: int  # of the whole run
     stopped: bool  # by a callback, before the last step
     stopped_early: NotRequired[str | None]  # by which, and why
+    stopped_by: NotRequired[str | None]  # the class of that callback
+    callbacks: NotRequired[dict[str, object]]  # their settings
+    stops_early: NotRequired[bool]  # whether a callback for early stopping is there
+    best: NotRequired["Measured | None"]  # of all validations after a step, saved or not
     validated: NotRequired[bool]  # whether the step's validation is done
     val_loss: float | None
     shapes: dict[str, list[int]]  # of each weight by its name in the model
@@ -52,6 +56,13 @@ class State(TypedDict):
     seed: int
     stop_token_ids: NotRequired[list[int]]
     template: NotRequired[dict[str, object]]  # what the chat template was rendered with, if with anything
+
+
+class Measured(TypedDict):
+    """A validation."""
+
+    step: int
+    val_loss: float
 
 
 @dataclass(frozen=True)
@@ -216,9 +227,19 @@ def best(checkpoints: list[Checkpoint]) -> Checkpoint | None:
     return min(known, key=lambda pair: pair[0])[1] if known else None
 
 
+def measured_best(last: Checkpoint, checkpoints: list[Checkpoint]) -> Measured | None:
+    """The lowest of all validations up to a checkpoint, saved or not; of those of `checkpoints` where the run was begun
+    before this was kept."""
+    if "best" in last.state:
+        return last.state["best"]
+    lowest = best([checkpoint for checkpoint in checkpoints if checkpoint.step <= last.step])
+    if lowest is None or (loss := lowest.state["val_loss"]) is None:
+        return None
+    return {"step": lowest.step, "val_loss": loss}
+
+
 def prune(folder: Path, keep_last: int) -> None:
-    """Removes all but the last `keep_last` and the best. What stays always includes the best so far, so the
-    best of what is there is the best of the run."""
+    """Removes all but the last `keep_last` and the best of what is there."""
     checkpoints = complete(folder)
     kept = {checkpoint.path for checkpoint in checkpoints[-keep_last:]}
     if (lowest := best(checkpoints)) is not None:

@@ -127,10 +127,10 @@ def prepare(config: DictConfig, folder: Path) -> tuple[DictConfig, Excerpt]:
         config.model.config = {**MADE_UP, **config.model.config}
     shrink(config, folder, config.device, config.precision, samples.vocab_size)
     config.callbacks, config.logger = None, None
-    config.val_every, config.checkpoint = None, {"save_every": RESUME_AT, "keep_last": 2}
     # What its cells are about.
     config.parameters, config.loss = {}, {}
     config.model.neftune_alpha, config.trainer.gradient_clip_algorithm = 0.0, "norm"
+    config.val_every, config.checkpoint = None, {"save_every": RESUME_AT, "keep_last": 2, "export": "last"}
     return config, samples
 
 

@@ -23,12 +23,13 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from transformers import AutoConfig, AutoTokenizer
 
-from sft.checkpoint.checkpoint import Checkpoint, best, complete
+from sft.checkpoint.checkpoint import Checkpoint, best, complete, latest, measured_best
 from sft.errors import UserError, disk_is_full
 from sft.export.folder import Read, Specs, empty_model, generation_config, verify, write_model
 from sft.export.merge import adapter_config, completed, merged, write_adapter
 from sft.runs.files import check_writable
 from sft.runs.identity import TODAY, Config
+from sft.runs.metrics_file import Metrics
 from sft.runs.run import Run
 from sft.training.log import log
 from sft.training.prepare import Prepared, model_source, quiet
@@ -86,10 +87,13 @@ def export_run(
         )
     generation.save_pretrained(staging)
     tokenizer.save_pretrained(staging)
-    (staging / "README.md").write_text(model_card(run, checkpoint.step, checkpoint.state, merge))
+    (staging / "README.md").write_text(
+        model_card(run, checkpoint.step, checkpoint.state, merge, which(run, checkpoint))
+    )
     probes = json.loads((checkpoint.path / "probes.json").read_text())
     precision = "bf16-true" if dtype == "bfloat16" else settings["trainer"]["precision"]
-    verdict = verify(staging, probes, str(precision), quantized=bool(source.adapter and source.adapter.quantize))
+    quantized = bool(source.adapter and source.adapter.quantize)
+    verdict = verify(staging, probes, str(precision), quantized=quantized, step=checkpoint.step)
     if output.exists():
         shutil.rmtree(output)
     staging.rename(output)
@@ -145,9 +149,9 @@ def _tried(part: str, of: str | None) -> Iterator[None]:
         ) from error
 
 
-def model_card(run: Run, step: int, state: Mapping[str, object], merge: bool | None) -> str:
+def model_card(run: Run, step: int, state: Mapping[str, object], merge: bool | None, place: str = "") -> str:
     """README.md of the exported folder: base model, data and settings. `state` is a checkpoint's; `merge` is None
-    without an adapter."""
+    without an adapter; `place`: whether the step is the best or the last."""
     settings, val_loss = run.config, state["val_loss"]
     template: Mapping[str, object] = state.get("template") or {}  # type: ignore[assignment]
     data = settings["data"]
@@ -168,7 +172,7 @@ def model_card(run: Run, step: int, state: Mapping[str, object], merge: bool | N
         **({"chat template's arguments": _arguments_line(template)} if template else {}),
         "precision": settings["trainer"]["precision"],
         "seed": settings["seed"],
-        "step": f"{step} of {state['num_steps']}",
+        "step": f"{step} of {state['num_steps']}{place and f', {place}'}",
         "validation loss": loss,
         "commit": provenance["commit"],
     }
@@ -198,6 +202,47 @@ def _adapter_line(settings: Config, merge: bool) -> str:
     )
 
 
+def at_the_end(run: Run, which: str | None) -> tuple[Checkpoint, str | None]:
+    """The checkpoint that a run which has ended exports, and why it ended early, if it did. `which`: `best` or `last`;
+    None: the best where a callback stops early by a validation loss, else the last. UserError where it has not ended.
+    """
+    last = latest(run.checkpoints)
+    if last is None or not last.last:
+        raise UserError(f"{run.folder} has not reached its last step: the same command resumes it")
+    default = "best" if last.state.get("stops_early") and best(complete(run.checkpoints)) else "last"
+    return choose(run, which or default), last.state.get("stopped_early")
+
+
+def which(run: Run, checkpoint: Checkpoint) -> str:
+    """Whether a checkpoint is the best, the last, both or, empty, neither."""
+    checkpoints = complete(run.checkpoints)
+    measured = measured_best(checkpoints[-1], checkpoints)
+    names = {"the best": measured and measured["step"], "the last": checkpoints[-1].step}
+    return " and ".join(name for name, step in names.items() if step == checkpoint.step)
+
+
+def said(run: Run, chosen: Checkpoint, metrics: Metrics) -> str:
+    """Which step a run gives, with which validation loss."""
+    checkpoints = complete(run.checkpoints)
+    last, measured = checkpoints[-1], measured_best(checkpoints[-1], checkpoints)
+    if measured is None:
+        return f"step {chosen.step}, the last"
+
+    def loss(checkpoint: Checkpoint) -> str:
+        value = checkpoint.state["val_loss"]
+        return "not measured" if value is None else f"{value:.4f}"
+
+    text = f"step {chosen.step}, {which(run, chosen)}: validation loss {loss(chosen)}"
+    if chosen.step != last.step:
+        text += f" (the last, step {last.step}: {loss(last)})"
+    elif measured["step"] != last.step:
+        text += f" (the best, step {measured['step']}: {measured['val_loss']:.4f}; checkpoint.export=best exports it)"
+    before = metrics.first("val/loss")  # training
+    if before < measured["val_loss"]:
+        text += f"; the model was better before training: {before:.4f}"
+    return text
+
+
 def choose(run: Run, which: str) -> Checkpoint:
     """The run's checkpoint `last`, `best` or of a step."""
     run.check_step(which)
@@ -207,5 +252,12 @@ def choose(run: Run, which: str) -> Checkpoint:
     if which == "best":
         if (lowest := best(checkpoints)) is None:
             raise UserError(f"{run.folder} has no validation loss to choose by: set checkpoint=last")
+        measured = measured_best(checkpoints[-1], checkpoints)
+        if measured and measured["step"] != lowest.step:
+            raise UserError(
+                f"the best of {run.folder} is step {measured['step']} with validation loss {measured['val_loss']:.4f}, "
+                f"which was not saved (checkpoint.export=best saves it); the best that was is step {lowest.step}: set "
+                f"checkpoint={lowest.step}"
+            )
         return lowest
     return next(checkpoint for checkpoint in checkpoints if str(checkpoint.step) == which)

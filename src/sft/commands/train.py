@@ -22,7 +22,6 @@ The run's folder is runs/NAME/: config.yaml, data.json (the rows used and lost),
 and export/, the fine-tuned model.
 """
 
-import math
 import os
 from typing import TYPE_CHECKING, Any
 
@@ -32,9 +31,9 @@ from omegaconf import DictConfig, OmegaConf
 
 from sft.runs import signals
 from sft.runs.files import write_json
-from sft.runs.metrics_file import Metrics
-from sft.runs.results import Result
+from sft.runs.results import Result, after, summarise
 from sft.runs.run import Run
+from sft.runs.stopped import lifted
 from sft.training.launch import find
 from sft.training.settings import check, check_devices, check_gpu, check_inputs, check_targets, settle
 
@@ -53,16 +52,17 @@ def main(config: DictConfig) -> float | None:
     signals.stop_after(signals.seconds(config.max_time))
     check_gpu(config.trainer.accelerator)
     run = Run.of(settings)
-    if run.status.get("state") == "finished":
+    other_callbacks = lifted(run, settings.get("callbacks") or {})
+    if run.status.get("state") == "finished" and not other_callbacks:
         print(f"{run.folder} is finished: nothing to do (another run: run=NAME; anew: remove the folder)")
         if "stopped_early" in run.status:
-            print(f"  it ended {_after(run)}")
+            print(f"  it ended {after(run)}\n  without that callback, or with more patience, it continues")
         return Result.read(run).last
 
     check_inputs(config)
 
     from sft.checkpoint import checkpoint as checkpoints
-    from sft.commands.export import export_run, try_export
+    from sft.commands.export import at_the_end, export_run, said, try_export
     from sft.commands.preview import write_html
     from sft.data.ledger import in_one_line
     from sft.ranks import disband
@@ -93,7 +93,9 @@ def main(config: DictConfig) -> float | None:
             log(line)
         file = MetricsFile(run.folder / "metrics.csv")
         file.resume(data.start_step)
-        if not (resume and resume.last):  # killed after its last step, only the export is missing
+        if other_callbacks:
+            log(f"it was stopped early at step {data.start_step}, and continues {other_callbacks}")
+        if other_callbacks or not (resume and resume.last):  # else killed after its last step: only the export is left
             if is_main() and config.export:
                 try_export(prepared, run)
             fit(
@@ -108,23 +110,24 @@ def main(config: DictConfig) -> float | None:
             )
             if HydraConfig.get().mode is not RunMode.MULTIRUN:  # there the group is for the next setting, too
                 disband()
-        final = checkpoints.latest(run.checkpoints)
-        assert final is not None and final.last
-        if reason := final.state.get("stopped_early"):
+        chosen, reason = at_the_end(run, config.checkpoint.export)
+        status["exported"] = chosen.step
+        if reason:
             status["stopped_early"] = reason
         if is_main() and config.export:
             with signals.shielded():  # an export that has begun is finished
-                export_run(run, final)
+                export_run(run, chosen)
     if not is_main():
         return None
-    summarise(run, file.metrics)
+    summarise(run, file.metrics, said(run, chosen, file.metrics))
     return Result.read(run).last
 
 
 def facts(config: DictConfig, prepared: "Prepared") -> dict[str, object]:
     """What each checkpoint tells of its run."""
     template = {"template": prepared.template} if prepared.template else {}
-    return {"seed": config.seed, "stop_token_ids": prepared.stop_token_ids, **template}
+    callbacks = OmegaConf.to_container(config.callbacks, resolve=True) if config.get("callbacks") else {}
+    return {"seed": config.seed, "stop_token_ids": prepared.stop_token_ids, "callbacks": callbacks, **template}
 
 
 def trackers(config: DictConfig, run: Run, history: list[dict[str, str]]) -> "list[Logger]":
@@ -137,28 +140,3 @@ def trackers(config: DictConfig, run: Run, history: list[dict[str, str]]) -> "li
     group = config.logger.get("group") or config.name
     resolved = OmegaConf.to_container(config, resolve=True)
     return [tracker(run=run.folder.name, folder=run.folder, group=group, history=history, config=resolved)]
-
-
-def summarise(run: Run, metrics: Metrics) -> None:
-    """Prints the run's figures and its files."""
-    speed = metrics.median("train/tokens_per_second")
-    print(f"finished {run.folder} {_after(run)}")
-    if not math.isnan(metrics.last("val/loss")):
-        first, last = metrics.first("val/loss"), metrics.last("val/loss")
-        hardly = ": it hardly moved, so try a higher optimizer.lr or more steps" if 0.99 < last / first <= 1 else ""
-        print(f"  validation loss   {first:.4f} before, {last:.4f} after{hardly}")
-    print(f"  speed             {speed:,.0f} tokens/s (median step)")
-    if run.export.exists():
-        print(f"  model             {run.export}")
-    print(f"  metrics           {run.folder / 'metrics.csv'}")
-    print(f"  what was trained  {run.folder / 'preview.html'}, {run.folder / 'data.json'}", flush=True)
-    for offline in sorted((run.folder / "wandb").glob("offline-run-*")):
-        print(f"  to W&B            wandb sync {offline}", flush=True)
-
-
-def _after(run: Run) -> str:
-    """After how many steps a run has finished, and why if they are not all."""
-    status = run.status
-    if "stopped_early" not in status:
-        return f"after {status['step']} steps"
-    return f"after {status['step']} of {status['num_steps']} steps: {status['stopped_early']}"

@@ -129,7 +129,9 @@ Train = table(  # conf/train.yaml; its groups are checked by the tables below
             )
         ),
     ),
-    checkpoint=table("Checkpoint", save_every=maybe(whole(1)), keep_last=whole(1)),
+    checkpoint=table(
+        "Checkpoint", save_every=maybe(whole(1)), keep_last=whole(1), export=maybe(one_of("best", "last"))
+    ),
     export=Yes,
     extra=rare(Open),
     data=Open,

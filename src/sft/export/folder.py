@@ -167,13 +167,16 @@ def _without_effect(generation: GenerationConfig) -> list[str]:
     return []
 
 
-def verify(folder: Path, probes: list[Probe], precision: str, quantized: bool = False) -> Verdict:
+def verify(
+    folder: Path, probes: list[Probe], precision: str, quantized: bool = False, step: int | None = None
+) -> Verdict:
     """Reloads the folder in a fresh process and compares log-probabilities with the training model's.
 
-    `quantized`: training held the base model of the folder's adapter in 4 bits, and so does the comparison. Writes
+    `quantized`: training held the base model of the folder's adapter in 4 bits, and so does the comparison. `step`: of
+    the training, for the record. Writes
     `verified.json` into the folder and returns it; `UserError` if they differ.
     """
-    request = {"probes": probes, "precision": precision, "quantized": quantized}
+    request = {"probes": probes, "precision": precision, "quantized": quantized, "step": step}
     process = subprocess.run(
         [sys.executable, "-m", "sft.export.verify", str(folder)],
         input=json.dumps(request),

@@ -41,6 +41,7 @@ class Probe(TypedDict):
 class Verdict(TypedDict):
     """verified.json"""
 
+    step: NotRequired[int | None]  # of the training
     largest_difference: float  # of log-probabilities
     rms_difference: float
     rms_of_bf16: NotRequired[float]  # that bf16 alone makes
@@ -104,6 +105,7 @@ def main() -> None:
     exact = log_probs(model, probes)
     difference = exact - torch.tensor([value for probe in probes for value in probe["log_probs"][1:]])
     verdict: Verdict = {
+        "step": request.get("step"),
         "largest_difference": float(difference.abs().max()),
         "rms_difference": rms(difference),
         "num_probes": len(probes),

@@ -23,22 +23,24 @@ class Result:
     state: str = "new"  # that of `status.json`; died, or silent with a time, where its process didn't end it
     step: int = 0  # the last in `metrics.csv`
     num_steps: int | None = None  # of the whole run; None before its start
-    best: float = math.nan  # validation loss
-    last: float = math.nan  # validation loss
+    best: float = math.nan  # lowest validation loss after a step
+    last: float = math.nan  # validation loss of the step that was exported, which is the last unless that is the best
     speed: float = math.nan  # tokens a second in the median step
     error: str | None = None  # why it failed
 
     @classmethod
     def read(cls, run: Run) -> "Result":
         status, metrics = run.status, Metrics.read(run.folder / "metrics.csv")
+        trained = Metrics(metrics.columns, [row for row in metrics.rows if row.get("train/tokens_per_second")])
+        exported = Metrics([], [row for row in metrics.rows if row["step"] == str(status.get("exported"))])
         return cls(
             name=run.folder.name,
             settings=deciding(run.config),
             state=_state(run),
             step=metrics.step,
             num_steps=status.get("num_steps"),
-            best=metrics.lowest("val/loss"),
-            last=metrics.last("val/loss"),
+            best=trained.lowest("val/loss"),
+            last=(exported if exported.values("val/loss") else metrics).last("val/loss"),
             speed=metrics.median("train/tokens_per_second"),
             error=status.get("error"),
         )
@@ -85,3 +87,29 @@ def differing(results: list[Result]) -> dict[str, str]:
     varied.sort(key=telling)
     last = {name: name.rpartition(".")[2] for name in varied}
     return {name: name if list(last.values()).count(part) > 1 else part for name, part in last.items()}
+
+
+def summarise(run: Run, metrics: Metrics, chosen: str) -> None:
+    """Prints the run's figures and its files, and which step it gives."""
+    speed = metrics.median("train/tokens_per_second")
+    print(f"finished {run.folder} {after(run)}")
+    if not math.isnan(metrics.last("val/loss")):
+        first, last = metrics.first("val/loss"), metrics.last("val/loss")
+        hardly = ": it hardly moved, so try a higher optimizer.lr or more steps" if 0.99 < last / first <= 1 else ""
+        print(f"  validation loss   {first:.4f} before, {last:.4f} after{hardly}")
+    print(f"  speed             {speed:,.0f} tokens/s (median step)")
+    print(f"  exported          {chosen}" if run.export.exists() else f"  to export         {chosen}")
+    if run.export.exists():
+        print(f"  model             {run.export}")
+    print(f"  metrics           {run.folder / 'metrics.csv'}")
+    print(f"  what was trained  {run.folder / 'preview.html'}, {run.folder / 'data.json'}", flush=True)
+    for offline in sorted((run.folder / "wandb").glob("offline-run-*")):
+        print(f"  to W&B            wandb sync {offline}", flush=True)
+
+
+def after(run: Run) -> str:
+    """After how many steps a run has finished, and why if they are not all."""
+    status = run.status
+    if "stopped_early" not in status:
+        return f"after {status['step']} steps"
+    return f"after {status['step']} of {status['num_steps']} steps: {status['stopped_early']}"

@@ -36,6 +36,7 @@ class Status(TypedDict, total=False):
     time: str
     error: str
     stopped_early: str  # of a finished run: which callback ended it before its last step, and why
+    exported: int  # of a finished run: the step that it has exported
 
 
 @dataclass(frozen=True)

@@ -17,14 +17,14 @@ from lightning.pytorch.callbacks import Callback, Timer
 from lightning.pytorch.loops.progress import _ProcessedTracker
 
 from sft.checkpoint import checkpoint as checkpoints
-from sft.checkpoint.checkpoint import Checkpoint
+from sft.checkpoint.checkpoint import Checkpoint, Measured
 from sft.checkpoint.layout import Whole
 from sft.checkpoint.save import save
 from sft.data.batch import Batch
 from sft.errors import UserError
 from sft.ranks import together
 from sft.runs import events, signals, watchdog
-from sft.training import early_stopping, probes
+from sft.training import callbacks, early_stopping, probes
 from sft.training.log import log
 from sft.training.module import SFTModule
 from sft.training.strategies import placement
@@ -33,7 +33,8 @@ from sft.training.strategies import placement
 @dataclass(eq=False)
 class Checkpoints(Callback):
     """Saves every `save_every` steps, at the last step, and at a step in which a signal came or the time was up; after
-    the validation where the step has one. A signal during a validation stops it, and the resumed run begins with it.
+    the validation where the step has one. Where the best is exported, each validation that is the lowest so far is
+    saved, too. A signal during a validation stops it, and the resumed run begins with it.
 
     It comes after all other callbacks. One that ends the run in the middle of a step ends it after that step.
     """
@@ -42,10 +43,12 @@ class Checkpoints(Callback):
     save_every: int  # optimizer steps
     val_every: int  # optimizer steps; the last step is always validated
     keep_last: int  # number of newest checkpoints kept in addition to the best
+    export: str | None  # best or last; None: the best where a callback stops early
     resume: Checkpoint | None  # None: start anew
     facts: dict[str, object]  # about the run, saved in each checkpoint
     timed_out: bool = False  # by a Timer
     stopping: bool = False  # a callback has ended the run in the middle of the step under way
+    best: Measured | None = None  # the validation with the lowest loss so far, the earliest of equals
 
     def setup(self, trainer: L.Trainer, module: SFTModule, stage: str) -> None:
         # Lightning's own handler would broadcast on SIGTERM, in the middle of whatever collective is under way, and
@@ -115,10 +118,8 @@ class Checkpoints(Callback):
         watchdog.beat(step)
         saved.restore(layout(trainer, module))
         watchdog.beat(step)
-        states = saved.callbacks()
-        for callback in trainer.callbacks:  # type: ignore[attr-defined]
-            if callback.state_key in states and not isinstance(callback, Timer):  # the time of a process is its own
-                callback.load_state_dict(states[callback.state_key])
+        self.best = checkpoints.measured_best(saved, checkpoints.complete(self.folder))
+        callbacks.load(trainer, module, saved.callbacks())
         # The rate itself came back with the optimizer's groups.
         trainer.lr_scheduler_configs[0].scheduler.last_epoch = step
         # Lightning counts from where the loader starts: tell it how much came before. Its own resume would
@@ -132,6 +133,7 @@ class Checkpoints(Callback):
         batches.ready = batches.started = batches.processed = batches.completed = step * trainer.accumulate_grad_batches
 
     def on_train_start(self, trainer: L.Trainer, module: SFTModule) -> None:
+        callbacks.check_states(trainer, module)  # after all others have begun
         if self.resume is not None and not self.resume.state.get("validated", True):
             # As Lightning does it between two batches.
             trainer.validating = True
@@ -167,6 +169,16 @@ class Checkpoints(Callback):
         if not trainer.sanity_checking and trainer.state.fn == "fit":
             self._end_step(trainer, module, val_loss=module.val_loss)
 
+    def on_fit_end(self, trainer: L.Trainer, module: SFTModule) -> None:
+        saved = checkpoints.latest(self.folder)
+        if saved is None or not saved.last:
+            step = trainer.global_step
+            where = f"after step {step}, not at its end" if step else "before its first step"
+            raise UserError(
+                f"{early_stopping.why(trainer)[1]} {where}: leave the callback out, or have it set trainer.should_stop "
+                "in a step"
+            )
+
     def _validates(self, trainer: L.Trainer, module: SFTModule) -> bool:
         step = trainer.global_step
         due = step % self.val_every == 0 or step == module.num_steps or trainer.should_stop
@@ -174,7 +186,13 @@ class Checkpoints(Callback):
 
     def _end_step(self, trainer: L.Trainer, module: SFTModule, val_loss: float | None) -> None:
         step, number = trainer.global_step, self._agreed(trainer)
-        if number or trainer.should_stop or step == module.num_steps or step % self.save_every == 0:
+        new_best = val_loss is not None and val_loss < (self.best["val_loss"] if self.best else math.inf)  # NaN isn't
+        if new_best:
+            assert val_loss is not None
+            self.best = {"step": step, "val_loss": val_loss}
+        exports_best = self.export == "best" or (self.export is None and bool(trainer.early_stopping_callbacks))
+        due = step == module.num_steps or step % self.save_every == 0 or (new_best and exports_best)
+        if number or trainer.should_stop or due:
             self._save(trainer, module, val_loss)
             number = number or self._agreed(trainer)  # may have come during the save
         if number:
@@ -182,7 +200,8 @@ class Checkpoints(Callback):
 
     def _save(self, trainer: L.Trainer, module: SFTModule, val_loss: float | None, validated: bool = True) -> None:
         step, start, stopped = trainer.global_step, time.perf_counter(), trainer.should_stop
-        stopped_early = early_stopping.why(trainer) if stopped and step < module.num_steps else None
+        early = stopped and step < module.num_steps
+        stopped_by, stopped_early = early_stopping.why(trainer) if early else (None, None)
         watchdog.beat()
         for logger in trainer.loggers:
             logger.save()
@@ -191,16 +210,18 @@ class Checkpoints(Callback):
             "num_steps": module.num_steps,
             "stopped": stopped,  # by a callback, before the last step
             "stopped_early": stopped_early,
+            "stopped_by": stopped_by,
+            "stops_early": bool(trainer.early_stopping_callbacks),
+            "best": self.best,
             "val_loss": val_loss if val_loss is not None and math.isfinite(val_loss) else None,
             "validated": validated,
             **self.facts,
         }
-        states = {callback.state_key: callback.state_dict() for callback in trainer.callbacks}  # type: ignore[attr-defined]
         saved = save(
             self.folder,
             step,
             layout(trainer, module),
-            {name: callback_state for name, callback_state in states.items() if callback_state},
+            callbacks.states(trainer.callbacks, trainer, module),  # type: ignore[attr-defined]
             state,
             log_probs,
         )

@@ -6,15 +6,17 @@ import lightning as L
 from lightning.pytorch.callbacks import Callback, EarlyStopping
 
 from sft.errors import UserError
+from sft.training.callbacks import bases
+from sft.training.callbacks import check as check_classes
+from sft.training.settings import NEVER_STOPS
 
 
 def check(callbacks: Iterable[Callback], has_validation: bool) -> None:
-    """Refuses early stopping without validation data, where nothing would ever be compared."""
+    """Refuses callbacks that can't work here, and early stopping without validation data, where nothing would ever be
+    compared."""
+    check_classes(bases(callbacks))
     if not has_validation and any(isinstance(callback, EarlyStopping) for callback in callbacks):
-        raise UserError(
-            "EarlyStopping never stops a run that has no validation data: set data.val_size or data.val_path, or leave "
-            "the callback out"
-        )
+        raise UserError(NEVER_STOPS)
 
 
 class MonitoredMetrics(Callback):
@@ -34,15 +36,17 @@ class MonitoredMetrics(Callback):
                 )
 
 
-def why(trainer: L.Trainer) -> str:
-    """Which callback has ended the run, and why, as far as it says so in its `stopping_reason_message`."""
+def why(trainer: L.Trainer) -> tuple[str | None, str]:
+    """The class of the callback that has ended the run, if it is known, and which it is and why, as far as it says so
+    in its `stopping_reason_message`."""
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         if reason := getattr(callback, "stopping_reason_message", None):
             name = "early stopping" if isinstance(callback, EarlyStopping) else type(callback).__name__
             reason = reason.removeprefix("Monitored metric ").removesuffix(" Signaling Trainer to stop.").rstrip(".")
-            return f"{name}: {reason.replace('last 1 records', 'validation').replace(' records', ' validations')}"
+            reason = reason.replace("last 1 records", "validation").replace(" records", " validations")
+            return type(callback).__name__, f"{name}: {reason}"
     users = _users(trainer)
-    return f"{users[0]} stopped it" if len(users) == 1 else "a callback stopped it"
+    return (users[0], f"{users[0]} stopped it") if len(users) == 1 else (None, "a callback stopped it")
 
 
 def _users(trainer: L.Trainer) -> list[str]:

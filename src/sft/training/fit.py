@@ -62,6 +62,7 @@ def fit(
         config.checkpoint.save_every or val_every,
         val_every,
         config.checkpoint.keep_last,
+        config.checkpoint.export,
         resume,
         facts,
     )

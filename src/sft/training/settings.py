@@ -21,9 +21,14 @@ from sft.data.step_plan import DEFAULT_PACKS, check_division
 from sft.errors import UserError
 from sft.runs import signals
 from sft.runs.run import Run
+from sft.training import callbacks
 from sft.training.launch import Launch
 
 AUTO = ("auto", -1)  # all devices that there are
+NEVER_STOPS = (
+    "EarlyStopping never stops a run that has no validation data: set data.val_size or data.val_path, or leave the "
+    "callback out"
+)
 
 
 def check_schema(config: DictConfig, command: str = "train", typed: Collection[str] = ()) -> None:
@@ -76,6 +81,8 @@ def check(config: DictConfig, here: bool = True) -> tuple[int, int]:
             "trainer.gradient_clip_algorithm=value: DeepSpeed clips by norm alone: set strategy=fsdp2, which shards as "
             "much, or trainer.gradient_clip_algorithm=norm"
         )
+    callbacks.check(target.rpartition(".")[::2] for _, target in targets(config.callbacks or {}))
+    check_validation(config)
     if config.model.compile and stage == 3:
         raise UserError(
             "model.compile=true: ZeRO-3 works before and after each layer, which breaks up every graph: set "
@@ -86,6 +93,20 @@ def check(config: DictConfig, here: bool = True) -> tuple[int, int]:
 
         check_quantization(HydraConfig.get().runtime.choices["strategy"], config.trainer.accelerator, here)
     return num_ranks, accumulation
+
+
+def check_validation(config: DictConfig) -> None:
+    """Refuses what compares validation losses where nothing is validated."""
+    if config.data.val_size or config.data.get("val_path") or config.data.get("val_split"):
+        return
+    stopping = [target for _, target in targets(config.callbacks or {}) if target.endswith(".EarlyStopping")]
+    if stopping and stopping[0].startswith(OURS):
+        raise UserError(NEVER_STOPS)
+    if config.checkpoint.export == "best":
+        raise UserError(
+            "checkpoint.export=best is the lowest validation loss, and the run has no validation data: set "
+            "data.val_size or data.val_path, or checkpoint.export=last"
+        )
 
 
 def check_inputs(config: DictConfig) -> None:
