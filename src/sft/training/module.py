@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from contextlib import nullcontext
+from functools import partial
 
 import lightning as L
 import numpy as np
@@ -14,11 +15,12 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import PreTrainedModel
 
+from sft.checkpoint.layout import Read
 from sft.data.batch import Batch
 from sft.model import optimizer as optimizers
 from sft.model.loading import ModelSource
 from sft.model.loss import head_is_plain_matrix, nll
-from sft.training.strategies import placement
+from sft.training.strategies import placement, weights_dtype
 
 
 class SFTModule(L.LightningModule):
@@ -47,6 +49,7 @@ class SFTModule(L.LightningModule):
         super().__init__()
         self.source, self.optimizer, self.schedule = source, optimizer, schedule
         self.num_steps, self.seed, self.resumed = num_steps, seed, resumed
+        self.first_values: Read | None = None  # in fp32, until the optimizer has them
         # Of the step under way or just made, read by the metrics: this rank's weighted sum of −log p, the norm of the
         # whole gradient before clipping, and the learning rate of the first group.
         self.step_nll: Tensor | None = None
@@ -57,15 +60,11 @@ class SFTModule(L.LightningModule):
     def configure_model(self) -> None:
         if hasattr(self, "model"):
             return
-        dtype = torch.float32
-        if self.trainer.precision == "bf16-true":
-            dtype = torch.bfloat16
-            # Lightning would convert the whole model once more, and with it what has to stay in fp32: the frequencies
-            # of rotary embeddings.
-            self.trainer.precision_plugin.convert_module = lambda module: module  # type: ignore[method-assign]
         torch.manual_seed(self.seed)  # from which all ranks draw the weights that no checkpoint has
-        sharding = placement(self.trainer.strategy).sharding
-        self.model = self.source.load(dtype, weights=not self.resumed, sharding=sharding)
+        place = placement(self.trainer.strategy)
+        keep = partial(setattr, self, "first_values") if place.rounds and not self.resumed else None
+        dtype = weights_dtype(self.trainer)
+        self.model = self.source.load(dtype, weights=not self.resumed, sharding=place.sharding, keep=keep)
         self.plain_head = head_is_plain_matrix(self.model)
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
