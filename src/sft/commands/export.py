@@ -80,7 +80,8 @@ def export_run(
         write_adapter(staging, source, specs, read, dtypes[dtype])
     else:
         if merge:
-            specs, read = merged(source, specs, read)
+            held = torch.bfloat16 if settings["trainer"]["precision"] == "bf16-true" else torch.float32
+            specs, read = merged(source, specs, read, held)
         write_model(
             staging, source, specs, read, generation, dtype=dtypes[dtype], max_shard_size=max_shard_size, log=log
         )

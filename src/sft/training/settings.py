@@ -57,6 +57,12 @@ def check(config: DictConfig, here: bool = True) -> tuple[int, int]:
     accumulation = check_division(config.global_batch_size, num_ranks, config.micro_batch_size)
     if num_ranks > 1 and not config.strategy:
         raise UserError(f"strategy=single is for one device, and the trainer has {num_ranks}: set strategy=ddp")
+    if config.trainer.precision == "bf16-true" and not config.adapter:
+        raise UserError(
+            "trainer.precision=bf16-true: a weight in bf16 moves by 1/512 of itself or not at all, so updates would be "
+            "lost: set trainer.precision=bf16-mixed, which keeps weights in fp32 (under DeepSpeed those of the model "
+            "are bf16 all the same), or adapter=lora, which is kept in fp32 beside frozen weights in bf16"
+        )
     offload = OmegaConf.select(config, "strategy.config.zero_optimization.offload_optimizer")
     if offload and config.optimizer._target_ != "torch.optim.AdamW":
         raise UserError(
