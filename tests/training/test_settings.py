@@ -42,7 +42,7 @@ def test_ranks_and_accumulation() -> None:
         ),
         (
             ["trainer.precision=bf16-true"],
-            "trainer.precision=bf16-true: a weight in bf16 moves by 1/512 of itself or not at all, so updates would be "
+            "trainer.precision=bf16-true: a weight in bf16 moves by 1/256 of itself or not at all, so updates would be "
             "lost: set trainer.precision=bf16-mixed, which keeps weights in fp32 (under DeepSpeed those of the model "
             "are bf16 all the same), or adapter=lora, which is kept in fp32 beside frozen weights in bf16",
         ),

@@ -5,7 +5,7 @@ both configuration. The samples of each step are given; `check_order` checks the
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -34,6 +34,12 @@ class Reference:
     weights: dict[str, np.ndarray]  # after the last step
     movement: float  # largest change of a weight
     change: float  # of all weights together: root of the sum of squares
+    noise: float = 0.0  # how far matrix products in bf16 take all weights together from these
+
+    def measured(self, rounded: "Reference") -> "Reference":
+        """With the noise, from the same loop with products in bf16."""
+        differences = [(rounded.weights[name] - weight).ravel() for name, weight in self.weights.items()]
+        return replace(self, noise=float(np.linalg.norm(np.concatenate(differences))))
 
 
 def train(
@@ -44,11 +50,13 @@ def train(
     clip: float,
     adapter: "LoraConfig | None" = None,
     seed: int = 0,
+    rounded: bool = False,
 ) -> Reference:
     """Trains the model in `folder` on `steps`, each the samples of one optimizer step.
 
     `make_optimizer` is called with the two parameter groups; `factor(step, num_steps)` scales its learning rate. With
-    an `adapter`, only the adapter is trained, from initial weights drawn from the seed.
+    an `adapter`, only the adapter is trained, from initial weights drawn from the seed. `rounded`: matrix products in
+    bf16, everything else in fp32.
     """
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).train()
     if adapter is not None:
@@ -65,7 +73,8 @@ def train(
         loss = 0.0
         optimizer.zero_grad()
         for ids, labels, token_weights in samples:
-            logits = model(input_ids=torch.tensor(ids[None].astype(np.int64)), use_cache=False).logits[0]
+            with torch.autocast("cpu", torch.bfloat16, enabled=rounded):
+                logits = model(input_ids=torch.tensor(ids[None].astype(np.int64)), use_cache=False).logits[0].float()
             target = torch.tensor(labels[1:].astype(np.int64))
             nll = F.cross_entropy(logits[:-1], target, reduction="none", ignore_index=IGNORE)
             term = (torch.tensor(token_weights[1:]) * nll).sum() / divisor

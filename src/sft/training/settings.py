@@ -59,7 +59,7 @@ def check(config: DictConfig, here: bool = True) -> tuple[int, int]:
         raise UserError(f"strategy=single is for one device, and the trainer has {num_ranks}: set strategy=ddp")
     if config.trainer.precision == "bf16-true" and not config.adapter:
         raise UserError(
-            "trainer.precision=bf16-true: a weight in bf16 moves by 1/512 of itself or not at all, so updates would be "
+            "trainer.precision=bf16-true: a weight in bf16 moves by 1/256 of itself or not at all, so updates would be "
             "lost: set trainer.precision=bf16-mixed, which keeps weights in fp32 (under DeepSpeed those of the model "
             "are bf16 all the same), or adapter=lora, which is kept in fp32 beside frozen weights in bf16"
         )
