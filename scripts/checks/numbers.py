@@ -220,6 +220,8 @@ def compared(place: Place, source: ModelSource, reference: nn.Module, prepare: A
     batch = batch_of(samples, place)
     figures = {}
     for precision in LOSS:
+        if precision == "bf16-true" and not source.adapter:
+            continue  # is refused
         model = load(source, precision, place)
         if prepare:
             prepare(model)

@@ -129,7 +129,7 @@ def test_another_adapter_is_not_the_one_that_was_trained(
 def test_in_bf16(sft: Sft) -> None:
     settings = ("run=run", "max_steps=2", "adapter=lora", "trainer.precision=bf16-true", "adapter.merge=false")
     assert sft.train(*settings) == 0
-    assert {tensor.dtype for tensor in weights(sft.run_folder()).values()} == {torch.bfloat16}
+    assert {tensor.dtype for tensor in weights(sft.run_folder()).values()} == {torch.float32}
     assert sft("export", "run=run", "merge=true", "output=merged") == 0
     assert {tensor.dtype for tensor in load_file("merged/model.safetensors").values()} == {torch.bfloat16}
 

@@ -73,3 +73,13 @@ def test_weights_that_are_stored_otherwise_are_left_to_transformers(
     save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
     monkeypatch.setattr(sharded_loading, "weight_reader", lambda *_: None)
     assert_equal(streamed(tmp_path), tmp_path)
+
+
+@pytest.mark.parametrize("by_range", [True, False])
+def test_first_values_outlive_the_rounding(tmp_path: Path, by_range: bool) -> None:
+    tiny_llama().save_pretrained(tmp_path)
+    model = tiny_llama().from_pretrained(tmp_path, dtype=torch.float32)
+    values = sharded_loading.first_values(model, str(tmp_path) if by_range else None, None)
+    model.bfloat16()
+    for name, weight in load_file(tmp_path / "model.safetensors").items():
+        assert torch.equal(values(name, 3, 17), weight.flatten()[3:17])

@@ -37,7 +37,7 @@ def difference(one: Checkpoint, other: Checkpoint) -> float:
         ("adapter=lora",),
         ("adapter=lora", "adapter.dropout=0.1", "model.gradient_checkpointing=true"),
         ("model.activation_offload=true",),
-        ("trainer.precision=bf16-true",),
+        ("trainer.precision=bf16-true", "adapter=lora"),
         ("model.attention=eager",),
     ],
     ids=" ".join,
@@ -47,7 +47,7 @@ def test_numbers_are_those_of_the_processor(sft: Sft, settings: tuple[str, ...])
     for device in (False, True):
         ended = train(sft, f"device-{device}", *settings, export, device=device)
         assert ended.code == 0, ended.output
-    # In bf16 weights move by whole roundings of theirs.
+    # In bf16 gradients are rounded.
     tolerance = 4e-3 if "trainer.precision=bf16-true" in settings else 1e-6
     assert difference(last(sft, "device-False"), last(sft, "device-True")) < tolerance
 
@@ -69,7 +69,6 @@ def test_resumed_there(sft: Sft) -> None:
     ("settings", "waits"),
     [
         # For the loss and the gradient's norm, which decide whether the run goes on.
-        (("trainer.precision=bf16-true",), ["aten._local_scalar_dense.default"] * 2),
         (("trainer.precision=bf16-true", "adapter=lora"), ["aten._local_scalar_dense.default"] * 2),
         # In fp32 attention also asks for the lengths of the samples, once a micro-batch.
         ((), ["aten._to_copy.default"] * 4 + ["aten._local_scalar_dense.default"] * 2),

@@ -52,6 +52,12 @@ def test_ranks_and_accumulation() -> None:
             "much, or trainer.gradient_clip_algorithm=norm",
         ),
         (
+            ["trainer.precision=bf16-true"],
+            "trainer.precision=bf16-true: a weight in bf16 moves by 1/256 of itself or not at all, so updates would be "
+            "lost: set trainer.precision=bf16-mixed, which keeps weights in fp32 (under DeepSpeed those of the model "
+            "are bf16 all the same), or adapter=lora, which is kept in fp32 beside frozen weights in bf16",
+        ),
+        (
             ["strategy=deepspeed_zero3", "model.compile=true"],
             "model.compile=true: ZeRO-3 works before and after each layer, which breaks up every graph: set "
             "strategy=fsdp2, which shards as much, or model.compile=false",

@@ -6,7 +6,7 @@ values from START on. So a checkpoint is written and read without gathering anyt
 Each strategy names its layout; nothing else asks which strategy it is.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
@@ -20,6 +20,8 @@ from torch.optim import Optimizer
 # DeepSpeed has no types: what it makes of a parameter, and one of its three wrappers of an optimizer.
 DeepSpeedParameter = Any  # type: ignore[explicit-any]
 DeepSpeedOptimizer = Any  # type: ignore[explicit-any]
+
+Read = Callable[[str, int, int], Tensor]  # name, start, stop -> a weight's flat values, 1-D
 
 
 @dataclass(frozen=True)
@@ -65,6 +67,12 @@ class Whole:
         everything; where `replicated`, those of each rank do."""
         parts = [self.part(name, parameter) for name, parameter in named_trainable(self.model)]
         return [part for part in parts if part.numel]
+
+    def begin(self, values: Read) -> None:
+        """Puts first values where the optimizer keeps its own, which it has made of the model's rounded ones."""
+        for part in self.parts():
+            part.weight.copy_(values(part.name, part.start, part.start + part.numel))
+        self.publish(step=0)
 
     def scalar(self, value: Tensor, part: Part) -> object:
         """A state that is one number for the whole parameter, from a tensor [1], as the optimizer keeps it."""

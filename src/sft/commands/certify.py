@@ -145,20 +145,25 @@ def make_references(
     if not all(reference.check_order(order, len(samples)) for order in steps.values()):
         raise AssertionError("the step plan takes a sample twice in an epoch, or leaves one out")
 
-    def run_loop(pool: Pool, key: Key, clip: float, num_steps: int = NUM_STEPS) -> Reference:
+    def run_loop(pool: Pool, key: Key, clip: float, num_steps: int = NUM_STEPS, rounded: bool = False) -> Reference:
         optimizer, packed, variant = key
         of_cell = matrix.samples_of(samples, variant, config.seed)
         in_steps = [[of_cell.weighted_sample(index) for index in step] for step in steps[packed][:num_steps]]
         make_optimizer = instantiate(config.optimizers[optimizer], _convert_="all")
         arguments = (folder / "model", in_steps, make_optimizer, schedule, clip, lora, config.seed)
         different = matrix.settings_of(variant, adapter=lora is not None)
-        return pool(reference.train, *arguments, different, steps[packed], timeout=600)
+        return pool(reference.train, *arguments, different, steps[packed], rounded, timeout=600)
+
+    def in_precision(pool: Pool, key: Key) -> Reference:
+        exact = run_loop(pool, key, clip)
+        in_fp32 = config.trainer.precision == "32-true"
+        return exact if in_fp32 else exact.measured(run_loop(pool, key, clip, rounded=True))
 
     pools = [Pool(1, folder / f"reference-{number}", config.device) for number in range(min(4, num_cores()))]
     try:
         # The median norm of the first steps, so that some steps are clipped and some are not.
         clip = float(np.median(run_loop(pools[0], ("sgd", False, ""), float("inf"), num_steps=8).grad_norms))
-        references = share_out(pools, keys, lambda pool, key: run_loop(pool, key, clip))
+        references = share_out(pools, keys, in_precision)
     except RankError as error:
         raise UserError(f"the plain loop can't train this model ({error}): name another with model.path") from error
     finally:

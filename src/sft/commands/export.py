@@ -80,8 +80,11 @@ def export_run(
     if merge is False:
         write_adapter(staging, source, specs, read, dtypes[dtype])
     else:
-        if merge or source.parameters.freezes:
-            specs, read = (merged if merge else completed)(source, specs, read)
+        if merge:
+            held = torch.bfloat16 if settings["trainer"]["precision"] == "bf16-true" else torch.float32
+            specs, read = merged(source, specs, read, held)
+        elif source.parameters.freezes:
+            specs, read = completed(source, specs, read)
         write_model(
             staging, source, specs, read, generation, dtype=dtypes[dtype], max_shard_size=max_shard_size, log=log
         )

@@ -258,7 +258,11 @@ Trainer = table(
         whole(1) | Literal[-1, "auto"] | Annotated[list[whole(0)], Field(min_length=1)],  # type: ignore[misc]
     ),
     num_nodes=described("a whole number from 1 on, or auto", whole(1) | Literal["auto"]),
-    precision=one_of("32-true", "bf16-mixed", "bf16-true"),
+    precision=described(
+        "one of 32-true, bf16-mixed, bf16-true (16-bit floats would need a loss scale, which no checkpoint holds: "
+        "bf16-mixed; 64 bits are untested: 32-true)",
+        Literal["32-true", "bf16-mixed", "bf16-true"],
+    ),
     deterministic=described("true, false or warn", bool | Literal["warn"]),
     gradient_clip_val=maybe(NotNegative),
     gradient_clip_algorithm=one_of("norm", "value"),

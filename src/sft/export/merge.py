@@ -48,15 +48,15 @@ def adapter_config(source: ModelSource) -> "PeftConfig":
     return config
 
 
-def merged(source: ModelSource, specs: Specs, read: Read) -> tuple[Specs, Read]:
+def merged(source: ModelSource, specs: Specs, read: Read, dtype: torch.dtype) -> tuple[Specs, Read]:
     """The whole model's weights, from an adapter's: W + alpha / r · B A for each adapted layer.
 
-    A weight is computed in fp32 when it is read, and has the dtype that the run held it in. Only one weight is in
-    memory, unless transformers changes the base model's tensors when it loads them: peft merges those all at once.
+    A weight is computed in fp32 when it is read, and has the `dtype` that the run held the base model in. Only one
+    weight is in memory, unless transformers changes the base model's tensors when it loads them: peft merges those all
+    at once.
     """
     from peft.tuners.lora import LoraLayer
 
-    dtype = next(own for own, _ in specs.values())
     base = empty_model(source, dtype=dtype)
     merged_specs = _specs(weights(base))
     read_base = stored_weights(source, base, merged_specs)

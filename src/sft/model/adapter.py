@@ -60,7 +60,7 @@ class Adapter:
         )
 
     def add(self, model: "PreTrainedModel") -> None:
-        """Adds the adapter, in the dtype of its layers, and freezes everything else.
+        """Adds the adapter, in fp32 whatever its layers are in, and freezes everything else.
 
         At first it changes nothing, since B is zero. In a model without weights its own stay empty too.
         """
@@ -72,6 +72,8 @@ class Adapter:
             warnings.simplefilter("ignore")  # peft explains how it treats some layers
             inject_adapter_in_model(self.lora_config(), model, adapter_name=NAME)
         for name, parameter in model.named_parameters():
+            if parameter.requires_grad:
+                parameter.data = parameter.data.float()  # peft takes the dtype of the layer
             if parameter.requires_grad and not parameter.is_meta:
                 parameter.data.copy_(initial(name, parameter.shape))
 

@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from torch import nn
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
+    from sft.checkpoint.layout import Read
     from sft.model.sharded_loading import Sharding
 
 
@@ -166,17 +167,24 @@ class ModelSource:
             )
         return config
 
-    def load(self, dtype: "torch.dtype", weights: bool = True, sharding: "Sharding | None" = None) -> "PreTrainedModel":
+    def load(
+        self,
+        dtype: "torch.dtype",
+        weights: bool = True,
+        sharding: "Sharding | None" = None,
+        keep: "Callable[[Read], object] | None" = None,
+    ) -> "PreTrainedModel":
         """The model in training mode; `weights=False` leaves them undefined, to be filled from a checkpoint.
 
         With an adapter, only the adapter is trainable; weights that aren't trained are always read from `path`. With
-        `sharding`, each rank holds its part of the parameters plus the tensor being read.
+        `sharding`, each rank holds its part of the parameters plus the tensor being read. `keep` is called with what
+        reads the first values of the trainable weights in fp32, for a strategy that rounds the model's.
         """
         from accelerate import init_empty_weights
         from transformers import AutoModelForCausalLM
 
         from sft.model import attention  # noqa: F401  registers `packed`
-        from sft.model.sharded_loading import load_sharded
+        from sft.model.sharded_loading import first_values, load_sharded
 
         config = self.load_config()
         options: dict[str, Any] = {"trust_remote_code": self.trust_remote_code}
@@ -188,6 +196,7 @@ class ModelSource:
                 )
             options |= quantization()
         path = self.path if self.init == "pretrained" else None
+        first: Read | None = None  # what reads the weights, where they were read by range
 
         def load_whole() -> "PreTrainedModel":
             if path is None:
@@ -199,7 +208,7 @@ class ModelSource:
                 with init_empty_weights():  # parameters only: buffers such as RoPE's frequencies keep their values
                     model = AutoModelForCausalLM.from_config(config, **options)
                 model.tie_weights()
-                load_sharded(
+                first = load_sharded(
                     model,
                     load_whole,
                     path=path,
@@ -216,6 +225,8 @@ class ModelSource:
             raise _not_loaded("model", self.path or "(random)", error) from error
         if self.adapter and sharding is None:
             self.adapter.add(model)
+        if keep and (weights or self.adapter):
+            keep(first or first_values(model, path, self.revision))
         if self.gradient_checkpointing:
             # The first of the two names is new in transformers 5.2x and warns of the second.
             enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable

@@ -11,12 +11,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils.hub import cached_file
 
-from sft.checkpoint.layout import Whole, allocate, full_shape, persistent_buffers
+from sft.checkpoint.layout import Read, Whole, allocate, full_shape, named_trainable, persistent_buffers
 from sft.checkpoint.safetensors_file import read_range
 from sft.model.adapter import Adapter, initial
 from sft.model.parameters import NO_DECAY, Parameters
-
-Read = Callable[[str, int, int], Tensor]  # name, start, stop -> flat values, 1-D
 
 
 class Sharding(Protocol):
@@ -39,7 +37,7 @@ def load_sharded(
     weights: bool,
     sharding: Sharding | None,
     parameters: Parameters | None = None,
-) -> None:
+) -> Read | None:
     """Shards a model whose parameters hold nothing yet, and reads each rank's part of each weight into its place.
 
     Args:
@@ -48,6 +46,8 @@ def load_sharded(
         weights: read them; without, and where all of them are trained, their values stay undefined.
         sharding: without, the model stays whole.
         parameters: which of them are trained; None: all.
+
+    Returns what was read, in fp32, for who keeps the weights in another dtype; None where nothing was.
     """
     shapes = {name: list(tensor.shape) for name, tensor in [*model.named_parameters(), *persistent_buffers(model)]}
     if adapter:
@@ -63,7 +63,7 @@ def load_sharded(
     for name in flagged:  # the parameters are others now
         setattr(model.get_parameter(name), NO_DECAY, True)
     if not (weights or adapter or (parameters and parameters.freezes)):
-        return
+        return None
     read = weight_reader(path, revision, shapes, model.base_model_prefix) if path else None
     if read is None:
         whole = load_whole()
@@ -71,17 +71,32 @@ def load_sharded(
         values |= {name: buffer.reshape(-1) for name, buffer in persistent_buffers(whole)}
         read = lambda name, start, stop: values[name][start:stop]  # noqa: E731
     layout = sharding.layout if sharding is not None else Whole
+    drawn: dict[str, Tensor] = {}  # an adapter's, flat
+
+    def first(name: str, start: int, stop: int) -> Tensor:
+        return drawn[name][start:stop] if name in drawn else read(name.replace(".base_layer.", "."), start, stop)
+
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            part = layout.part(name, parameter)
-            stop = part.start + part.numel
             if adapter and parameter.requires_grad:
-                part.weight.copy_(initial(name, full_shape(parameter)).view(-1)[part.start : stop])
-            else:
-                part.weight.copy_(read(name.replace(".base_layer.", "."), part.start, stop))
+                drawn[name] = initial(name, full_shape(parameter)).view(-1)
+            part = layout.part(name, parameter)
+            part.weight.copy_(first(name, part.start, part.start + part.numel))
             layout.loaded(parameter)
         for name, buffer in persistent_buffers(model):
             buffer.copy_(read(name, 0, buffer.numel()).view(buffer.shape))
+    return first
+
+
+def first_values(model: PreTrainedModel, path: str | None, revision: str | None) -> Read:
+    """The trainable values of a whole model that was just loaded in fp32, which stay when its weights are rounded: read
+    anew from `path` where its files allow it, or else held in memory."""
+    trainable = dict(named_trainable(model))
+    shapes = {name: list(parameter.shape) for name, parameter in trainable.items()}
+    if path and (read := weight_reader(path, revision, shapes, model.base_model_prefix)):
+        return read
+    held = {name: parameter.detach().view(-1) for name, parameter in trainable.items()}
+    return lambda name, start, stop: held[name][start:stop]
 
 
 def weight_reader(source: str, revision: str | None, shapes: Mapping[str, list[int]], prefix: str) -> Read | None:

@@ -71,6 +71,8 @@ class Certificate:
                     "grad_norms": reference.grad_norms,
                     "num_clipped": sum(norm > largest for norm in reference.grad_norms),
                     "movement": reference.movement,
+                    "change": reference.change,
+                    "noise": reference.noise,
                 }
                 for (optimizer, packed, variant), reference in self.references.items()
             ],
@@ -99,7 +101,7 @@ class Certificate:
                 str(num_ranks),
                 f"{sum(result.passed for result in results)}/{len(results)}",
                 *(_largest([getattr(result, name) for result in results]) for name in ("loss", "grad_norm", "weight")),
-                f"{results[0].cell.tolerance:.0e}",
+                f"{results[0].cell.tolerance:{'.0e' if results[0].cell.exact else 'g'}}",
                 f"{sum(result.seconds for result in results):.0f}",
             )
         return table
@@ -110,7 +112,7 @@ class Certificate:
         failures = "".join(f"- {line}\n" for line in self.failures())
         cell, about = self.results[0].cell, provenance.collect()
         model = AutoConfig.for_model(**self.model)  # by the names that all families have
-        weights = "each weight" if cell.exact else "all weights, as a share of their change,"
+        weights = "each weight" if cell.exact else "all weights, in multiples of what bf16 in the loop itself does,"
         versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items())
         return f"""# Certificate {self.verdict}
 

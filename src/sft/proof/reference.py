@@ -7,7 +7,7 @@ independently.
 
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -40,6 +40,12 @@ class Reference:
     weights: dict[str, np.ndarray]  # after the last step
     movement: float  # largest change of a weight
     change: float  # of all weights together: root of the sum of squares
+    noise: float = 0.0  # how far matrix products in bf16 take all weights together from these
+
+    def measured(self, rounded: "Reference") -> "Reference":
+        """With the noise, from the same loop with products in bf16."""
+        differences = [(rounded.weights[name] - weight).ravel() for name, weight in self.weights.items()]
+        return replace(self, noise=float(np.linalg.norm(np.concatenate(differences))))
 
 
 def train(
@@ -52,12 +58,14 @@ def train(
     seed: int = 0,
     variant: Mapping[str, Any] | None = None,
     numbers: list[list[int]] | None = None,
+    rounded: bool = False,
 ) -> Reference:
     """Trains the model in `folder` on `steps`, each the samples of one optimizer step.
 
     `make_optimizer` is called with the parameter groups; `factor(step, num_steps)` scales their learning rates. With an
     `adapter`, only the adapter is trained, from initial weights drawn from the seed. `variant`: settings by dotted name
-    that differ from the defaults; `numbers`: of the samples of each step.
+    that differ from the defaults; `numbers`: of the samples of each step. `rounded`: matrix products in bf16, all else
+    in fp32.
     """
     variant = variant or {}
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).train()
@@ -93,8 +101,11 @@ def train(
                 size = variant["model.neftune_alpha"] / (len(ids) * width) ** 0.5
                 noise[:] = [size * uniform(torch.from_numpy(keys), width)]
             inputs = {"input_ids": torch.tensor(ids[None].astype(np.int64)), "use_cache": False}
-            outputs = model(**inputs, output_router_logits=True) if variant.get("loss.router_aux") else model(**inputs)
-            logits = outputs.logits[0, :-1]
+            if variant.get("loss.router_aux"):
+                inputs["output_router_logits"] = True
+            with torch.autocast("cpu", torch.bfloat16, enabled=rounded):
+                outputs = model(**inputs)
+            logits = outputs.logits[0, :-1].float()
             target = torch.tensor(labels[1:].astype(np.int64))
             scale = torch.tensor(token_weights[1:]) * (target != IGNORE) / divisor
             nll = F.cross_entropy(logits, target, reduction="none", ignore_index=IGNORE)

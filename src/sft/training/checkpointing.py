@@ -73,6 +73,9 @@ class Checkpoints(Callback):
             raise RuntimeError(f"the ranks see different checkpoints in {self.folder}, of the steps {seen}")
         if self.resume is not None:
             self._resume(trainer, module, self.resume)
+        elif module.first_values is not None:
+            layout(trainer, module).begin(module.first_values)
+            module.first_values = None
         signals.save_first(True)
         self._record(trainer, "start", step=trainer.global_step, hosts=list(steps), num_ranks=trainer.world_size)
         if number := self._agreed(trainer):  # came before the first step: there is nothing to save yet

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from contextlib import nullcontext
+from functools import partial
 
 import lightning as L
 import numpy as np
@@ -13,13 +14,14 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import PreTrainedModel
 
+from sft.checkpoint.layout import Read
 from sft.data.batch import Batch
 from sft.model import noise, router
 from sft.model import optimizer as optimizers
 from sft.model.loading import ModelSource
 from sft.model.loss import Objective, head_is_plain_matrix, nll
 from sft.training.log import log
-from sft.training.strategies import placement
+from sft.training.strategies import placement, weights_dtype
 
 
 class SFTModule(L.LightningModule):
@@ -51,6 +53,7 @@ class SFTModule(L.LightningModule):
         self.source, self.optimizer, self.schedule = source, optimizer, schedule
         self.num_steps, self.seed, self.resumed = num_steps, seed, resumed
         self.objective = objective or Objective()
+        self.first_values: Read | None = None  # in fp32, until the optimizer has them
         # Of the step under way or just made, read by the metrics: this rank's weighted sum of −log p and the like, the
         # norm of the whole gradient before clipping, and after clipping by value, and the first group's learning rate.
         self.step_sums: dict[str, Tensor] = {}
@@ -62,15 +65,11 @@ class SFTModule(L.LightningModule):
     def configure_model(self) -> None:
         if hasattr(self, "model"):
             return
-        dtype = torch.float32
-        if self.trainer.precision == "bf16-true":
-            dtype = torch.bfloat16
-            # Lightning would convert the whole model once more, and with it what has to stay in fp32: the frequencies
-            # of rotary embeddings.
-            self.trainer.precision_plugin.convert_module = lambda module: module  # type: ignore[method-assign]
         torch.manual_seed(self.seed)  # from which all ranks draw the weights that no checkpoint has
-        sharding = placement(self.trainer.strategy).sharding
-        self.model = self.source.load(dtype, weights=not self.resumed, sharding=sharding)
+        place = placement(self.trainer.strategy)
+        keep = partial(setattr, self, "first_values") if place.rounds and not self.resumed else None
+        dtype = weights_dtype(self.trainer)
+        self.model = self.source.load(dtype, weights=not self.resumed, sharding=place.sharding, keep=keep)
         self.plain_head = head_is_plain_matrix(self.model)
         self.router = router.attach(self.model, self.objective.router_aux, log)
         self.trainer.datamodule.keyed = noise.attach(self.model, self.source.neftune_alpha, log)  # type: ignore[attr-defined]

@@ -69,6 +69,12 @@ def check(config: DictConfig, here: bool = True) -> tuple[int, int]:
             "in pages: set optimizer=adamw with a strategy that shares the states out (deepspeed_zero2, fsdp2) or "
             "keeps them in host memory (deepspeed_zero2_offload), or adapter=lora"
         )
+    if config.trainer.precision == "bf16-true" and not config.adapter:
+        raise UserError(
+            "trainer.precision=bf16-true: a weight in bf16 moves by 1/256 of itself or not at all, so updates would be "
+            "lost: set trainer.precision=bf16-mixed, which keeps weights in fp32 (under DeepSpeed those of the model "
+            "are bf16 all the same), or adapter=lora, which is kept in fp32 beside frozen weights in bf16"
+        )
     offload = OmegaConf.select(config, "strategy.config.zero_optimization.offload_optimizer")
     if offload and config.optimizer._target_ != "torch.optim.AdamW":
         raise UserError(

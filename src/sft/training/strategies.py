@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from hydra.utils import instantiate
+from lightning.pytorch import Trainer
 from lightning.pytorch.accelerators import CPUAccelerator
 from lightning.pytorch.strategies import (
     DDPStrategy,
@@ -43,6 +44,11 @@ class Placement:
     """
 
     layout: type[Whole] = Whole
+
+    @property
+    def rounds(self) -> bool:
+        """Whether the model's weights are roundings of those that the optimizer steps on."""
+        return False
 
     @property
     def sharding(self) -> Sharding | None:
@@ -76,6 +82,16 @@ def build(settings: DictConfig | None, accelerator: str) -> Strategy | str:
     os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
     strategy: Strategy = instantiate(settings, _convert_="all")
     return strategy
+
+
+def weights_dtype(trainer: Trainer) -> torch.dtype:
+    """What the frozen weights are loaded in; those that are trained are in fp32, whatever a strategy makes of them."""
+    if trainer.precision != "bf16-true":
+        return torch.float32
+    # Lightning would convert the whole model once more, and with it what has to stay in fp32: the adapter, and the
+    # frequencies of rotary embeddings.
+    trainer.precision_plugin.convert_module = lambda module: module  # type: ignore[method-assign]
+    return torch.bfloat16
 
 
 class DDP(Placement, DDPStrategy):
@@ -163,6 +179,10 @@ class DeepSpeed(Placement, DeepSpeedStrategy):
         yield
 
     @property
+    def rounds(self) -> bool:
+        return str(self.precision_plugin.precision).startswith("bf16")
+
+    @property
     def sharding(self) -> Sharding | None:
         return self if self.zero_stage_3 else None
 
@@ -170,8 +190,6 @@ class DeepSpeed(Placement, DeepSpeedStrategy):
         """Gives each rank its range of each parameter, one parameter at a time."""
         import deepspeed
 
-        # In bf16 the model's own weights are bf16 and the optimizer holds the fp32 ones.
-        bf16 = str(self.precision_plugin.precision).startswith("bf16")
         partition = deepspeed.zero.Init(config_dict_or_path=self.config)._convert_to_zero_parameters
         # Each parameter is whole in the same place: freed in between, the places would not be used again.
         largest = max(parameter.numel() * parameter.itemsize for parameter in model.parameters())
@@ -180,7 +198,7 @@ class DeepSpeed(Placement, DeepSpeedStrategy):
         for module in model.modules():
             for name, parameter in module.named_parameters(recurse=False):
                 if id(parameter) not in tied:
-                    dtype = torch.bfloat16 if bf16 else parameter.dtype
+                    dtype = torch.bfloat16 if self.rounds else parameter.dtype
                     whole = place[: parameter.numel() * dtype.itemsize].view(dtype).view(parameter.shape)
                     tied[id(parameter)] = nn.Parameter(whole, requires_grad=parameter.requires_grad)
                     partition([tied[id(parameter)]])
