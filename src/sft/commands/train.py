@@ -77,7 +77,8 @@ def main(config: DictConfig) -> float | None:
     check_targets(config)
     check_devices(config.trainer.accelerator, config.trainer.devices)
     resume = checkpoints.latest(run.checkpoints)
-    prepared = setup(config, start_step=resume.step if resume else 0, run=run)
+    reads = resume is None or bool(config.adapter)
+    prepared = setup(config, start_step=resume.step if resume else 0, run=run, weights="read" if reads else None)
     data = prepared.data
 
     attempt = run.attempt(settings, prepared.splits.fingerprint, data.num_steps, is_main(), prepared.template)

@@ -212,6 +212,7 @@ Model = table(
     activation_offload=Yes,
     compile=Yes,
     trust_remote_code=Yes,
+    new_weights=maybe(described("a list of names or glob patterns of weights", Texts)),
 )
 Adapter = table(
     "Adapter",

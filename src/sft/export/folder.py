@@ -60,13 +60,10 @@ def write_model(
 
 def empty_model(source: ModelSource, dtype: torch.dtype | None = None, adapter: bool = False) -> PreTrainedModel:
     """The model without its weights: names, shapes and layers."""
-    options = {"dtype": dtype} if dtype else {}
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(
-            source.load_config(), trust_remote_code=source.trust_remote_code, **options
-        )
-        if adapter:
-            assert source.adapter is not None
+    model = source.empty(source.load_config(), dtype)
+    if adapter:
+        assert source.adapter is not None
+        with torch.device("meta"):
             source.adapter.add(model)
     return model
 

@@ -4,6 +4,7 @@ import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -46,6 +47,7 @@ class ModelSource:
     # Runs begun before these settings existed lack them.
     compile: bool = False
     template: Mapping[str, object] = field(default_factory=dict)  # arguments of the chat template, and `today`
+    new_weights: list[str] | None = None  # glob patterns of weights that may be missing, and are then drawn at random
     adapter: Adapter | None = None  # of conf/adapter/*.yaml; None: every weight is trained
 
     def __post_init__(self) -> None:
@@ -55,6 +57,10 @@ class ModelSource:
             raise UserError("model.init=random needs model.tokenizer: a folder or a Hub name")
         if self.init == "random" and self.adapter:
             raise UserError("model.init=random leaves an adapter nothing to adapt: set adapter=none, or model.path")
+        if self.new_weights and self.adapter:
+            raise UserError(
+                "model.new_weights draws weights at random, and an adapter leaves them as they are: set adapter=none"
+            )
 
     def check_files(self) -> None:
         """Refuses folders that hold no causal language model or no tokenizer; a Hub name isn't looked up."""
@@ -153,19 +159,58 @@ class ModelSource:
             )
         return config
 
+    def check_weights(self, download: bool = True) -> list[str]:
+        """The weights that the model's files lack, all of which `new_weights` allows. UserError for others, for weights
+        of another shape, and for two different ones that should be one.
+
+        Only the files' headers are read. The answer is empty for files of another format than safetensors, for
+        quantized ones and, without `download`, for those of a Hub name that aren't here: `load` checks those.
+        """
+        from sft.model import missing
+        from sft.model.sharded_loading import weight_files
+
+        config = self.load_config()
+        if self.init != "pretrained" or getattr(config, "quantization_config", None):
+            return []
+        assert self.path is not None
+        try:
+            if not (files := weight_files(self.path, self.revision, download)):
+                return []
+            empty = self.empty(config)
+            new = missing.check(missing.of_files(empty, files), empty, self.path, self.new_weights or ())
+            missing.check_ties(empty, files, self.path)
+            return new
+        except UserError:
+            raise
+        except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
+            raise _not_loaded("model", self.path, error) from error
+
+    def empty(self, config: "PretrainedConfig", dtype: "torch.dtype | None" = None) -> "PreTrainedModel":
+        """The model without its weights: names, shapes and layers."""
+        import torch
+        from transformers import AutoModelForCausalLM
+
+        options: dict[str, Any] = {"dtype": dtype} if dtype else {}
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config, trust_remote_code=self.trust_remote_code, **options)
+
     def load(self, dtype: "torch.dtype", weights: bool = True, sharding: "Sharding | None" = None) -> "PreTrainedModel":
         """The model in training mode; `weights=False` leaves them undefined, to be filled from a checkpoint.
 
         With an adapter, only the adapter is trainable; the base weights are always read from `path`. With `sharding`,
-        each rank holds its part of the parameters plus the tensor being read.
+        each rank holds its part of the parameters plus the tensor being read. UserError for weights that its files lack
+        and `new_weights` doesn't allow; those that it does are drawn from torch's last seed.
         """
+        import torch
         from accelerate import init_empty_weights
         from transformers import AutoModelForCausalLM
 
-        from sft.model import attention  # noqa: F401  registers `packed`
+        from sft.model import attention, missing  # noqa: F401  the first registers `packed`
         from sft.model.sharded_loading import load_sharded
 
         config = self.load_config()
+        new = self.check_weights() if weights or self.adapter else []
+        empty = self.empty(config) if new else None
         options: dict[str, Any] = {"trust_remote_code": self.trust_remote_code}
         options |= {"dtype": dtype, "attn_implementation": self.attention}
         if self.adapter and self.adapter.quantize:
@@ -179,7 +224,17 @@ class ModelSource:
         def load_whole() -> "PreTrainedModel":
             if path is None:
                 return AutoModelForCausalLM.from_config(config, **options)
-            return AutoModelForCausalLM.from_pretrained(path, config=config, revision=self.revision, **options)
+            options.update(ignore_mismatched_sizes=True, output_loading_info=True)
+            with missing.without_report():
+                whole, info = AutoModelForCausalLM.from_pretrained(
+                    path, config=config, revision=self.revision, **options
+                )
+            lacking = missing.check(info, whole, path, self.new_weights or ())
+            with torch.no_grad():
+                for name, parameter in whole.named_parameters() if lacking else ():
+                    if name in lacking:
+                        parameter.copy_(missing.drawn(empty or self.empty(config), name))
+            return whole
 
         try:
             if sharding is not None or not (weights or self.adapter):
@@ -194,9 +249,12 @@ class ModelSource:
                     adapter=self.adapter,
                     weights=weights,
                     sharding=sharding,
+                    drawn={name: partial(missing.drawn, empty, name) for name in new},
                 )
             else:
                 model = load_whole()
+        except UserError:
+            raise
         except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
             raise _not_loaded("model", self.path or "(random)", error) from error
         if self.adapter and sharding is None:

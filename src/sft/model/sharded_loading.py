@@ -37,6 +37,7 @@ def load_sharded(
     adapter: Adapter | None,
     weights: bool,
     sharding: Sharding | None,
+    drawn: Mapping[str, Callable[[], Tensor]] | None = None,
 ) -> None:
     """Shards a model whose parameters hold nothing yet, and reads each rank's part of each weight into its place.
 
@@ -45,7 +46,9 @@ def load_sharded(
             at random (`path` None), or stored under other names. It takes the whole model's memory.
         weights: read them; without, and without an adapter, their values stay undefined.
         sharding: without, the model stays whole.
+        drawn: the value of each weight that the files lack.
     """
+    drawn = drawn or {}
     shapes = {name: list(tensor.shape) for name, tensor in [*model.named_parameters(), *persistent_buffers(model)]}
     if adapter:
         adapter.add(model)
@@ -56,7 +59,8 @@ def load_sharded(
         model.tie_weights()  # each module got memory of its own
     if not (weights or adapter):
         return
-    read = weight_reader(path, revision, shapes, model.base_model_prefix) if path else None
+    stored = {name: shape for name, shape in shapes.items() if name not in drawn}
+    read = weight_reader(path, revision, stored, model.base_model_prefix) if path else None
     if read is None:
         whole = load_whole()
         values = {name: tensor.detach().reshape(-1) for name, tensor in whole.named_parameters()}
@@ -69,6 +73,8 @@ def load_sharded(
             stop = part.start + part.numel
             if adapter and parameter.requires_grad:
                 part.weight.copy_(initial(name, full_shape(parameter)).view(-1)[part.start : stop])
+            elif name in drawn:
+                part.weight.copy_(drawn[name]().view(-1)[part.start : stop])
             else:
                 part.weight.copy_(read(name.replace(".base_layer.", "."), part.start, stop))
             layout.loaded(parameter)
@@ -93,13 +99,21 @@ def weight_reader(source: str, revision: str | None, shapes: Mapping[str, list[i
     return lambda name, start, stop: read_range(file_of[keys[name]], keys[name], start, stop)
 
 
-def weight_files(source: str, revision: str | None) -> list[str]:
-    """A model's safetensors files, from a folder or the Hub; none where a weight is in another format."""
+def weight_files(source: str, revision: str | None, download: bool = True) -> list[str]:
+    """A model's safetensors files, from a folder or the Hub; none where a weight is in another format, or, without
+    `download`, not here."""
     folder = Path(source).expanduser()
     path = str(folder) if folder.is_dir() else source
 
     def file(name: str) -> str | None:
-        return cached_file(path, name, revision=revision, _raise_exceptions_for_missing_entries=False)
+        return cached_file(
+            path,
+            name,
+            revision=revision,
+            local_files_only=not download,
+            _raise_exceptions_for_missing_entries=False,
+            _raise_exceptions_for_connection_errors=False,
+        )
 
     if whole := file("model.safetensors"):
         return [whole]

@@ -38,6 +38,7 @@ TODAY = "today"  # the one name in `model.template` that is ours: the day that t
 NEUTRAL: dict[str, object] = {
     "model.template": {},
     "model.template.today": None,
+    "model.new_weights": None,
     "data.train_on": "all",
     "data.train_reasoning": True,
     "data.train_tool_calls": True,

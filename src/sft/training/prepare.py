@@ -7,6 +7,7 @@ import warnings
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 from hydra.utils import instantiate
@@ -73,8 +74,13 @@ def template_settings(
     return settled(tokenizer.chat_template, settings, day)
 
 
-def setup(config: DictConfig, start_step: int = 0, run: Run | None = None) -> Prepared:
-    """Checks model, tokenizer and data against each other; builds or opens the token stores."""
+def setup(
+    config: DictConfig, start_step: int = 0, run: Run | None = None, weights: Literal["read", "here"] | None = None
+) -> Prepared:
+    """Checks model, tokenizer and data against each other; builds or opens the token stores.
+
+    `weights`: that the model's files hold them is checked first if they are to be read, or are here.
+    """
     if config.data.conversation._target_ == UNREAD:  # no command line has settled it
         settle_data(config)
     for line in said():
@@ -83,6 +89,8 @@ def setup(config: DictConfig, start_step: int = 0, run: Run | None = None) -> Pr
     data_config = instantiate(config.data, _convert_="all")
     tokenizer = source.load_tokenizer()
     source.check(tokenizer, data_config.max_length)
+    if weights and (new := source.check_weights(download=weights == "read")):
+        log(f"model: drawn at random, as model.new_weights says: {', '.join(sorted(new))}")
     template = template_settings(source.template, tokenizer, run, is_main())
     splits = data_config.datasets(tokenizer, seed=config.seed, template=template, wait=not is_main(), log=log)
     data = SFTDataModule(
