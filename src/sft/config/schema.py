@@ -213,6 +213,7 @@ Model = table(
     compile=Yes,
     trust_remote_code=Yes,
     new_weights=maybe(described("a list of names or glob patterns of weights", Texts)),
+    add_tokens=maybe(described("a list of texts", Texts)),
 )
 Adapter = table(
     "Adapter",
@@ -221,6 +222,12 @@ Adapter = table(
     dropout=BelowOne,
     target_modules=described("all-linear, a list of names, or one regular expression for whole names", Text | Texts),
     use_rslora=Yes,
+    use_dora=Yes,
+    init=described(
+        "one of default, gaussian, orthogonal (pissa, olora, corda, loftq and eva change the base's weights or need "
+        "data)",
+        Literal["default", "gaussian", "orthogonal"],
+    ),
     quantize=Yes,
     merge=Yes,
 )

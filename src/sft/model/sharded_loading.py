@@ -11,9 +11,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils.hub import cached_file
 
-from sft.checkpoint.layout import Whole, allocate, full_shape, persistent_buffers
+from sft.checkpoint.layout import Whole, allocate, persistent_buffers
 from sft.checkpoint.safetensors_file import read_range
-from sft.model.adapter import Adapter, initial
+from sft.model.adapter import Adapter
+from sft.model.vocabulary import Growth
 
 Read = Callable[[str, int, int], Tensor]  # name, start, stop -> flat values, 1-D
 
@@ -38,6 +39,7 @@ def load_sharded(
     weights: bool,
     sharding: Sharding | None,
     drawn: Mapping[str, Callable[[], Tensor]] | None = None,
+    growth: Growth | None = None,
 ) -> None:
     """Shards a model whose parameters hold nothing yet, and reads each rank's part of each weight into its place.
 
@@ -47,6 +49,7 @@ def load_sharded(
         weights: read them; without, and without an adapter, their values stay undefined.
         sharding: without, the model stays whole.
         drawn: the value of each weight that the files lack.
+        growth: of the vocabulary, beyond what the files hold.
     """
     drawn = drawn or {}
     shapes = {name: list(tensor.shape) for name, tensor in [*model.named_parameters(), *persistent_buffers(model)]}
@@ -59,6 +62,8 @@ def load_sharded(
         model.tie_weights()  # each module got memory of its own
     if not (weights or adapter):
         return
+    if growth:
+        shapes |= {name: [growth.stored, *shapes[name][1:]] for name in growth.names if name in shapes}
     stored = {name: shape for name, shape in shapes.items() if name not in drawn}
     read = weight_reader(path, revision, stored, model.base_model_prefix) if path else None
     if read is None:
@@ -66,17 +71,27 @@ def load_sharded(
         values = {name: tensor.detach().reshape(-1) for name, tensor in whole.named_parameters()}
         values |= {name: buffer.reshape(-1) for name, buffer in persistent_buffers(whole)}
         read = lambda name, start, stop: values[name][start:stop]  # noqa: E731
+        drawn, growth = {}, None
+    new, read_stored = drawn, read
+
+    def value(name: str, start: int, stop: int) -> Tensor:
+        if growth is None or name not in growth.names:
+            return new[name]().view(-1)[start:stop] if name in new else read_stored(name, start, stop)
+        shape = shapes[name]
+        whole = new[name]() if name in new else read_stored(name, 0, torch.Size(shape).numel()).view(shape)
+        return growth.grow(whole).view(-1)[start:stop]
+
     layout = sharding.layout if sharding is not None else Whole
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             part = layout.part(name, parameter)
             stop = part.start + part.numel
             if adapter and parameter.requires_grad:
-                part.weight.copy_(initial(name, full_shape(parameter)).view(-1)[part.start : stop])
-            elif name in drawn:
-                part.weight.copy_(drawn[name]().view(-1)[part.start : stop])
+                first = adapter.first(name, parameter)
+                assert first is not None, f"{name} is computed from whole weights"
+                part.weight.copy_(first.view(-1)[part.start : stop])
             else:
-                part.weight.copy_(read(name.replace(".base_layer.", "."), part.start, stop))
+                part.weight.copy_(value(name.replace(".base_layer.", "."), part.start, stop))
             layout.loaded(parameter)
         for name, buffer in persistent_buffers(model):
             buffer.copy_(read(name, 0, buffer.numel()).view(buffer.shape))

@@ -7,6 +7,7 @@ import warnings
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -18,6 +19,7 @@ from transformers.utils import logging as transformers_logging
 from sft.data.chat_template import special_ids
 from sft.data.clock import settled, today
 from sft.data.dataset import Datasets, wait_until
+from sft.model.fingerprint import Fingerprint, fingerprint
 from sft.model.loading import ModelSource
 from sft.runs.identity import UNREAD
 from sft.runs.run import Run
@@ -36,6 +38,11 @@ class Prepared:
     data: SFTDataModule
     template: dict[str, object]  # what the chat template is rendered with
 
+    def fingerprint(self, cache_dir: str, weights: bool) -> Fingerprint:
+        """Of model, tokenizer and chat template; of the model's weights where they are read."""
+        template = str(self.tokenizer.chat_template or "")
+        return fingerprint(self.source, Path(cache_dir), weights=weights, template=template)
+
     @property
     def stop_token_ids(self) -> list[int]:
         """The special tokens that end the responses of the training data, commonest first: where a server has to
@@ -49,10 +56,18 @@ class Prepared:
         return [token for token, _ in ends.most_common() if token in special]
 
 
-def model_source(config: DictConfig) -> ModelSource:
-    """The model that a configuration's `model` and `adapter` name."""
+def model_source(config: DictConfig, run: Run | None = None) -> ModelSource:
+    """The model that a configuration's `model` and `adapter` name. Of a Hub name, the run's own commit."""
     adapter = instantiate(config.get("adapter"), _convert_="all") or None
-    return replace(instantiate(config["model"], _convert_="all"), adapter=adapter)
+    source: ModelSource = replace(instantiate(config["model"], _convert_="all"), adapter=adapter)
+    commit = run.model.get("configuration", {}).get(str(source.path)) if run else None
+    return replace(source, revision=commit) if commit and not source.tokenizer else source
+
+
+def check_model(run: Run, source: ModelSource, weights: bool) -> None:
+    """UserError if files of the model have changed since the run began; `weights`: its weights are read, too."""
+    if run.model:
+        run.check_model(fingerprint(source, Path(run.config["data"]["cache_dir"]), weights=weights))
 
 
 def template_settings(
@@ -85,7 +100,7 @@ def setup(
         settle_data(config)
     for line in said():
         log(line)
-    source = model_source(config)
+    source = model_source(config, run)
     data_config = instantiate(config.data, _convert_="all")
     tokenizer = source.load_tokenizer()
     source.check(tokenizer, data_config.max_length)
