@@ -7,8 +7,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from sft.checkpoint.layout import Whole, allocate
 from sft.data.labels import IGNORE
 from sft.data.rows import Source
 from sft.data.store import Store, sum_weights
@@ -24,6 +25,16 @@ SIZE: dict[str, Any] = {
     "num_key_value_heads": 2,
     "max_position_embeddings": 64,
 }
+
+
+class OneRank:
+    """Shards by giving this rank everything."""
+
+    layout = Whole
+
+    def shard(self, model: nn.Module) -> None:
+        allocate(model, torch.device("cpu"))
+        model.tie_weights()
 
 
 def pack(lengths: list[int]) -> dict:

@@ -11,7 +11,7 @@ from peft import PeftModel
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import settings
-from made_up import SIZE, Weights
+from made_up import SIZE, OneRank, Weights
 from sft.errors import UserError
 from sft.export.merge import merged, stored_weights, write_adapter
 from sft.model import adapter as adapters
@@ -252,3 +252,52 @@ def test_where_four_bits_are_not(
     monkeypatch.setattr(adapters.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=message):
         adapters.check_quantization(strategy, accelerator)
+
+
+@pytest.mark.filterwarnings("ignore")  # peft's, of what it does about kinds of layers
+@pytest.mark.parametrize("kind", ["tied", "transposed"])
+def test_dora_begins_as_the_base_and_merges_as_peft_merges(kind: str, tmp_path: Path) -> None:
+    source = settings.model_source(
+        path=str(base_folder(tmp_path / "base", kind)),
+        attention="eager",
+        adapter=settings.adapter(r=4, alpha=6, use_dora=True),
+    )
+    ids = torch.arange(20)[None]
+    model: Any = source.load(torch.float32)
+    with torch.no_grad():
+        before = replace(source, adapter=None).load(torch.float32).eval()(ids).logits
+        assert torch.allclose(model.eval()(ids).logits, before, atol=1e-6)
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name or "magnitude" in name:
+                parameter.add_(torch.full_like(parameter, 0.05))
+        trained_logits = model(ids).logits
+    weights = adapter_of(model)
+    assert sum("magnitude" in name for name in weights.tensors) == len(weights.tensors) // 3 > 0
+    _, read = merged(source, weights.layout, weights.read)
+    (tmp_path / "adapter").mkdir()
+    write_adapter(tmp_path / "adapter", source, weights.layout, weights.read, None)
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float32, attn_implementation="eager")
+    adapted = PeftModel.from_pretrained(base, tmp_path / "adapter").eval()
+    with torch.no_grad():
+        assert torch.equal(adapted(ids).logits, trained_logits)
+    for name, parameter in adapted.merge_and_unload().named_parameters():
+        assert torch.allclose(read(name), parameter, atol=1e-6), name
+    with pytest.raises(UserError, match=r"adapter.use_dora=true needs the norms of whole weights"):
+        source.load(torch.float32, sharding=OneRank())
+
+
+def test_other_first_weights(model_folder: Path) -> None:
+    source = settings.model_source(path=str(model_folder), attention="eager")
+    ids = torch.arange(20)[None]
+    expected = source.load(torch.float32)(ids).logits
+    for init, std in (("gaussian", 1 / 16), ("orthogonal", 0.1 / math.sqrt(2))):
+        torch.manual_seed(3)
+        model: Any = replace(source, adapter=settings.adapter(init=init)).load(torch.float32)
+        layer = model.model.layers[1].mlp.up_proj
+        a, b = layer.lora_A.default.weight.detach(), layer.lora_B.default.weight.detach()
+        assert float(a.std()) == pytest.approx(std, rel=0.1)
+        assert float((b @ a).abs().max()) < 1e-6
+        assert bool(b.any()) == (init == "orthogonal")
+        assert torch.allclose(model(ids).logits, expected, atol=1e-5)
+    with pytest.raises(UserError, match=r"orthogonal needs an even adapter.r, and it is 5"):
+        settings.adapter(init="orthogonal", r=5)

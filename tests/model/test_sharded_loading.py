@@ -6,22 +6,11 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from torch import nn
 
 import settings
 from conftest import tiny_llama
-from sft.checkpoint.layout import Whole, allocate
+from made_up import OneRank
 from sft.model import sharded_loading
-
-
-class OneRank:
-    """Shards by giving this rank everything."""
-
-    layout = Whole
-
-    def shard(self, model: nn.Module) -> None:
-        allocate(model, torch.device("cpu"))
-        model.tie_weights()
 
 
 def streamed(folder: Path) -> Any:

@@ -32,7 +32,7 @@ from sft.runs.identity import TODAY, Config
 from sft.runs.metrics_file import Metrics
 from sft.runs.run import Run
 from sft.training.log import log
-from sft.training.prepare import Prepared, model_source, quiet
+from sft.training.prepare import Prepared, check_model, model_source, quiet
 
 
 def main(config: DictConfig) -> None:
@@ -61,7 +61,8 @@ def export_run(
     """
     dtypes = {None: None, "float32": torch.float32, "bfloat16": torch.bfloat16}
     settings = run.config
-    source = model_source(OmegaConf.create(dict(settings)))
+    source = model_source(OmegaConf.create(dict(settings)), run)
+    check_model(run, source, weights=source.adapter is not None)
     if source.adapter:
         merge = source.adapter.merge if merge is None else merge
         source.adapter.check_merge(merge, "merge")
@@ -121,7 +122,7 @@ def try_export(prepared: Prepared, run: Run | None = None) -> None:
             if merge is False:
                 adapter_config(source).save_pretrained(folder)
                 AutoConfig.from_pretrained(
-                    str(source.path), revision=source.revision or "main", trust_remote_code=False
+                    str(source.base), revision=source.base_revision or "main", trust_remote_code=False
                 )
             else:
                 model = empty_model(source)

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 from hydra.utils import instantiate
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from sft.data.conversation import Row, RowFunction
@@ -29,12 +29,14 @@ from sft.errors import BadRow, UserError
 from sft.export.folder import load_exported
 from sft.runs.files import input_file
 from sft.runs.run import Run
-from sft.training.prepare import quiet, template_settings
+from sft.training.prepare import check_model, model_source, quiet, template_settings
 
 
 def main(config: DictConfig) -> None:
     run = Run.find(config.run, config.runs_dir)
     folder = run.exported()
+    if (folder / "adapter_config.json").exists():  # nothing without its base
+        check_model(run, model_source(OmegaConf.create(dict(run.config)), run), weights=True)
     quiet()
     row_function = instantiate(run.config["data"]["conversation"], _convert_="all")
     asked = read(config, row_function)

@@ -110,7 +110,7 @@ def _check(config: DictConfig, folder: Path, num_rows: int) -> str:
     run = Run.of(settings)
     check_writable(Path(config.data.cache_dir), "data.cache_dir")
     cut_data(small.data, folder, num_rows)
-    prepared = setup(small, run=run)
+    prepared = setup(small, run=run, weights="here")
     stops = check_stops(prepared)
     if config.export:
         try_export(prepared)

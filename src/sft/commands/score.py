@@ -16,7 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from hydra.utils import instantiate
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from transformers import AutoTokenizer, PreTrainedModel
 
 from sft.data.batch import make_batch, to_device
@@ -32,7 +32,7 @@ from sft.model import attention
 from sft.model.loss import head_is_plain_matrix, token_log_probs
 from sft.runs.files import output_file
 from sft.runs.run import Run
-from sft.training.prepare import quiet, template_settings
+from sft.training.prepare import check_model, model_source, quiet, template_settings
 
 
 def main(config: DictConfig) -> None:
@@ -40,6 +40,8 @@ def main(config: DictConfig) -> None:
     path = output_file(config.output, "output") if config.output else None
     run = Run.find(config.run, config.runs_dir)
     folder = run.exported()
+    if (folder / "adapter_config.json").exists():  # nothing without its base
+        check_model(run, model_source(OmegaConf.create(dict(run.config)), run), weights=True)
     settings = run.config
     data_config = instantiate(settings["data"], _convert_="all")
     if config.path is not None:

@@ -78,11 +78,13 @@ def main(config: DictConfig) -> float | None:
     check_targets(config)
     check_devices(config.trainer.accelerator, config.trainer.devices)
     resume = checkpoints.latest(run.checkpoints)
-    prepared = setup(config, start_step=resume.step if resume else 0, run=run)
+    reads = resume is None or bool(config.adapter)
+    prepared = setup(config, start_step=resume.step if resume else 0, run=run, weights="read" if reads else None)
     data = prepared.data
     check_schedule(config.schedule, data.num_steps)
 
-    attempt = run.attempt(settings, prepared.splits.fingerprint, data.num_steps, is_main(), prepared.template)
+    model = prepared.fingerprint(config.data.cache_dir, weights=reads) if is_main() else None
+    attempt = run.attempt(settings, prepared.splits.fingerprint, data.num_steps, is_main(), prepared.template, model)
     with attempt as status, tracking():
         if is_main():
             write_json(run.folder / "data.json", prepared.splits.ledger)

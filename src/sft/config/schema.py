@@ -236,6 +236,8 @@ Model = table(
     compile=Yes,
     neftune_alpha=NotNegative,
     trust_remote_code=Yes,
+    new_weights=maybe(described("a list of names or glob patterns of weights", Texts)),
+    add_tokens=maybe(described("a list of texts", Texts)),
 )
 Adapter = table(
     "Adapter",
@@ -244,6 +246,12 @@ Adapter = table(
     dropout=BelowOne,
     target_modules=described("all-linear, a list of names, or one regular expression for whole names", Text | Texts),
     use_rslora=Yes,
+    use_dora=Yes,
+    init=described(
+        "one of default, gaussian, orthogonal (pissa, olora, corda, loftq and eva change the base's weights or need "
+        "data)",
+        Literal["default", "gaussian", "orthogonal"],
+    ),
     quantize=Yes,
     merge=Yes,
 )

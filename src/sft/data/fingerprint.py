@@ -4,7 +4,7 @@ import hashlib
 import inspect
 import json
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import fields
 from functools import partial
@@ -42,15 +42,24 @@ def data_fingerprint(source: Source, cache_dir: Path) -> str:
 
 def _file_hash(file: Path, memo_dir: Path) -> str:
     """sha256 of a file, remembered by (path, size, modification time)."""
+
+    def compute() -> str:
+        with file.open("rb") as stream:
+            return hashlib.file_digest(stream, "sha256").hexdigest()
+
     stat = file.stat()
-    identity = f"{file.resolve()}\n{stat.st_size}\n{stat.st_mtime_ns}"
-    memo = memo_dir / hashlib.sha256(identity.encode()).hexdigest()
-    if memo.exists() and len(remembered := memo.read_text()) == NUM_DIGITS:  # else another rank is writing it
-        return remembered
-    with file.open("rb") as stream:
-        digest = hashlib.file_digest(stream, "sha256").hexdigest()
+    return remembered(file, f"{stat.st_size}\n{stat.st_mtime_ns}", memo_dir, compute)
+
+
+def remembered(file: Path, state: str, memo_dir: Path, compute: Callable[[], str]) -> str:
+    """What `compute` says of a file, in 64 digits; asked once while the file is in this state."""
+    changed = file.stat().st_mtime
+    memo = memo_dir / hashlib.sha256(f"{file.resolve()}\n{state}".encode()).hexdigest()
+    if memo.exists() and len(known := memo.read_text()) == NUM_DIGITS:  # else another rank is writing it
+        return known
+    digest = compute()
     # A file changed a moment ago may change again within the same tick of its clock ("racily clean", in git's words).
-    if time.time() - stat.st_mtime > RACY_SECONDS:
+    if time.time() - changed > RACY_SECONDS:
         with suppress(OSError):  # a store in a read-only cache can still be opened
             memo_dir.mkdir(parents=True, exist_ok=True)
             memo.write_text(digest)

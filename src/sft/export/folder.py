@@ -60,13 +60,10 @@ def write_model(
 
 def empty_model(source: ModelSource, dtype: torch.dtype | None = None, adapter: bool = False) -> PreTrainedModel:
     """The model without its weights: names, shapes and layers."""
-    options = {"dtype": dtype} if dtype else {}
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(
-            source.load_config(), trust_remote_code=source.trust_remote_code, **options
-        )
-        if adapter:
-            assert source.adapter is not None
+    model = source.empty(source.load_config(), dtype)
+    if adapter:
+        assert source.adapter is not None
+        with torch.device("meta"):
             source.adapter.add(model)
     return model
 
@@ -132,13 +129,13 @@ def generation_config(
 def _base_generation_config(source: ModelSource, log: Callable[[str], None]) -> GenerationConfig:
     """Without the settings that its other settings leave without effect, such as a temperature with do_sample=false:
     transformers loads them and refuses to save them."""
-    assert source.path is not None
+    assert source.base is not None
     try:
-        generation = GenerationConfig.from_pretrained(source.path, revision=source.revision or "main")
+        generation = GenerationConfig.from_pretrained(source.base, revision=source.base_revision or "main")
         if idle := _without_effect(generation):
             values = ", ".join(f"{name}={getattr(generation, name)}" for name in idle)
             log(
-                f"the generation config of {source.path} sets {values} without effect (do_sample="
+                f"the generation config of {source.base} sets {values} without effect (do_sample="
                 f"{bool(generation.do_sample)}, num_beams={generation.num_beams or 1}): left out of the export"
             )
             for name in idle:
@@ -150,7 +147,7 @@ def _base_generation_config(source: ModelSource, log: Callable[[str], None]) -> 
             return GenerationConfig()
         message = " ".join(str(error).split())[:300]
         raise UserError(
-            f"the generation config of {source.path} can't be used: {message}: correct generation_config.json in a "
+            f"the generation config of {source.base} can't be used: {message}: correct generation_config.json in a "
             "copy of the model's folder, and name that in model.path"
         ) from error
     return generation

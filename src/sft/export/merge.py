@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from sft.checkpoint import safetensors_file
 from sft.checkpoint.layout import persistent_buffers
 from sft.export.folder import Read, Specs, empty_model, names_on_disk
-from sft.model.adapter import NAME
+from sft.model.adapter import NAME, stored_name
 from sft.model.loading import ModelSource
 from sft.model.sharded_loading import weight_reader
 
@@ -25,7 +25,7 @@ def write_adapter(folder: Path, source: ModelSource, specs: Specs, read: Read, d
     """Writes the weights and configuration that peft and transformers load over the base model; `dtype` None keeps
     each weight's own."""
     adapter_config(source).save_pretrained(str(folder))
-    names = {f"base_model.model.{name.replace(f'.{NAME}.', '.')}": name for name in specs}
+    names = {stored_name(name): name for name in specs}
     stored_specs = {stored: (dtype or specs[name][0], specs[name][1]) for stored, name in names.items()}
     safetensors_file.write(
         folder / "adapter_model.safetensors",
@@ -39,17 +39,18 @@ def adapter_config(source: ModelSource) -> "PeftConfig":
     from peft import PeftConfig
 
     config = empty_model(source, adapter=True).peft_config[NAME]
-    assert isinstance(config, PeftConfig) and source.path is not None
+    assert isinstance(config, PeftConfig) and source.base is not None
     config.inference_mode = True
-    local = Path(source.path).expanduser()
+    local = Path(source.base).expanduser()
     # A folder's whole path means the same wherever the adapter is loaded.
-    config.base_model_name_or_path = str(local.resolve()) if local.is_dir() else source.path
-    config.revision = source.revision
+    config.base_model_name_or_path = str(local.resolve()) if local.is_dir() else source.base
+    config.revision = source.base_revision
     return config
 
 
 def merged(source: ModelSource, specs: Specs, read: Read, dtype: torch.dtype) -> tuple[Specs, Read]:
-    """The whole model's weights, from an adapter's: W + alpha / r · B A for each adapted layer.
+    """The whole model's weights, from an adapter's: W + alpha / r · B A for each adapted layer; with DoRA its rows are
+    brought to the length of their magnitudes.
 
     A weight is computed in fp32 when it is read, and has the `dtype` that the run held the base model in. Only one
     weight is in memory, unless transformers changes the base model's tensors when it loads them: peft merges those all
@@ -74,7 +75,11 @@ def merged(source: ModelSource, specs: Specs, read: Read, dtype: torch.dtype) ->
         a, b = (read(f"{layer}{matrix}.{NAME}.weight").float() for matrix in ("lora_A", "lora_B"))
         added = (b @ a).mul_(layers[name].scaling[NAME])  # in fp32, and in place: as large as the weight
         transposed = layers[name].fan_in_fan_out  # type: ignore[attr-defined]  # of linear layers, and there are no others
-        return (added.T if transposed else added).add_(weight).to(weight.dtype)
+        whole = (added.T if transposed else added).add_(weight)
+        if (magnitude := f"{layer}lora_magnitude_vector.{NAME}.weight") in specs:  # DoRA: arXiv 2402.09353, equation 5
+            outputs = whole.T if transposed else whole
+            outputs.mul_((read(magnitude).float() / torch.linalg.norm(outputs, dim=1))[:, None])
+        return whole.to(weight.dtype)
 
     return merged_specs, merged_weight
 
@@ -92,7 +97,7 @@ def merged_by_peft(source: ModelSource, specs: Specs, read: Read, dtype: torch.d
     """The merged model's weights by name."""
     from peft import PeftModel
 
-    base = replace(source, adapter=None).load(dtype)
+    base = replace(source, path=source.base, revision=source.base_revision, adapter=None).load(dtype)
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # peft's remarks, as when the adapter was added
         write_adapter(Path(folder), source, specs, read, None)
@@ -110,9 +115,9 @@ def stored_weights(source: ModelSource, model: PreTrainedModel, specs: Specs) ->
     names = names_on_disk(model, specs)
     if names is None or len(names) < len(specs):
         return None
-    assert source.path is not None
+    assert source.base is not None
     shapes = {stored: list(specs[name][1]) for stored, name in names.items()}
-    read_range = weight_reader(source.path, source.revision, shapes, model.base_model_prefix)
+    read_range = weight_reader(source.base, source.base_revision, shapes, model.base_model_prefix)
     if read_range is None:
         return None
     stored_names = {name: stored for stored, name in names.items()}

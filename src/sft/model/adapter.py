@@ -1,11 +1,13 @@
 """Adds a low-rank adapter (LoRA, arXiv 2106.09685) to a model. Its layers are peft's."""
 
 import importlib.util
+import json
 import math
 import re
 import warnings
 import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sft.errors import UserError
@@ -18,6 +20,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 NAME = "default"  # peft's own for an adapter that is the only one
+MAGNITUDE = f".lora_magnitude_vector.{NAME}.weight"  # of DoRA, [number of outputs]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,8 +37,14 @@ class Adapter:
     use_rslora: bool
     quantize: bool  # W in 4 bits (QLoRA, arXiv 2305.14314)
     merge: bool
+    # Runs begun before these settings existed lack them.
+    use_dora: bool = False  # the length of each of W's rows is trained by itself (DoRA, arXiv 2402.09353)
+    init: str = "default"  # default | gaussian | orthogonal
+    begun: "Begun | None" = None  # the adapter that is continued
 
     def __post_init__(self) -> None:
+        if self.init == "orthogonal" and self.r % 2:
+            raise UserError(f"adapter.init=orthogonal needs an even adapter.r, and it is {self.r}")
         self.check_merge(self.merge, "adapter.merge")
 
     def check_merge(self, merge: bool, setting: str) -> None:
@@ -50,32 +59,69 @@ class Adapter:
         """These settings as peft takes them."""
         from peft import LoraConfig, TaskType
 
+        if self.begun is not None:
+            config = LoraConfig.from_pretrained(self.begun.folder)
+            config.inference_mode, config.init_lora_weights, config.lora_dropout = False, True, self.dropout
+            return config
         return LoraConfig(
             r=self.r,
             lora_alpha=self.alpha,
             lora_dropout=self.dropout,
             target_modules=self.target_modules,
             use_rslora=self.use_rslora,
+            use_dora=self.use_dora,
+            init_lora_weights=True if self.init == "default" else self.init,  # type: ignore[arg-type]  # one of peft's
             task_type=TaskType.CAUSAL_LM,
         )
 
     def add(self, model: "PreTrainedModel") -> None:
         """Adds the adapter, in fp32 whatever its layers are in, and freezes everything else.
 
-        At first it changes nothing, since B is zero. In a model without weights its own stay empty too.
+        At first it changes nothing, since B A is zero, unless one is continued. In a model without weights its own
+        stay empty too.
         """
         import torch
         from peft import inject_adapter_in_model
 
-        self.check_targets(model)
+        if self.begun is None:
+            self.check_targets(model)
         with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
             warnings.simplefilter("ignore")  # peft explains how it treats some layers
-            inject_adapter_in_model(self.lora_config(), model, adapter_name=NAME)
+            try:
+                inject_adapter_in_model(self.lora_config(), model, adapter_name=NAME)
+            except ValueError as error:
+                message = " ".join(str(error).split())[:300]
+                raise UserError(f"the adapter doesn't fit {type(model).__name__}: {message}") from error
+        if self.begun is not None:
+            self.begun.check(model)
         for name, parameter in model.named_parameters():
             if parameter.requires_grad:
                 parameter.data = parameter.data.float()  # peft takes the dtype of the layer
-            if parameter.requires_grad and not parameter.is_meta:
-                parameter.data.copy_(initial(name, parameter.shape))
+            if parameter.requires_grad and not parameter.is_meta and (value := self.first(name, parameter)) is not None:
+                parameter.data.copy_(value)
+
+    def first(self, name: str, parameter: "Tensor") -> "Tensor | None":
+        """What a weight of the adapter begins with, in fp32; None for DoRA's magnitudes, which peft has set to the
+        norms of the base's rows."""
+        if self.begun is not None:
+            return self.begun.weight(name)
+        if MAGNITUDE in name:
+            return None
+        return initial(name, getattr(parameter, "ds_shape", parameter.shape), self.init)  # of ZeRO-3, the whole
+
+    def continuing(self, begun: "Begun") -> "Adapter":
+        """These settings, with what the adapter that is continued decides by itself."""
+        own = begun.settings
+        return replace(
+            self,
+            begun=begun,
+            r=own["r"],
+            alpha=own["lora_alpha"],
+            target_modules=own["target_modules"],
+            use_rslora=own.get("use_rslora", False),
+            use_dora=own.get("use_dora", False),
+            init="default",
+        )
 
     def check_targets(self, model: "PreTrainedModel") -> None:
         """Refuses a target that names no layer, one that isn't linear, or the input embeddings by another name."""
@@ -111,20 +157,135 @@ class Adapter:
                     )
 
 
-def initial(name: str, shape: "Sequence[int]") -> "Tensor":
-    """An adapter's weight at first: zero for B; A is drawn as peft does, from ±1 / sqrt(number of inputs).
+def initial(name: str, shape: "Sequence[int]", init: object = "default") -> "Tensor":
+    """An adapter's weight at first, as peft draws it. By default B is zero and A from ±1 / sqrt(number of inputs).
+
+    `gaussian`: A is normal of standard deviation 1 / r. `orthogonal`: A and B are drawn from two halves of an
+    orthogonal basis of rank r, so that B A is zero (https://datta0.github.io/posts/rethink-lora-init/).
 
     It depends on its name and on torch's last seed alone, so A is the same on all ranks, however the model is loaded
     and sharded.
     """
     import torch
 
+    def generator(text: str) -> torch.Generator:
+        return torch.Generator().manual_seed(torch.initial_seed() ^ zlib.crc32(text.encode()))
+
     # In fp32 on the processor, whatever torch's defaults are while the model is made.
     weight = torch.zeros(*shape, dtype=torch.float32, device="cpu")
-    if ".lora_A." not in name:
+    is_a = ".lora_A." in name
+    if init == "orthogonal":
+        rank = shape[0] if is_a else shape[1]
+        layer = name.replace(".lora_B.", ".lora_A.")
+        basis, _ = torch.linalg.qr(torch.zeros(rank, rank).normal_(generator=generator(f"{layer} basis")))
+        half = basis[0::2] if is_a else basis[1::2]  # [rank / 2, rank]
+        size = shape[1] if is_a else shape[0]
+        drawn = torch.zeros(size, rank // 2).normal_(generator=generator(name)) @ half / 10  # [size, rank]
+        return (drawn.T if is_a else drawn).contiguous()
+    if not is_a:
         return weight
-    generator = torch.Generator().manual_seed(torch.initial_seed() ^ zlib.crc32(name.encode()))
-    return (weight.uniform_(generator=generator) * 2 - 1) / math.sqrt(shape[1])
+    if init == "gaussian":
+        return weight.normal_(std=1 / shape[0], generator=generator(name))
+    return (weight.uniform_(generator=generator(name)) * 2 - 1) / math.sqrt(shape[1])
+
+
+def stored_name(name: str) -> str:
+    """The name that peft stores a weight of the adapter by."""
+    return f"base_model.model.{name.replace(MAGNITUDE, '.lora_magnitude_vector').replace(f'.{NAME}.', '.')}"
+
+
+@dataclass(frozen=True)
+class Begun:
+    """A LoRA adapter on disk, as peft stores it."""
+
+    folder: str
+    settings: dict[str, Any]  # adapter_config.json
+
+    @classmethod
+    def at(cls, path: str, revision: str | None) -> "Begun | None":
+        """The adapter of a folder or Hub name; None where there is none. UserError for one that isn't trained here."""
+        folder = Path(path).expanduser()
+        if folder.is_dir():
+            file = folder / "adapter_config.json"
+        elif path.startswith((".", "/", "~")) or path.count("/") > 1:
+            return None  # no Hub name
+        else:
+            from transformers.utils.hub import cached_file
+
+            found = cached_file(
+                path,
+                "adapter_config.json",
+                revision=revision,
+                _raise_exceptions_for_gated_repo=False,
+                _raise_exceptions_for_missing_entries=False,
+                _raise_exceptions_for_connection_errors=False,
+            )
+            file = Path(found or "")
+            if found:
+                cached_file(path, "adapter_model.safetensors", revision=revision)
+        if not file.is_file():
+            return None
+        try:
+            settings = json.loads(file.read_text())
+        except (OSError, ValueError) as error:
+            raise UserError(f"{file} can't be read: {error}") from error
+        where = f"model.path={path} is an adapter"
+        if settings.get("peft_type") != "LORA":
+            raise UserError(f"{where} of type {settings.get('peft_type')}, and only LoRA is trained here")
+        if settings.get("init_lora_weights") not in (True, False, None, "gaussian", "orthogonal"):
+            raise UserError(
+                f"{where} begun with init_lora_weights={settings['init_lora_weights']}, which changes the base's "
+                "weights: merge it by peft first, and name the merged model"
+            )
+        for name in ("modules_to_save", "trainable_token_indices"):
+            if settings.get(name):
+                raise UserError(f"{where} with {name}, which is not trained here: merge it by peft first")
+        if settings.get("bias", "none") != "none":
+            raise UserError(f"{where} with bias={settings['bias']}, which is not trained here: merge it by peft first")
+        if not settings.get("base_model_name_or_path"):
+            raise UserError(f"{where} that names no base: set base_model_name_or_path in its adapter_config.json")
+        if not (file.parent / "adapter_model.safetensors").is_file():
+            raise UserError(f"{where} without weights: there is no adapter_model.safetensors")
+        return cls(str(file.parent), settings)
+
+    @property
+    def base(self) -> str:
+        return str(self.settings["base_model_name_or_path"])
+
+    @property
+    def base_revision(self) -> str | None:
+        return self.settings.get("revision")
+
+    def weight(self, name: str) -> "Tensor":
+        """A weight by its name in the model."""
+        from safetensors import safe_open
+
+        with safe_open(Path(self.folder) / "adapter_model.safetensors", "pt") as file:
+            weight: Tensor = file.get_tensor(stored_name(name))
+        return weight.float()
+
+    def check(self, model: "PreTrainedModel") -> None:
+        """Refuses an adapter whose weights aren't those that it has in this model."""
+        from safetensors import safe_open
+
+        with safe_open(Path(self.folder) / "adapter_model.safetensors", "pt") as file:
+            stored = {key: list(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
+        own = {stored_name(name): list(p.shape) for name, p in model.named_parameters() if p.requires_grad}
+        if differing := sorted(key for key in own.keys() | stored.keys() if own.get(key) != stored.get(key)):
+            raise UserError(
+                f"the adapter {self.folder} doesn't fit its base {self.base}: {len(differing)} weights are missing, of "
+                f"another shape or of no layer ({', '.join(differing[:3])})"
+            )
+
+    def merge(self, model: "PreTrainedModel") -> "PreTrainedModel":
+        """The model with the adapter merged into its weights, by peft."""
+        from peft import PeftModel
+
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # peft explains how it treats some layers
+            adapted = PeftModel.from_pretrained(model, self.folder, autocast_adapter_dtype=False)
+            merged: PreTrainedModel = adapted.merge_and_unload()
+        return merged.requires_grad_(True)
 
 
 def check_quantization(strategy: str = "", accelerator: str = "auto", here: bool = True) -> None:

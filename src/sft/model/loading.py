@@ -3,7 +3,8 @@
 import json
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +13,7 @@ from safetensors import SafetensorError
 from sft.data.clock import check_arguments
 from sft.errors import UserError
 from sft.model import tokenizer as tokenizer_files
-from sft.model.adapter import Adapter, quantization
+from sft.model.adapter import Adapter, Begun, quantization
 from sft.model.parameters import Parameters
 
 if TYPE_CHECKING:
@@ -49,6 +50,8 @@ class ModelSource:
     compile: bool = False
     neftune_alpha: float = 0.0  # of noise on the input embeddings in training; 0: none
     template: Mapping[str, object] = field(default_factory=dict)  # arguments of the chat template, and `today`
+    new_weights: list[str] | None = None  # glob patterns of weights that may be missing, and are then drawn at random
+    add_tokens: list[str] | None = None  # texts that become tokens of their own
     adapter: Adapter | None = None  # of conf/adapter/*.yaml; None: every weight is trained
     parameters: Parameters = field(default_factory=Parameters)  # of conf/train.yaml
 
@@ -69,6 +72,44 @@ class ModelSource:
                 "parameters.train and parameters.freeze: with model.init=random frozen weights would be in no file: "
                 "set model.path"
             )
+        if self.new_weights and self.adapter:
+            raise UserError(
+                "model.new_weights draws weights at random, and an adapter leaves them as they are: set adapter=none"
+            )
+
+        if self.add_tokens and self.adapter:
+            raise UserError(
+                "model.add_tokens: the rows of new tokens are trained with all weights, and an adapter leaves them at "
+                "the mean of the others: set adapter=none, or leave model.add_tokens out"
+            )
+        if self.adapter and self.adapter.begun is None and self.begun is not None:
+            object.__setattr__(self, "adapter", self.adapter.continuing(self.begun))
+
+    @cached_property
+    def begun(self) -> "Begun | None":
+        """The LoRA adapter that `path` is, if it is one: with `adapter` its training is continued, without it is merged
+        into its base before all weights are trained."""
+        return Begun.at(self.path, self.revision) if self.path and self.init == "pretrained" else None
+
+    @property
+    def base(self) -> str | None:
+        """Folder or Hub name of the model itself: `path`, or the base of the adapter that it holds."""
+        return self.begun.base if self.begun else self.path
+
+    @property
+    def base_revision(self) -> str | None:
+        return self.begun.base_revision if self.begun else self.revision
+
+    def places(self) -> list[tuple[str, str | None]]:
+        """Folder or Hub name, with its revision, of all that the model is read from."""
+        own = [(self.path, self.revision), *([(self.base, self.base_revision)] if self.begun else [])]
+        return [(place, revision) for place, revision in own if place and self.init == "pretrained"]
+
+    def tokenizer_place(self) -> tuple[str, str | None]:
+        """The same of the tokenizer: an adapter's folder may have one of its own, or leave it to the base's."""
+        if not self.tokenizer and self.begun and not tokenizer_files.is_there(str(self.path)):
+            return str(self.base), self.base_revision
+        return str(self.tokenizer or self.path), self.revision
 
     def check_files(self) -> None:
         """Refuses folders that hold no causal language model or no tokenizer; a Hub name isn't looked up."""
@@ -77,15 +118,19 @@ class ModelSource:
                 check_folder(source, setting)
         if self.chat_template and not Path(self.chat_template).expanduser().is_file():
             raise UserError(f"model.chat_template={self.chat_template}: there is no such file (looked in {Path.cwd()})")
-        if self.init == "pretrained" and Path(self.path or "").expanduser().is_dir():
-            self._check_model(Path(self.path or "").expanduser())
-        tokenizer_files.check_files(str(self.tokenizer or self.path))
+        if self.init != "pretrained" or not Path(self.path or "").expanduser().is_dir():
+            tokenizer_files.check_files(str(self.tokenizer or self.path))
+            return
+        if self.begun:
+            check_folder(self.begun.base, f"model.path={self.path} is an adapter, whose base_model_name_or_path")
+        base = Path(str(self.base)).expanduser()
+        if base.is_dir():
+            self._check_model(base)
+        tokenizer_files.check_files(self.tokenizer_place()[0])
 
     def _check_model(self, folder: Path) -> None:
         if (folder / "config.yaml").is_file() and (folder / "checkpoints").is_dir():
             raise UserError(f"model.path={self.path} is a run's folder: set model.path={self.path}/export")
-        if (folder / "adapter_config.json").is_file():
-            raise UserError(f"model.path={self.path} holds an adapter alone: export the run with merge=true")
         if not (folder / "config.json").is_file():
             raise UserError(f"model.path={self.path}: the folder holds no model (config.json)")
         try:
@@ -105,19 +150,18 @@ class ModelSource:
     def load_tokenizer(self) -> "PreTrainedTokenizerFast":
         """The tokenizer, with the chat template of `chat_template` where one is given. UserError for one that can't be
         read, and for arguments in `template` that its chat template doesn't take."""
-        from transformers import AutoTokenizer
+        from transformers import AddedToken, AutoTokenizer
 
-        source = self.tokenizer or self.path
-        assert source is not None
+        source, revision = self.tokenizer_place()
         check_folder(source, "model.tokenizer" if self.tokenizer else "model.path")
         tokenizer_files.check_files(source)
         try:
-            loaded = AutoTokenizer.from_pretrained(
-                source, revision=self.revision, trust_remote_code=self.trust_remote_code
-            )
+            loaded = AutoTokenizer.from_pretrained(source, revision=revision, trust_remote_code=self.trust_remote_code)
         except (OSError, ValueError, KeyError, ImportError) as error:
             raise _not_loaded("tokenizer", source, error) from error
         tokenizer = tokenizer_files.check(loaded, source)
+        if self.add_tokens:  # as text: an answer shows them, and special tokens would be left out of it
+            tokenizer.add_tokens([AddedToken(text, normalized=False) for text in self.add_tokens])
         if self.chat_template:
             try:
                 tokenizer.chat_template = Path(self.chat_template).expanduser().read_text()
@@ -126,18 +170,36 @@ class ModelSource:
         check_arguments(tokenizer.chat_template, self.template)
         return tokenizer
 
+    @cached_property
+    def new_ids(self) -> list[int]:
+        """The ids of `add_tokens`, without those that the tokenizer has anyway."""
+        if not self.add_tokens:
+            return []
+        had = replace(self, add_tokens=None).load_tokenizer().get_vocab()
+        return sorted({*self.load_tokenizer().get_vocab().values()} - {*had.values()})
+
     def load_config(self) -> "PretrainedConfig":
-        """The model's configuration with the overrides of `config`, which must be fields that it has."""
+        """The model's configuration with the overrides of `config`, which must be fields that it has, and with rows for
+        new tokens."""
+        config = self._own_config()
+        text_config = config.get_text_config()
+        if self.new_ids and self.new_ids[-1] >= text_config.vocab_size:
+            from sft.model.vocabulary import MULTIPLE
+
+            text_config.vocab_size = -(-(self.new_ids[-1] + 1) // MULTIPLE) * MULTIPLE
+        return config
+
+    def _own_config(self) -> "PretrainedConfig":
         from transformers import AutoConfig
 
         if self.init == "random":
             fields = dict(self.config)
             return AutoConfig.for_model(str(fields.pop("model_type", "llama")), **fields)
-        assert self.path is not None
-        check_folder(self.path, "model.path")
+        assert self.path is not None and self.base is not None
+        check_folder(self.base, "model.path")
         try:
             config = AutoConfig.from_pretrained(
-                self.path, revision=self.revision, trust_remote_code=self.trust_remote_code
+                self.base, revision=self.base_revision, trust_remote_code=self.trust_remote_code
             )
         except (OSError, ValueError, KeyError) as error:
             raise _not_loaded("model", self.path, error) from error
@@ -167,6 +229,41 @@ class ModelSource:
             )
         return config
 
+    def check_weights(self, download: bool = True) -> list[str]:
+        """The weights that the model's files lack, all of which `new_weights` allows. UserError for others, for weights
+        of another shape, and for two different ones that should be one.
+
+        Only the files' headers are read. The answer is empty for files of another format than safetensors, for
+        quantized ones and, without `download`, for those of a Hub name that aren't here: `load` checks those.
+        """
+        from sft.model import missing
+        from sft.model.sharded_loading import weight_files
+
+        config = self._own_config()
+        if self.init != "pretrained" or getattr(config, "quantization_config", None):
+            return []
+        assert self.base is not None
+        try:
+            if not (files := weight_files(self.base, self.base_revision, download)):
+                return []
+            empty = self.empty(config)
+            new = missing.check(missing.of_files(empty, files), empty, self.base, self.new_weights or ())
+            missing.check_ties(empty, files, self.base)
+            return new
+        except UserError:
+            raise
+        except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
+            raise _not_loaded("model", self.base, error) from error
+
+    def empty(self, config: "PretrainedConfig", dtype: "torch.dtype | None" = None) -> "PreTrainedModel":
+        """The model without its weights: names, shapes and layers."""
+        import torch
+        from transformers import AutoModelForCausalLM
+
+        options: dict[str, Any] = {"dtype": dtype} if dtype else {}
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config, trust_remote_code=self.trust_remote_code, **options)
+
     def load(
         self,
         dtype: "torch.dtype",
@@ -178,30 +275,60 @@ class ModelSource:
 
         With an adapter, only the adapter is trainable; weights that aren't trained are always read from `path`. With
         `sharding`, each rank holds its part of the parameters plus the tensor being read. `keep` is called with what
-        reads the first values of the trainable weights in fp32, for a strategy that rounds the model's.
+        reads the first values of the trainable weights in fp32, for a strategy that rounds the model's. UserError for
+        weights that its files lack and `new_weights` doesn't allow; those that it does are drawn from torch's last
+        seed.
         """
+        import torch
         from accelerate import init_empty_weights
         from transformers import AutoModelForCausalLM
 
-        from sft.model import attention  # noqa: F401  registers `packed`
+        from sft.model import attention, missing  # noqa: F401  the first registers `packed`
         from sft.model.sharded_loading import first_values, load_sharded
+        from sft.model.vocabulary import Growth
 
         config = self.load_config()
+        stored_config = self._own_config()
+        new = self.check_weights() if weights or self.adapter or self.parameters.freezes else []
+        empty = self.empty(stored_config) if new or self.new_ids else None
+        growth = Growth.of(empty, self.empty(config), self.new_ids) if empty and self.new_ids else None
         options: dict[str, Any] = {"trust_remote_code": self.trust_remote_code}
         options |= {"dtype": dtype, "attn_implementation": self.attention}
+        if self.adapter and self.adapter.use_dora and sharding is not None:
+            raise UserError(
+                "adapter.use_dora=true needs the norms of whole weights, which this strategy shards: set strategy=ddp "
+                "or deepspeed_zero2"
+            )
         if self.adapter and self.adapter.quantize:
             if sharding is not None:
                 raise UserError(
                     "adapter=qlora: this strategy shards weights, which 4 bits don't allow: set strategy=ddp"
                 )
             options |= quantization()
-        path = self.path if self.init == "pretrained" else None
+        path = self.base if self.init == "pretrained" else None
+        merges = self.begun is not None and self.adapter is None
         first: Read | None = None  # what reads the weights, where they were read by range
 
         def load_whole() -> "PreTrainedModel":
             if path is None:
                 return AutoModelForCausalLM.from_config(config, **options)
-            return AutoModelForCausalLM.from_pretrained(path, config=config, revision=self.revision, **options)
+            options.update(ignore_mismatched_sizes=True, output_loading_info=True)
+            loaded: Any
+            with missing.without_report():
+                loaded = AutoModelForCausalLM.from_pretrained(
+                    path, config=stored_config, revision=self.base_revision, **options
+                )
+            whole, info = loaded
+            lacking = missing.check(info, whole, path, self.new_weights or ())
+            with torch.no_grad():
+                for name, parameter in whole.named_parameters() if lacking else ():
+                    if name in lacking:
+                        parameter.copy_(missing.drawn(empty or self.empty(stored_config), name))
+            if self.begun and merges:
+                whole = self.begun.merge(whole)
+            if growth:
+                growth.apply(whole)
+            return whole
 
         try:
             if sharding is not None or not (weights or self.adapter or self.parameters.freezes):
@@ -211,22 +338,27 @@ class ModelSource:
                 first = load_sharded(
                     model,
                     load_whole,
-                    path=path,
-                    revision=self.revision,
+                    path=None if merges else path,  # a merged weight is in no file
+                    revision=self.base_revision,
                     adapter=self.adapter,
                     weights=weights,
                     sharding=sharding,
                     parameters=self.parameters,
+                    drawn={name: partial(missing.drawn, empty, name) for name in new},
+                    growth=growth,
                 )
             else:
                 model = load_whole()
                 self.parameters.choose(model)
+        except UserError:
+            raise
         except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
             raise _not_loaded("model", self.path or "(random)", error) from error
         if self.adapter and sharding is None:
             self.adapter.add(model)
         if keep and (weights or self.adapter):
-            keep(first or first_values(model, path, self.revision))
+            unchanged = not (merges or new or growth)  # as they are in the files
+            keep(first or first_values(model, path if unchanged else None, self.base_revision))
         if self.gradient_checkpointing:
             # The first of the two names is new in transformers 5.2x and warns of the second.
             enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable

@@ -11,10 +11,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils.hub import cached_file
 
-from sft.checkpoint.layout import Read, Whole, allocate, full_shape, named_trainable, persistent_buffers
+from sft.checkpoint.layout import Read, Whole, allocate, named_trainable, persistent_buffers
 from sft.checkpoint.safetensors_file import read_range
-from sft.model.adapter import Adapter, initial
+from sft.model.adapter import Adapter
 from sft.model.parameters import NO_DECAY, Parameters
+from sft.model.vocabulary import Growth
 
 
 class Sharding(Protocol):
@@ -37,6 +38,8 @@ def load_sharded(
     weights: bool,
     sharding: Sharding | None,
     parameters: Parameters | None = None,
+    drawn: Mapping[str, Callable[[], Tensor]] | None = None,
+    growth: Growth | None = None,
 ) -> Read | None:
     """Shards a model whose parameters hold nothing yet, and reads each rank's part of each weight into its place.
 
@@ -46,9 +49,12 @@ def load_sharded(
         weights: read them; without, and where all of them are trained, their values stay undefined.
         sharding: without, the model stays whole.
         parameters: which of them are trained; None: all.
+        drawn: the value of each weight that the files lack.
+        growth: of the vocabulary, beyond what the files hold.
 
     Returns what was read, in fp32, for who keeps the weights in another dtype; None where nothing was.
     """
+    drawn = drawn or {}
     shapes = {name: list(tensor.shape) for name, tensor in [*model.named_parameters(), *persistent_buffers(model)]}
     if adapter:
         adapter.add(model)
@@ -64,22 +70,37 @@ def load_sharded(
         setattr(model.get_parameter(name), NO_DECAY, True)
     if not (weights or adapter or (parameters and parameters.freezes)):
         return None
-    read = weight_reader(path, revision, shapes, model.base_model_prefix) if path else None
+    if growth:
+        shapes |= {name: [growth.stored, *shapes[name][1:]] for name in growth.names if name in shapes}
+    stored = {name: shape for name, shape in shapes.items() if name not in drawn}
+    read = weight_reader(path, revision, stored, model.base_model_prefix) if path else None
     if read is None:
         whole = load_whole()
         values = {name: tensor.detach().reshape(-1) for name, tensor in whole.named_parameters()}
         values |= {name: buffer.reshape(-1) for name, buffer in persistent_buffers(whole)}
         read = lambda name, start, stop: values[name][start:stop]  # noqa: E731
+        drawn, growth = {}, None
+    new, read_stored = drawn, read
+
+    def stored_value(name: str, start: int, stop: int) -> Tensor:
+        if growth is None or name not in growth.names:
+            return new[name]().view(-1)[start:stop] if name in new else read_stored(name, start, stop)
+        shape = shapes[name]
+        whole = new[name]() if name in new else read_stored(name, 0, torch.Size(shape).numel()).view(shape)
+        return growth.grow(whole).view(-1)[start:stop]
+
     layout = sharding.layout if sharding is not None else Whole
-    drawn: dict[str, Tensor] = {}  # an adapter's, flat
+    own: dict[str, Tensor] = {}  # an adapter's, flat
 
     def first(name: str, start: int, stop: int) -> Tensor:
-        return drawn[name][start:stop] if name in drawn else read(name.replace(".base_layer.", "."), start, stop)
+        return own[name][start:stop] if name in own else stored_value(name.replace(".base_layer.", "."), start, stop)
 
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if adapter and parameter.requires_grad:
-                drawn[name] = initial(name, full_shape(parameter)).view(-1)
+                value = adapter.first(name, parameter)
+                assert value is not None, f"{name} is computed from whole weights"
+                own[name] = value.view(-1)
             part = layout.part(name, parameter)
             part.weight.copy_(first(name, part.start, part.start + part.numel))
             layout.loaded(parameter)
@@ -116,13 +137,21 @@ def weight_reader(source: str, revision: str | None, shapes: Mapping[str, list[i
     return lambda name, start, stop: read_range(file_of[keys[name]], keys[name], start, stop)
 
 
-def weight_files(source: str, revision: str | None) -> list[str]:
-    """A model's safetensors files, from a folder or the Hub; none where a weight is in another format."""
+def weight_files(source: str, revision: str | None, download: bool = True) -> list[str]:
+    """A model's safetensors files, from a folder or the Hub; none where a weight is in another format, or, without
+    `download`, not here."""
     folder = Path(source).expanduser()
     path = str(folder) if folder.is_dir() else source
 
     def file(name: str) -> str | None:
-        return cached_file(path, name, revision=revision, _raise_exceptions_for_missing_entries=False)
+        return cached_file(
+            path,
+            name,
+            revision=revision,
+            local_files_only=not download,
+            _raise_exceptions_for_missing_entries=False,
+            _raise_exceptions_for_connection_errors=False,
+        )
 
     if whole := file("model.safetensors"):
         return [whole]

@@ -16,12 +16,17 @@ SIGNS = "It's 12,  345.\nA-B (c)?"  # that tokenizers read in different ways
 NUM_WORDS = 300
 
 
+def is_there(source: str) -> bool:
+    """Whether a folder holds a tokenizer."""
+    return any((Path(source).expanduser() / name).exists() for name in KNOWN)
+
+
 def check_files(source: str) -> None:
     """Refuses a folder without a tokenizer, or with a tokenizer.model alone that can't be read."""
     folder = Path(source).expanduser()
     if not folder.is_dir():
         return
-    if not any((folder / name).exists() for name in KNOWN):
+    if not is_there(source):
         raise UserError(
             f"the folder {source} holds no tokenizer ({', '.join(KNOWN[:2])}): set model.tokenizer to the "
             "folder or Hub name of the one that the model was trained with"

@@ -141,8 +141,8 @@ def inject(model: PreTrainedModel, adapter: "LoraConfig", seed: int) -> None:
     torch.manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if parameter.requires_grad:
-                parameter.copy_(initial(name, parameter.shape))
+            if parameter.requires_grad and "lora_magnitude" not in name:  # DoRA's are the norms of the base's rows
+                parameter.copy_(initial(name, parameter.shape, adapter.init_lora_weights))
 
 
 def check_order(steps: list[list[int]], num_samples: int) -> bool:

@@ -60,7 +60,9 @@ def shrink(config: DictConfig, folder: Path, device: str, precision: str, vocab_
     source = instantiate(config.model, _convert_="all")
     write_model(folder / "model", source.load_config(), vocab_size, config.seed, source.trust_remote_code)
     # The revision stays: it is the tokenizer's too, and means nothing to a folder.
-    config.model.tokenizer = source.tokenizer or source.path
+    config.model.tokenizer, config.model.new_weights = source.tokenizer_place()[0], None
+    if vocab_size is not None:
+        config.model.add_tokens = None
     config.model.path, config.model.init, config.model.config = str(folder / "model"), "pretrained", {}
     if config.model.attention.startswith("flash"):
         config.model.attention = "packed"  # which every machine has

@@ -41,6 +41,10 @@ TODAY = "today"  # the one name in `model.template` that is ours: the day that t
 NEUTRAL: dict[str, object] = {
     "model.template": {},
     "model.template.today": None,
+    "model.new_weights": None,
+    "model.add_tokens": None,
+    "adapter.use_dora": False,
+    "adapter.init": "default",
     "data.train_on": "all",
     "data.train_reasoning": True,
     "data.train_tool_calls": True,

@@ -133,6 +133,34 @@ class Run:
         looked = "" if Path(runs_dir).is_absolute() else f" (looked in {Path.cwd()})"
         raise UserError(f"there is no run {name}: {runs_dir}/ holds {_listed(runs_dir)}{looked}")
 
+    @property
+    def model(self) -> dict[str, dict[str, str]]:
+        """The fingerprint of the model's files when it began; empty for a run begun before there was one."""
+        try:
+            recorded: dict[str, dict[str, str]] = json.loads((self.folder / "provenance.json").read_text()).get("model")
+        except FileNotFoundError:
+            return {}
+        return recorded or {}
+
+    def check_model(self, now: Mapping[str, Mapping[str, str]]) -> None:
+        """UserError for files of the model that have changed since the run began; `now` has the parts to compare."""
+        for part, before in self.model.items():
+            changed = [name for name in sorted(before.keys() | now.get(part, {}).keys()) if part in now]
+            changed = [name for name in changed if before.get(name) != now[part].get(name)]
+            if not changed:
+                continue
+            names = ", ".join(Path(name).name for name in changed[:3]) + (", ..." if len(changed) > 3 else "")
+            if part == "template":
+                what = "the chat template has changed"
+            else:
+                place = Path(changed[0]).parent if Path(changed[0]).is_absolute() else changed[0]
+                what = f"the {part} in {place} {'have' if part == 'weights' else 'has'} changed"
+            raise UserError(
+                f"{what} since {self.folder} began"
+                + ("" if part == "template" else f" ({names})")
+                + ": put back what was there, or start another run with run=NAME"
+            )
+
     @contextmanager
     def attempt(
         self,
@@ -141,13 +169,14 @@ class Run:
         num_steps: int,
         main: bool,
         template: Mapping[str, object] | None = None,
+        model: Mapping[str, Mapping[str, str]] | None = None,
     ) -> Iterator[Status]:
         """An attempt to train the run: `status.json` says that it is running, and afterwards how it ended, with what
         the yielded status has got by then if the run is finished. Only the first rank (`main`) writes. `template`: what
-        the chat template is rendered with, of which the day is kept.
+        the chat template is rendered with, of which the day is kept. `model`: fingerprint of the model's files.
 
-        UserError where another process is training the run, or its data has changed. If a user's mistake ends the
-        attempt before the first checkpoint, a folder that the attempt has made is removed.
+        UserError where another process is training the run, or its data or its model has changed. If a user's mistake
+        ends the attempt before the first checkpoint, a folder that the attempt has made is removed.
         """
         finished: Status = {}
         if not main:
@@ -165,12 +194,16 @@ class Run:
                 f"the data has changed since {self.folder} began, so the run can't be resumed: put the data back, or "
                 "start another run with run=NAME"
             )
+        self.check_model(model or {})
         new = not self.folder.exists()
         self.folder.mkdir(parents=True, exist_ok=True)
         write_text(self.folder / "config.yaml", yaml.safe_dump(dict(config), sort_keys=False))
         if not recorded.exists():
             today = {TODAY: template[TODAY]} if template and TODAY in template else {}
-            write_json(recorded, {**provenance.collect(), **today, "data": dict(data_fingerprint)})
+            write_json(
+                recorded,
+                {**provenance.collect(), **today, "data": dict(data_fingerprint), "model": dict(model or {})},
+            )
         self._mark("running", num_steps)
         try:
             yield finished

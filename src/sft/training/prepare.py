@@ -7,6 +7,8 @@ import warnings
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
 
 import torch
 from hydra.utils import instantiate
@@ -17,6 +19,7 @@ from transformers.utils import logging as transformers_logging
 from sft.data.chat_template import special_ids
 from sft.data.clock import settled, today
 from sft.data.dataset import Datasets, wait_until
+from sft.model.fingerprint import Fingerprint, fingerprint
 from sft.model.loading import ModelSource
 from sft.model.parameters import Parameters
 from sft.runs.identity import UNREAD
@@ -36,6 +39,11 @@ class Prepared:
     data: SFTDataModule
     template: dict[str, object]  # what the chat template is rendered with
 
+    def fingerprint(self, cache_dir: str, weights: bool) -> Fingerprint:
+        """Of model, tokenizer and chat template; of the model's weights where they are read."""
+        template = str(self.tokenizer.chat_template or "")
+        return fingerprint(self.source, Path(cache_dir), weights=weights, template=template)
+
     @property
     def stop_token_ids(self) -> list[int]:
         """The special tokens that end the responses of the training data, commonest first: where a server has to
@@ -49,11 +57,20 @@ class Prepared:
         return [token for token, _ in ends.most_common() if token in special]
 
 
-def model_source(config: DictConfig) -> ModelSource:
-    """The model that a configuration's `model` and `adapter` name, and which of its `parameters` are trained."""
+def model_source(config: DictConfig, run: Run | None = None) -> ModelSource:
+    """The model that a configuration's `model` and `adapter` name, and which of its `parameters` are trained. Of a Hub
+    name, the run's own commit."""
     adapter = instantiate(config.get("adapter"), _convert_="all") or None
     parameters = Parameters(**instantiate(config.get("parameters"), _convert_="all") or {})
-    return replace(instantiate(config["model"], _convert_="all"), adapter=adapter, parameters=parameters)
+    source: ModelSource = replace(instantiate(config["model"], _convert_="all"), adapter=adapter, parameters=parameters)
+    commit = run.model.get("configuration", {}).get(str(source.path)) if run else None
+    return replace(source, revision=commit) if commit and not source.tokenizer else source
+
+
+def check_model(run: Run, source: ModelSource, weights: bool) -> None:
+    """UserError if files of the model have changed since the run began; `weights`: its weights are read, too."""
+    if run.model:
+        run.check_model(fingerprint(source, Path(run.config["data"]["cache_dir"]), weights=weights))
 
 
 def template_settings(
@@ -75,16 +92,23 @@ def template_settings(
     return settled(tokenizer.chat_template, settings, day)
 
 
-def setup(config: DictConfig, start_step: int = 0, run: Run | None = None) -> Prepared:
-    """Checks model, tokenizer and data against each other; builds or opens the token stores."""
+def setup(
+    config: DictConfig, start_step: int = 0, run: Run | None = None, weights: Literal["read", "here"] | None = None
+) -> Prepared:
+    """Checks model, tokenizer and data against each other; builds or opens the token stores.
+
+    `weights`: that the model's files hold them is checked first if they are to be read, or are here.
+    """
     if config.data.conversation._target_ == UNREAD:  # no command line has settled it
         settle_data(config)
     for line in said():
         log(line)
-    source = model_source(config)
+    source = model_source(config, run)
     data_config = instantiate(config.data, _convert_="all")
     tokenizer = source.load_tokenizer()
     source.check(tokenizer, data_config.max_length)
+    if weights and (new := source.check_weights(download=weights == "read")):
+        log(f"model: drawn at random, as model.new_weights says: {', '.join(sorted(new))}")
     template = template_settings(source.template, tokenizer, run, is_main())
     splits = data_config.datasets(tokenizer, seed=config.seed, template=template, wait=not is_main(), log=log)
     data = SFTDataModule(
