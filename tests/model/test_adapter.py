@@ -273,7 +273,7 @@ def test_dora_begins_as_the_base_and_merges_as_peft_merges(kind: str, tmp_path: 
         trained_logits = model(ids).logits
     weights = adapter_of(model)
     assert sum("magnitude" in name for name in weights.tensors) == len(weights.tensors) // 3 > 0
-    _, read = merged(source, weights.layout, weights.read)
+    _, read = merged(source, weights.layout, weights.read, torch.float32)
     (tmp_path / "adapter").mkdir()
     write_adapter(tmp_path / "adapter", source, weights.layout, weights.read, None)
     base = AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float32, attn_implementation="eager")

@@ -58,7 +58,7 @@ def test_it_is_continued_from_its_own_weights(model_folder: Path, adapter_folder
     assert torch.equal(
         peft_logits(model_folder, adapter_folder.parent / "again"), peft_logits(model_folder, adapter_folder)
     )
-    whole, read = merged(source, specs, tensors.__getitem__)
+    whole, read = merged(source, specs, tensors.__getitem__, torch.float32)
     base = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32)
     expected = dict(PeftModel.from_pretrained(base, adapter_folder).merge_and_unload().named_parameters())
     assert whole.keys() == expected.keys()

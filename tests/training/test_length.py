@@ -15,7 +15,7 @@ def said(sft: Sft, capsys: pytest.CaptureFixture[str], *settings: str) -> list[s
     assert sft.train("run=run", *SHORT, *settings) == 0
     lines = capsys.readouterr().out.splitlines()
     start = next(at for at, line in enumerate(lines) if line.startswith("steps: "))
-    return lines[start : next(at for at, line in enumerate(lines) if line.startswith("step "))]
+    return lines[start : next(at for at, line in enumerate(lines) if line.startswith("optimizer: "))]
 
 
 def test_max_steps_means_that_many_steps(sft: Sft, capsys: pytest.CaptureFixture[str]) -> None:
