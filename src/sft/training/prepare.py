@@ -17,8 +17,9 @@ from transformers.utils import logging as transformers_logging
 from sft.data.chat_template import special_ids
 from sft.data.clock import settled, today
 from sft.data.dataset import Datasets, wait_until
+from sft.export.folder import empty_model
 from sft.model.loading import ModelSource
-from sft.model.parameters import Parameters
+from sft.model.parameters import Parameters, groups
 from sft.runs.identity import UNREAD
 from sft.runs.run import Run
 from sft.training.datamodule import SFTDataModule
@@ -85,6 +86,10 @@ def setup(config: DictConfig, start_step: int = 0, run: Run | None = None) -> Pr
     data_config = instantiate(config.data, _convert_="all")
     tokenizer = source.load_tokenizer()
     source.check(tokenizer, data_config.max_length)
+    if any(vars(source.parameters).values()):  # a pattern without a match is refused before anything is read
+        empty = empty_model(source, adapter=source.adapter is not None)
+        source.parameters.choose(empty)
+        groups(empty, source.parameters)
     template = template_settings(source.template, tokenizer, run, is_main())
     splits = data_config.datasets(tokenizer, seed=config.seed, template=template, wait=not is_main(), log=log)
     data = SFTDataModule(
