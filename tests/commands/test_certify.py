@@ -18,7 +18,7 @@ from running import Sft
 from sft.commands import certify
 from sft.config import CONF
 from sft.proof import cells
-from sft.proof.cells import STRATEGIES, Cell, Key, all_cells
+from sft.proof.cells import STRATEGIES, Cell, Key, all_cells, with_experts
 from sft.proof.certificate import Certificate
 from sft.proof.excerpt import Excerpt
 from sft.proof.rank_pool import seeing
@@ -68,7 +68,7 @@ def test_matrix_is_whole() -> None:
     assert set(STRATEGIES) <= {path.stem for path in (CONF / "strategy").glob("*.yaml")}
     everything = all_cells()
     assert len(set(everything)) == len(everything) == (1 + 5 * 3) * 27
-    assert len(all_cells(experts=True)) == (1 + 5 * 3) * 28
+    assert len(set(with_experts(everything, quick=False))) == (1 + 5 * 3) * 28
     quick = all_cells(quick=True)
     assert set(quick) <= set(everything)
     assert {each.strategy for each in quick} == set(STRATEGIES)
@@ -77,7 +77,7 @@ def test_matrix_is_whole() -> None:
     assert [f"{each.strategy}-{each.variant}" for each in quick if each.variant] == [
         *("ddp-weighted", "deepspeed_zero3-patterns", "fsdp2-objective")
     ]
-    assert {*all_cells(quick=True, experts=True)} - {*quick} == {EXPERTS}
+    assert {*with_experts(quick, quick=True)} - {*quick} == {EXPERTS}
     assert {each.strategy for each in all_cells(quick=True, max_ranks=1)} == set(STRATEGIES)
 
 

@@ -43,6 +43,16 @@ def test_resumed_with_frozen_weights(sft: Sft) -> None:
         assert torch.equal(tensor, whole[name]), name
 
 
+def test_a_pattern_without_a_match_is_refused_before_the_data_are_read(
+    sft: Sft, capsys: pytest.CaptureFixture[str]
+) -> None:
+    groups = "parameters.groups=[{match: '*lora_C*', lr: 1e-3}]"
+    assert sft.train("run=run", groups, "adapter=lora") == 2
+    printed = capsys.readouterr()
+    assert "parameters.groups[0].match: *lora_C* matches no parameter that is trained; near it are " in printed.err
+    assert "token store" not in printed.out
+
+
 def test_freezing_beside_an_adapter_is_refused(sft: Sft, capsys: pytest.CaptureFixture[str]) -> None:
     assert sft.train("run=run", FROZEN, "adapter=lora") == 2
     assert (

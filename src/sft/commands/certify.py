@@ -90,8 +90,9 @@ def certify(
     started = time.monotonic()
     config, samples = prepare(config, folder)
     if cells is None:
-        experts = has_loss(AutoModelForCausalLM.from_pretrained(folder / "model"))
-        cells = matrix.all_cells(config.quick, config.precision, config.device, max_ranks, experts)
+        cells = matrix.all_cells(config.quick, config.precision, config.device, max_ranks)
+        if has_loss(AutoModelForCausalLM.from_pretrained(folder / "model")):
+            cells = matrix.with_experts(cells, config.quick)
     keys = sorted({cell.key for cell in cells})
     references, config.trainer.gradient_clip_val = make_references(config, folder, samples, keys)
     results: list[CellResult] = []

@@ -71,8 +71,7 @@ def model_inputs(batch: Batch) -> dict[str, object]:
 
 
 def nll(model: PreTrainedModel, batch: Batch, *, plain_head: bool, objective: Objective | None = None) -> Tensor:
-    """Sum of weight · −log p over the batch's supervised tokens, float32 scalar; with an objective that adds to it [3],
-    the sums of the three parts, which are to be added up.
+    """Sum of weight · −log p over the batch's supervised tokens, float32 scalar; [3] with an `objective`'s other parts.
 
     The loss is computed in the place of the head, within the model's own forward pass: a strategy that shards the
     weights gathers them by hooks on the modules it calls. The head is called once a batch, on every rank, also where
@@ -153,8 +152,7 @@ def _chunk_rows(hidden: Tensor, num_vocab: int) -> int:
 
 
 class _LinearNLL(torch.autograd.Function):
-    """Loss and gradients of one chunk of rows at a time; d(w · −log p)/d(logits) = w · (softmax − one-hot), to which an
-    objective adds as `Objective` says."""
+    """Loss and gradients of one chunk of rows at a time; d(w · −log p)/d(logits) = w · (softmax − one-hot)."""
 
     @staticmethod
     def forward(

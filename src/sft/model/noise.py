@@ -61,6 +61,7 @@ def attach(model: PreTrainedModel, neftune_alpha: float, log: Callable[[str], No
     return bool(neftune_alpha) or any(isinstance(value, float) and value > 0 for value in drops)
 
 
+@torch.compiler.disable  # the tokens are others in each call
 def _dropout(module: nn.Dropout, salt: int, values: Tensor) -> Tensor:
     """Dropout (arXiv 1207.0580) of [1, T, ...] or [T, ...]."""
     key_T = TOKENS.key_T
@@ -98,7 +99,6 @@ def seeded(seed: int, salt: int, device: torch.device) -> Iterator[None]:
         yield
 
 
-@torch.compiler.disable
 def _numbers(key_T: Tensor, salt: int, num_channels: int) -> Tensor:
     """int32 [T, C], of any value with equal probability: a hash of token, module and channel, by the multipliers of
     github.com/skeeto/hash-prospector. In place, since a number is made for every activation."""

@@ -3,7 +3,7 @@
 import copy
 import math
 from dataclasses import asdict, dataclass, replace
-from itertools import product
+from itertools import groupby, product
 from pathlib import Path
 
 import numpy as np
@@ -34,6 +34,7 @@ LEAST_MOVEMENT = 1e-3  # a hundred tolerances: equal weights prove nothing if th
 
 Key = tuple[str, bool, str]  # optimizer, packed, variant
 
+EXPERTS = "experts"
 # What a cell trains besides the plain objective: settings by dotted name that differ from the configuration's.
 VARIANTS: dict[str, dict[str, object]] = {
     "": {},
@@ -43,13 +44,11 @@ VARIANTS: dict[str, dict[str, object]] = {
         "parameters.groups": [{"match": "*.1.*", "lr": 0.1, "weight_decay": 0.05}],
     },
     "objective": {"model.neftune_alpha": 5.0, "loss.label_smoothing": 0.2, "loss.z_loss": 0.01},
-    "experts": {"loss.router_aux": 0.02},  # more would level the router until rounding decides which experts are chosen
+    # More would level the router until rounding decides which experts are chosen.
+    EXPERTS: {"loss.router_aux": 0.02},
 }
-FEW = {
-    "deepspeed_zero3": ["patterns"],
-    "ddp": ["weighted", "experts"],
-    "fsdp2": ["objective"],
-}  # in a quick certificate
+# In a quick certificate, by strategy.
+FEW = {"deepspeed_zero3": ("patterns",), "ddp": ("weighted", EXPERTS), "fsdp2": ("objective",)}
 
 
 @dataclass(frozen=True)
@@ -140,12 +139,8 @@ def all_cells(
     precision: str = "32-true",
     device: str = "cpu",
     max_ranks: int = 4,
-    experts: bool = False,
 ) -> list[Cell]:
-    """All cells: those of one group of ranks together, each resumed cell right after the one that it resumes.
-
-    `experts`: the model is a mixture of experts.
-    """
+    """All cells: those of one group of ranks together, each resumed cell right after the one that it resumes."""
     cells = []
     for num_ranks, strategy in product((1, 2, 4), STRATEGIES):
         most = 1 if strategy == "single" else max_ranks
@@ -160,10 +155,22 @@ def all_cells(
                 for resumed in (False, True)
             ]
         # SGD, since AdamW's steps don't show by what all gradients are multiplied.
-        for variant in filter(None, FEW.get(strategy, []) if quick else VARIANTS):
-            if variant != "experts" or experts:
-                cells.append(Cell(strategy, num_ranks, 2, True, False, "sgd", precision, device, variant))
+        cells += [
+            Cell(strategy, num_ranks, 2, True, False, "sgd", precision, device, variant)
+            for variant in (FEW.get(strategy, ()) if quick else VARIANTS)
+            if variant not in ("", EXPERTS)
+        ]
     return cells
+
+
+def with_experts(cells: list[Cell], quick: bool) -> list[Cell]:
+    """The cells of a mixture of experts: for each group of ranks one more, or for one group if `quick`."""
+    more = []
+    for (_, strategy), group in groupby(cells, lambda cell: cell.group):
+        more += list(group)
+        if not quick or EXPERTS in FEW.get(strategy, ()):
+            more.append(replace(more[-1], accumulation=2, packed=True, resumed=False, optimizer="sgd", variant=EXPERTS))
+    return more
 
 
 @dataclass(frozen=True)

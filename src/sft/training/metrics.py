@@ -144,7 +144,8 @@ class StepMetrics(Callback):
         step, data = trainer.global_step, trainer.datamodule  # type: ignore[attr-defined]
         plan = data.step(step - 1)
         sums = {name: trainer.strategy.reduce(value, reduce_op="sum") for name, value in module.step_sums.items()}
-        loss, *added = (sums["nll"].reshape(-1).cpu().double() / plan.weight).tolist()
+        nll = sums["nll"]
+        loss, *added = (value / plan.weight for value in (nll.tolist() if nll.ndim else [float(nll)]))
         norm, clipped = float(module.grad_norm), module.norm_of_clipped
         largest = float(trainer.gradient_clip_val or math.inf)
         if not (math.isfinite(loss) and math.isfinite(norm)):

@@ -19,9 +19,10 @@ from transformers.utils import logging as transformers_logging
 from sft.data.chat_template import special_ids
 from sft.data.clock import settled, today
 from sft.data.dataset import Datasets, wait_until
+from sft.export.folder import empty_model
 from sft.model.fingerprint import Fingerprint, fingerprint
 from sft.model.loading import ModelSource
-from sft.model.parameters import Parameters
+from sft.model.parameters import Parameters, groups
 from sft.runs.identity import UNREAD
 from sft.runs.run import Run
 from sft.training.datamodule import SFTDataModule
@@ -109,6 +110,10 @@ def setup(
     source.check(tokenizer, data_config.max_length)
     if weights and (new := source.check_weights(download=weights == "read")):
         log(f"model: drawn at random, as model.new_weights says: {', '.join(sorted(new))}")
+    if any(vars(source.parameters).values()):  # a pattern without a match is refused before anything is read
+        empty = empty_model(source, adapter=source.adapter is not None)
+        source.parameters.choose(empty)
+        groups(empty, source.parameters)
     template = template_settings(source.template, tokenizer, run, is_main())
     splits = data_config.datasets(tokenizer, seed=config.seed, template=template, wait=not is_main(), log=log)
     data = SFTDataModule(
