@@ -164,6 +164,51 @@ def optimizer_forgotten_on_resume() -> None:
     Checkpoint.restore = restore
 
 
+def average_forgotten_on_resume() -> None:
+    """It begins anew with the weights of the step."""
+    from sft.training.averaging import Averaging
+
+    original = Averaging.on_train_start
+
+    def on_train_start(self: Averaging, *arguments: Any) -> None:
+        self.averages.clear()
+        original(self, *arguments)
+
+    Averaging.on_train_start = on_train_start
+
+
+def average_left_in_the_model() -> None:
+    """The weights are not put back after the probes of a save."""
+    from contextlib import contextmanager
+
+    from sft.training.averaging import Averaging
+
+    original = Averaging.swapped_in
+
+    @contextmanager
+    def swapped_in(self: Averaging, trainer: Any, module: Any) -> Any:
+        self.kept = original(self, trainer, module)  # or its end would put them back
+        self.kept.__enter__()
+        yield
+
+    Averaging.swapped_in = swapped_in
+
+
+def average_of_each_micro_batch() -> None:
+    """The weights of a step count as often as it has micro-batches."""
+    from sft.training.averaging import Averaging
+
+    original = Averaging.on_train_batch_end
+
+    def on_train_batch_end(
+        self: Averaging, trainer: Any, module: Any, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if self.averages or (batch_idx + 1) % trainer.accumulate_grad_batches == 0:
+            original(self, trainer, module, outputs, batch, trainer.accumulate_grad_batches - 1)
+
+    Averaging.on_train_batch_end = on_train_batch_end
+
+
 def dies() -> None:
     import os
 
@@ -202,6 +247,9 @@ def cell(
 
 
 PLAIN, WEIGHTED = cell(accumulation=2, packed=True), cell(accumulation=2, packed=True, variant="weighted")
+AVERAGED, AVERAGED_AGAIN = (
+    cell(accumulation=2, packed=True, resumed=again, variant="averaging") for again in (False, True)
+)
 WEIGHTED_RANKS = cell("ddp", 2, 2, packed=True, variant="weighted")
 
 
@@ -229,5 +277,8 @@ FAULTS: dict[Callable[[], None], tuple[list[Cell], list[Cell]]] = {  # fault -> 
         [cell(optimizer="adamw", resumed=True)],
         [cell(optimizer="adamw"), cell(), cell(resumed=True)],
     ),
+    average_forgotten_on_resume: ([AVERAGED_AGAIN], [AVERAGED]),
+    average_left_in_the_model: ([AVERAGED], [PLAIN]),
+    average_of_each_micro_batch: ([AVERAGED], [PLAIN]),
     dies: ([cell("ddp", 2)], []),
 }

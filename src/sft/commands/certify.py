@@ -117,7 +117,7 @@ def prepare(config: DictConfig, folder: Path) -> tuple[DictConfig, Excerpt]:
         config.model.init, config.model.tokenizer = "random", "none"  # made-up samples need none
         config.model.config = {**MADE_UP, **config.model.config}
     shrink(config, folder, config.device, config.precision, samples.vocab_size)
-    config.callbacks, config.logger = None, None
+    config.callbacks, config.logger, config.averaging = None, None, None
     config.val_every, config.checkpoint = None, {"save_every": RESUME_AT, "keep_last": 2, "export": "last"}
     return config, samples
 
@@ -138,7 +138,8 @@ def make_references(
         of_cell = matrix.samples_of(samples, variant, config.seed)
         in_steps = [[of_cell.weighted_sample(index) for index in step] for step in steps[packed][:num_steps]]
         make_optimizer = instantiate(config.optimizers[optimizer], _convert_="all")
-        arguments = (folder / "model", in_steps, make_optimizer, schedule, clip, lora, config.seed)
+        averaging = (matrix.DECAY, 5) if variant == "averaging" else None
+        arguments = (folder / "model", in_steps, make_optimizer, schedule, clip, lora, config.seed, averaging)
         return pool(reference.train, *arguments, timeout=600)
 
     pools = [Pool(1, folder / f"reference-{number}", config.device) for number in range(min(4, num_cores()))]

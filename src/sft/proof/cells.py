@@ -30,12 +30,15 @@ GPU_WEIGHT_TOLERANCE = 1e-5  # the order of a GPU's sums is another, and varies 
 BF16_LOSS_TOLERANCE, BF16_CHANGE_TOLERANCE = 5e-3, 5e-2
 LEAST_MOVEMENT = 1e-3  # a hundred tolerances: equal weights prove nothing if they hardly moved
 
+DECAY = 0.8  # of an average that begins with the weights after step 5
+
 Key = tuple[str, bool, str]  # optimizer, packed, variant
 
 # What a cell trains besides the plain objective: settings by dotted name that differ from the configuration's.
 VARIANTS: dict[str, dict[str, object]] = {
     "": {},
     "weighted": {},  # tokens have weights of their own, which the samples bring
+    "averaging": {"averaging": {"_target_": "sft.training.averaging.ema", "decay": DECAY, "start": 5, "export": True}},
 }
 
 
@@ -140,6 +143,11 @@ def all_cells(quick: bool = False, precision: str = "32-true", device: str = "cp
         # SGD, since AdamW's steps don't show by what all gradients are multiplied.
         if not quick or strategy == "ddp":
             cells.append(Cell(strategy, num_ranks, 2, True, False, "sgd", precision, device, "weighted"))
+        if not quick or strategy == "deepspeed_zero3":
+            cells += [
+                Cell(strategy, num_ranks, 2, True, resumed, "sgd", precision, device, "averaging")
+                for resumed in (False, True)
+            ]
     return cells
 
 
@@ -216,15 +224,23 @@ def compare(cell: Cell, outcome: Outcome, reference: Reference) -> CellResult:
         return CellResult(cell, error=f"the checkpoint holds other parameters: {', '.join(differing[:3])}")
     if reference.movement < LEAST_MOVEMENT:
         return CellResult(cell, error=f"the weights moved by {reference.movement:.1e} only: raise the learning rate")
-    differences = np.concatenate(
-        [(checkpoint.tensor(name).float().numpy() - weight).ravel() for name, weight in reference.weights.items()]
-    )
+    differences = _differences(checkpoint, reference.weights)
+    if reference.averages:
+        if not checkpoint.has_average:
+            return CellResult(cell, error="the checkpoint holds no average of the weights")
+        differences = np.concatenate([differences, _differences(checkpoint, reference.averages, average=True)])
     weight = np.abs(differences).max() if cell.exact else np.linalg.norm(differences) / reference.change
     return CellResult(
         cell,
         loss=_largest_difference(outcome.losses, reference.losses[start:]),
         grad_norm=_largest_difference(outcome.grad_norms, reference.grad_norms[start:]),
         weight=float(weight),
+    )
+
+
+def _differences(checkpoint: Checkpoint, weights: dict[str, np.ndarray], average: bool = False) -> np.ndarray:
+    return np.concatenate(
+        [(checkpoint.tensor(name, average).float().numpy() - weight).ravel() for name, weight in weights.items()]
     )
 
 

@@ -34,6 +34,7 @@ class Reference:
     weights: dict[str, np.ndarray]  # after the last step
     movement: float  # largest change of a weight
     change: float  # of all weights together: root of the sum of squares
+    averages: dict[str, np.ndarray]  # of the weights, if they are asked for
 
 
 def train(
@@ -44,11 +45,13 @@ def train(
     clip: float,
     adapter: "LoraConfig | None" = None,
     seed: int = 0,
+    averaging: tuple[float, int] | None = None,
 ) -> Reference:
     """Trains the model in `folder` on `steps`, each the samples of one optimizer step.
 
     `make_optimizer` is called with the two parameter groups; `factor(step, num_steps)` scales its learning rate. With
-    an `adapter`, only the adapter is trained, from initial weights drawn from the seed.
+    an `adapter`, only the adapter is trained, from initial weights drawn from the seed. `averaging`: decay of an
+    exponential average of the weights, and the step with whose weights it begins.
     """
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).train()
     if adapter is not None:
@@ -60,6 +63,7 @@ def train(
     optimizer = make_optimizer([{"params": matrices}, {"params": vectors, "weight_decay": 0.0}])
     peak = optimizer.param_groups[0]["lr"]
     losses, grad_norms = [], []
+    averages: dict[str, np.ndarray] = {}
     for number, samples in enumerate(steps):
         divisor = sum(float(token_weights[1:][labels[1:] != IGNORE].sum()) for _, labels, token_weights in samples)
         loss = 0.0
@@ -79,11 +83,17 @@ def train(
         for group in optimizer.param_groups:
             group["lr"] = peak * factor(number, len(steps))
         optimizer.step()
+        if averaging and number + 1 >= averaging[1]:
+            now = {name: parameter.detach().numpy().astype(np.float64) for name, parameter in parameters.items()}
+            kept = averages or now
+            averages = {name: averaging[0] * kept[name] + (1 - averaging[0]) * now[name] for name in now}
         losses.append(loss)
         grad_norms.append(norm)
     weights = {name: parameter.detach().numpy() for name, parameter in parameters.items()}
     changes = np.concatenate([(weights[name] - first[name]).ravel() for name in weights])
-    return Reference(losses, grad_norms, weights, float(np.abs(changes).max()), float(np.linalg.norm(changes)))
+    return Reference(
+        losses, grad_norms, weights, float(np.abs(changes).max()), float(np.linalg.norm(changes)), averages
+    )
 
 
 def inject(model: PreTrainedModel, adapter: "LoraConfig", seed: int) -> None:

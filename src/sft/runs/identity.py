@@ -21,6 +21,7 @@ DECIDING = (
     "schedule",
     "trainer.precision",
     "trainer.gradient_clip_val",
+    "averaging",  # it doesn't change the weights, but a run that resumes with another average would mix two
 )
 NOT_DECIDING = (
     "model.attention",
@@ -28,6 +29,7 @@ NOT_DECIDING = (
     "model.activation_offload",
     "model.compile",
     "adapter.merge",
+    "averaging.export",
     "data.num_workers",
     "data.cache_dir",
     "data.max_lost",
@@ -44,6 +46,7 @@ NEUTRAL: dict[str, object] = {
     "data.special_text": None,
     "data.sample_by": "line",
     "data.conversation.system_column": None,
+    "averaging": {},
 }
 # The module of the project's own classes and functions decides nothing: each counts by the name that it had when the
 # first hash was made of it.
@@ -53,6 +56,7 @@ TARGETS = {
     "sft.data.dataset": ("DataConfig",),
     "sft.data.conversation": ("prompt_response", "messages", "text", "alpaca", "conversational"),
     "sft.data.token_ids": ("pretokenized",),
+    "sft.training.averaging": ("ema", "swa"),
     "sft.model.optimizer": ("constant", "linear", "cosine", "warmup_stable_decay"),
 }
 
