@@ -18,7 +18,7 @@ from running import Sft
 from sft.commands import certify
 from sft.config import CONF
 from sft.proof import cells
-from sft.proof.cells import STRATEGIES, Cell, Key, all_cells
+from sft.proof.cells import STRATEGIES, VARIANTS, Cell, Key, all_cells
 from sft.proof.certificate import Certificate
 from sft.proof.excerpt import Excerpt
 from sft.proof.rank_pool import seeing
@@ -48,7 +48,7 @@ def references(tmp_path_factory: pytest.TempPathFactory) -> References:
     with seeing("cpu"):
         folder = tmp_path_factory.mktemp("references")
         config, excerpt = certify.prepare(composed(), folder)
-        keys = [*product(("adamw", "sgd"), (False, True), (False,)), ("sgd", True, True)]
+        keys = [*product(("adamw", "sgd"), (False, True), ("",)), *(("sgd", True, name) for name in VARIANTS if name)]
         return certify.make_references(config, folder, excerpt, keys)
 
 
@@ -66,14 +66,16 @@ def same_references(references: References, monkeypatch: pytest.MonkeyPatch) -> 
 def test_matrix_is_whole() -> None:
     assert set(STRATEGIES) <= {path.stem for path in (CONF / "strategy").glob("*.yaml")}
     everything = all_cells()
-    assert len(set(everything)) == len(everything) == (1 + 5 * 3) * 25
+    assert len(set(everything)) == len(everything) == (1 + 5 * 3) * 27
     quick = all_cells(quick=True)
     assert set(quick) <= set(everything)
     assert {each.strategy for each in quick} == set(STRATEGIES)
     for name, values in {"num_ranks": {2}, "accumulation": {1, 2}, "packed": {True, False}}.items():
         assert {getattr(each, name) for each in quick if each.strategy == "ddp"} == values
     assert [str(each) for each in quick if each.variant] == [
-        "ddp-2ranks-accumulation2-packed-sgd-uninterrupted-weighted"
+        "ddp-2ranks-accumulation2-packed-sgd-uninterrupted-weighted",
+        "deepspeed_zero3-2ranks-accumulation2-packed-sgd-uninterrupted-averaging",
+        "deepspeed_zero3-2ranks-accumulation2-packed-sgd-resumed-averaging",
     ]
     assert {each.strategy for each in all_cells(quick=True, max_ranks=1)} == set(STRATEGIES)
 

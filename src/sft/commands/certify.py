@@ -10,7 +10,8 @@
       in bf16 (the loop stays in fp32), and on this machine's GPUs instead of its processor
 
 Cells: strategy x ranks x accumulation x packed or not x uninterrupted or resumed x SGD or AdamW, and for each strategy
-and number of ranks one whose tokens have weights. Each cell is a fit by the code of sft train in processes of this
+and number of ranks one whose tokens have weights, and two with an average of the weights, which is compared as they
+are. Each cell is a fit by the code of sft train in processes of this
 machine. It is compared with a loop that shares no code with it: the loss of
 every step, and the weights after the last one. The certificate is certificates/NAME/certificate.json and .md. The exit
 code is 0 only if every cell passes.
@@ -138,9 +139,8 @@ def make_references(
         of_cell = matrix.samples_of(samples, variant, config.seed)
         in_steps = [[of_cell.weighted_sample(index) for index in step] for step in steps[packed][:num_steps]]
         make_optimizer = instantiate(config.optimizers[optimizer], _convert_="all")
-        averaging = (matrix.DECAY, 5) if variant == "averaging" else None
-        arguments = (folder / "model", in_steps, make_optimizer, schedule, clip, lora, config.seed, averaging)
-        return pool(reference.train, *arguments, timeout=600)
+        arguments = (folder / "model", in_steps, make_optimizer, schedule, clip, lora, config.seed)
+        return pool(reference.train, *arguments, matrix.VARIANTS[variant], timeout=600)
 
     pools = [Pool(1, folder / f"reference-{number}", config.device) for number in range(min(4, num_cores()))]
     try:

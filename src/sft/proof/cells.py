@@ -30,15 +30,13 @@ GPU_WEIGHT_TOLERANCE = 1e-5  # the order of a GPU's sums is another, and varies 
 BF16_LOSS_TOLERANCE, BF16_CHANGE_TOLERANCE = 5e-3, 5e-2
 LEAST_MOVEMENT = 1e-3  # a hundred tolerances: equal weights prove nothing if they hardly moved
 
-DECAY = 0.8  # of an average that begins with the weights after step 5
-
 Key = tuple[str, bool, str]  # optimizer, packed, variant
 
 # What a cell trains besides the plain objective: settings by dotted name that differ from the configuration's.
 VARIANTS: dict[str, dict[str, object]] = {
     "": {},
     "weighted": {},  # tokens have weights of their own, which the samples bring
-    "averaging": {"averaging": {"_target_": "sft.training.averaging.ema", "decay": DECAY, "start": 5, "export": True}},
+    "averaging": {"averaging": {"_target_": "sft.training.averaging.ema", "decay": 0.8, "start": 5, "export": True}},
 }
 
 

@@ -4,10 +4,10 @@ It shares no code with the training path except the learning-rate formula and an
 both configuration. The samples of each step are given; `check_order` checks their order independently.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -45,13 +45,13 @@ def train(
     clip: float,
     adapter: "LoraConfig | None" = None,
     seed: int = 0,
-    averaging: tuple[float, int] | None = None,
+    variant: Mapping[str, Any] | None = None,
 ) -> Reference:
     """Trains the model in `folder` on `steps`, each the samples of one optimizer step.
 
     `make_optimizer` is called with the two parameter groups; `factor(step, num_steps)` scales its learning rate. With
-    an `adapter`, only the adapter is trained, from initial weights drawn from the seed. `averaging`: decay of an
-    exponential average of the weights, and the step with whose weights it begins.
+    an `adapter`, only the adapter is trained, from initial weights drawn from the seed. `variant`: settings by dotted
+    name that differ from the defaults.
     """
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).train()
     if adapter is not None:
@@ -64,6 +64,7 @@ def train(
     peak = optimizer.param_groups[0]["lr"]
     losses, grad_norms = [], []
     averages: dict[str, np.ndarray] = {}
+    averaging = (variant or {}).get("averaging")
     for number, samples in enumerate(steps):
         divisor = sum(float(token_weights[1:][labels[1:] != IGNORE].sum()) for _, labels, token_weights in samples)
         loss = 0.0
@@ -83,10 +84,11 @@ def train(
         for group in optimizer.param_groups:
             group["lr"] = peak * factor(number, len(steps))
         optimizer.step()
-        if averaging and number + 1 >= averaging[1]:
+        if averaging and number + 1 >= averaging["start"]:
             now = {name: parameter.detach().numpy().astype(np.float64) for name, parameter in parameters.items()}
             kept = averages or now
-            averages = {name: averaging[0] * kept[name] + (1 - averaging[0]) * now[name] for name in now}
+            decay = averaging["decay"]
+            averages = {name: decay * kept[name] + (1 - decay) * now[name] for name in now}
         losses.append(loss)
         grad_norms.append(norm)
     weights = {name: parameter.detach().numpy() for name, parameter in parameters.items()}
