@@ -147,8 +147,9 @@ class Checkpoint:
 
         together(compare)
 
-    def restore(self, layout: Whole) -> None:
-        """Puts weights, optimizer state and each group's hyperparameters back: each rank its own part, by name."""
+    def restore(self, layout: Whole, hyperparameters: bool = True) -> None:
+        """Puts weights, optimizer state and, if asked to, each group's hyperparameters back: each rank its own part, by
+        name."""
         state = self.state
         if state["format"] != FORMAT:
             raise UserError(f"{self.path} has format {state['format']}, this is {FORMAT}: start the run anew")
@@ -165,7 +166,7 @@ class Checkpoint:
                 )
         for group, saved in zip(optimizer.param_groups, state["groups"], strict=True):
             assert group["param_names"] == saved["param_names"], "the optimizer's groups are others"
-            group.update({key: value for key, value in saved.items() if key != "param_names"})
+            group.update({key: value for key, value in saved.items() if hyperparameters and key != "param_names"})
         fields: defaultdict[str, list[str]] = defaultdict(list)  # of the optimizer's states, by the parameter's name
         for name, field in self._pieces:
             if field not in ("weight", "average"):

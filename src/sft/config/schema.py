@@ -112,6 +112,9 @@ Train = table(  # conf/train.yaml; its groups are checked by the tables below
     checkpoint=table(
         "Checkpoint", save_every=maybe(whole(1)), keep_last=whole(1), export=maybe(one_of("best", "last"))
     ),
+    extend=rare(
+        table("Extend", run=maybe(Text), schedule=one_of("continue", "restart"), step=maybe(whole(1))),
+    ),
     export=Yes,
     extra=rare(Open),
     data=Open,

@@ -21,6 +21,7 @@ DECIDING = (
     "schedule",
     "trainer.precision",
     "trainer.gradient_clip_val",
+    "extend",
     "averaging",  # it doesn't change the weights, but a run that resumes with another average would mix two
 )
 NOT_DECIDING = (
@@ -47,6 +48,9 @@ NEUTRAL: dict[str, object] = {
     "data.sample_by": "line",
     "data.conversation.system_column": None,
     "averaging": {},
+    "extend.run": None,
+    "extend.schedule": "continue",
+    "extend.step": None,
 }
 # The module of the project's own classes and functions decides nothing: each counts by the name that it had when the
 # first hash was made of it.

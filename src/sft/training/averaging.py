@@ -44,7 +44,9 @@ class Averaging(Callback):
     val_loss: float = math.nan  # of the last validation; NaN before it begins
 
     def on_train_start(self, trainer: L.Trainer, module: SFTModule) -> None:
-        if trainer.global_step >= self.first(module.num_steps) and not self.averages:
+        if trainer.global_step < self.first(module.num_steps):
+            self.averages.clear()  # of a run that this one extends
+        elif not self.averages:
             self._begin(trainer, module)
 
     def on_train_batch_end(

@@ -45,6 +45,7 @@ class Checkpoints(Callback):
     export: str | None  # best or last; None: the best where a callback stops early
     resume: Checkpoint | None  # None: start anew
     facts: dict[str, object]  # about the run, saved in each checkpoint
+    extends: bool = False  # the checkpoint is that of another run, which this one extends
     timed_out: bool = False  # by a Timer
     stopping: bool = False  # a callback has ended the run in the middle of the step under way
     best: Measured | None = None  # the validation with the lowest loss so far, the earliest of equals
@@ -113,12 +114,19 @@ class Checkpoints(Callback):
         watchdog.beat(step)
         saved.verify()
         watchdog.beat(step)
-        saved.restore(layout(trainer, module))
+        where = layout(trainer, module)
+        saved.restore(where, hyperparameters=not self.extends)
         watchdog.beat(step)
-        self.best = checkpoints.measured_best(saved, checkpoints.complete(self.folder))
-        callbacks.load(trainer, module, saved.callbacks())
-        # The rate itself came back with the optimizer's groups.
-        trainer.lr_scheduler_configs[0].scheduler.last_epoch = step
+        scheduler = trainer.lr_scheduler_configs[0].scheduler
+        scheduler.last_epoch = step
+        if self.extends:
+            for group, peak, factor in zip(
+                where.optimizer.param_groups, scheduler.base_lrs, scheduler.lr_lambdas, strict=True
+            ):
+                group["lr"] = peak * factor(step)
+        else:  # the rate itself came back with the optimizer's groups
+            self.best = checkpoints.measured_best(saved, checkpoints.complete(self.folder))
+            callbacks.load(trainer, module, saved.callbacks())
         # Lightning counts from where the loader starts: tell it how much came before. Its own resume would
         # take these from the checkpoint, where they'd depend on the accumulation of the run that saved.
         loop = trainer.fit_loop.epoch_loop
@@ -131,7 +139,7 @@ class Checkpoints(Callback):
 
     def on_train_start(self, trainer: L.Trainer, module: SFTModule) -> None:
         callbacks.check_states(trainer, module)  # after all others have begun
-        if self.resume is not None and not self.resume.state.get("validated", True):
+        if self.resume is not None and not self.extends and not self.resume.state.get("validated", True):
             # As Lightning does it between two batches.
             trainer.validating = True
             trainer.fit_loop.epoch_loop.val_loop.run()

@@ -20,7 +20,7 @@ from sft.checkpoint.checkpoint import Checkpoint
 from sft.errors import UserError
 from sft.model.loading import ModelSource
 from sft.runs import events, watchdog
-from sft.training import early_stopping
+from sft.training import early_stopping, extension
 from sft.training.checkpointing import Checkpoints
 from sft.training.datamodule import SFTDataModule
 from sft.training.metrics import StepMetrics
@@ -36,6 +36,7 @@ def fit(
     *,
     checkpoints: Path,
     resume: Checkpoint | None,
+    extends: bool = False,
     loggers: list[Logger],
     facts: dict[str, object],
     cluster: ClusterEnvironment | None = None,
@@ -44,6 +45,7 @@ def fit(
 
     Args:
         checkpoints: folder of the checkpoints.
+        extends: `resume` is a checkpoint of another run, which this one extends.
         facts: about the run, saved in each checkpoint.
         cluster: how the ranks were started; None: Lightning finds out.
     """
@@ -65,6 +67,7 @@ def fit(
         config.checkpoint.export,
         resume,
         facts,
+        extends,
     )
     rank = rank_zero_only.rank  # type: ignore[attr-defined]
     strategy = build(config.strategy, config.trainer.accelerator)
@@ -79,7 +82,7 @@ def fit(
             val_check_interval=val_every * accumulation,
             check_val_every_n_epoch=None,
             limit_val_batches=None if data.val else 0,
-            num_sanity_val_steps=0 if resume else -1,  # the validation before training
+            num_sanity_val_steps=0 if resume and not extends else -1,  # the validation before training
             use_distributed_sampler=False,
             enable_checkpointing=False,
             enable_progress_bar=users_bar,
@@ -99,17 +102,10 @@ def fit(
             f"the settings mean {', '.join(differing)} as the trainer has it: set trainer.devices and "
             "trainer.num_nodes to what the launcher starts"
         )
-    schedule = instantiate(config.schedule)
-    try:
-        schedule(0, data.num_steps)
-    except TypeError as error:
-        raise UserError(
-            f"schedule {config.schedule._target_} refuses (step, num_steps) or its settings: {error}"
-        ) from error
     module = SFTModule(
         source,
         instantiate(config.optimizer, _convert_="all"),
-        schedule,
+        extension.schedule(config, data.num_steps),
         data.num_steps,
         config.seed,
         resumed=resume is not None,
