@@ -250,6 +250,51 @@ def masters_rounded() -> None:
     Whole.begin = lambda self, values: None
 
 
+def average_forgotten_on_resume() -> None:
+    """It begins anew with the weights of the step."""
+    from sft.training.averaging import Averaging
+
+    original = Averaging.on_train_start
+
+    def on_train_start(self: Averaging, *arguments: Any) -> None:
+        self.averages.clear()
+        original(self, *arguments)
+
+    Averaging.on_train_start = on_train_start
+
+
+def average_left_in_the_model() -> None:
+    """The weights are not put back after the probes of a save."""
+    from contextlib import contextmanager
+
+    from sft.training.averaging import Averaging
+
+    original = Averaging.swapped_in
+
+    @contextmanager
+    def swapped_in(self: Averaging, trainer: Any, module: Any) -> Any:
+        self.kept = original(self, trainer, module)  # or its end would put them back
+        self.kept.__enter__()
+        yield
+
+    Averaging.swapped_in = swapped_in
+
+
+def average_of_each_micro_batch() -> None:
+    """The weights of a step count as often as it has micro-batches."""
+    from sft.training.averaging import Averaging
+
+    original = Averaging.on_train_batch_end
+
+    def on_train_batch_end(
+        self: Averaging, trainer: Any, module: Any, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if self.averages or (batch_idx + 1) % trainer.accumulate_grad_batches == 0:
+            original(self, trainer, module, outputs, batch, trainer.accumulate_grad_batches - 1)
+
+    Averaging.on_train_batch_end = on_train_batch_end
+
+
 def dies() -> None:
     import os
 
@@ -291,6 +336,9 @@ PATTERNS, OBJECTIVE, EXPERTS = (
     cell("ddp", 2, 2, packed=True, variant=variant) for variant in ("patterns", "objective", "experts")
 )
 PLAIN, WEIGHTED = cell(accumulation=2, packed=True), cell(accumulation=2, packed=True, variant="weighted")
+AVERAGED, AVERAGED_AGAIN = (
+    cell(accumulation=2, packed=True, resumed=again, variant="averaging") for again in (False, True)
+)
 WEIGHTED_RANKS = cell("ddp", 2, 2, packed=True, variant="weighted")
 
 
@@ -323,5 +371,8 @@ FAULTS: dict[Callable[[], None], tuple[list[Cell], list[Cell]]] = {  # fault -> 
     noise_by_the_length_of_the_pack: ([OBJECTIVE], []),
     noise_by_the_place_in_the_pack: ([OBJECTIVE], []),
     smoothing_and_z_loss_left_out_of_the_gradient: ([OBJECTIVE], [WEIGHTED_RANKS]),
+    average_forgotten_on_resume: ([AVERAGED_AGAIN], [AVERAGED]),
+    average_left_in_the_model: ([AVERAGED], [PLAIN]),
+    average_of_each_micro_batch: ([AVERAGED], [PLAIN]),
     dies: ([cell("ddp", 2)], []),
 }

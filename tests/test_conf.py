@@ -30,6 +30,7 @@ def test_groups_are_those_of_the_design() -> None:
                 "schedule",
                 "logger",
                 "callbacks",
+                "averaging",
                 "cluster",
                 "experiment",
                 "debug",

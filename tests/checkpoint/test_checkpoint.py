@@ -28,7 +28,7 @@ def trained(seed: int = 0, factory: Any = torch.optim.AdamW, **changes: object) 
 
 def save(folder: Path, step: int, layout: Whole, val_loss: float | None = None) -> checkpoints.Checkpoint:
     state = {"num_steps": 9, "stopped": False, "val_loss": val_loss}
-    return saving.save(folder, step, layout, {}, state, [])
+    return saving.save(folder, step, layout, {}, state, {"probes": []})
 
 
 @pytest.mark.parametrize("factory", [torch.optim.AdamW, torch.optim.SGD, torch.optim.Adagrad])

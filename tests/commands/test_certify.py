@@ -18,7 +18,7 @@ from running import Sft
 from sft.commands import certify
 from sft.config import CONF
 from sft.proof import cells
-from sft.proof.cells import STRATEGIES, Cell, Key, all_cells, with_experts
+from sft.proof.cells import STRATEGIES, VARIANTS, Cell, Key, all_cells, with_experts
 from sft.proof.certificate import Certificate
 from sft.proof.excerpt import Excerpt
 from sft.proof.rank_pool import seeing
@@ -49,7 +49,7 @@ def references(tmp_path_factory: pytest.TempPathFactory) -> References:
         folder = tmp_path_factory.mktemp("references")
         config, excerpt = certify.prepare(composed("precision=bf16-mixed"), folder)
         keys = [*product(("adamw", "sgd"), (False, True), ("",))]
-        keys += [("sgd", True, variant) for variant in ("weighted", "patterns", "objective")]
+        keys += [("sgd", True, name) for name in VARIANTS if name not in ("", EXPERTS.variant)]
         return certify.make_references(config, folder, excerpt, keys)
 
 
@@ -67,15 +67,16 @@ def same_references(references: References, monkeypatch: pytest.MonkeyPatch) -> 
 def test_matrix_is_whole() -> None:
     assert set(STRATEGIES) <= {path.stem for path in (CONF / "strategy").glob("*.yaml")}
     everything = all_cells()
-    assert len(set(everything)) == len(everything) == (1 + 5 * 3) * 27
-    assert len(set(with_experts(everything, quick=False))) == (1 + 5 * 3) * 28
+    assert len(set(everything)) == len(everything) == (1 + 5 * 3) * 29
+    assert len(set(with_experts(everything, quick=False))) == (1 + 5 * 3) * 30
     quick = all_cells(quick=True)
     assert set(quick) <= set(everything)
     assert {each.strategy for each in quick} == set(STRATEGIES)
     for name, values in {"num_ranks": {2}, "accumulation": {1, 2}, "packed": {True, False}}.items():
         assert {getattr(each, name) for each in quick if each.strategy == "ddp"} == values
     assert [f"{each.strategy}-{each.variant}" for each in quick if each.variant] == [
-        *("ddp-weighted", "deepspeed_zero3-patterns", "fsdp2-objective")
+        *("ddp-weighted", "deepspeed_zero3-patterns"),
+        *("deepspeed_zero3-averaging", "deepspeed_zero3-averaging", "fsdp2-objective"),
     ]
     assert {*with_experts(quick, quick=True)} - {*quick} == {EXPERTS}
     assert {each.strategy for each in all_cells(quick=True, max_ranks=1)} == set(STRATEGIES)

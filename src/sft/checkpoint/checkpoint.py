@@ -2,11 +2,13 @@
 
     checkpoints/step-00000100/
       shard-00000-of-00004.safetensors  what one rank wrote: `NAME|FIELD|START` is the flat values of parameter NAME's
-                                        FIELD from START on; FIELD is `weight` or one of the optimizer's (exp_avg, ...)
+                                        FIELD from START on; FIELD is `weight`, `average` (of the weights), or one of
+                                        the optimizer's (exp_avg, ...)
       callbacks.pt                      state of the callbacks that have any
       state.json                        step, shapes, hyperparameters of each group, validation loss, what the run was,
                                         size and checksum of each shard
       probes.json                       log-probabilities of a few samples by the model that was saved
+      probes-average.json               the same with the average as its weights
 
 Nothing in it depends on strategy, ranks, accumulation or Lightning's loops: the step names the place in the step
 plan, and random numbers are a function of that place. Each rank writes what it holds and reads what it needs, a
@@ -26,7 +28,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from sft.checkpoint.layout import Whole, full_shape, named_trainable, persistent_buffers
+from sft.checkpoint.layout import Whole, fp32_like, full_shape, named_trainable, persistent_buffers
 from sft.checkpoint.safetensors_file import BY_NAME, checksum, read_range
 from sft.errors import UserError
 from sft.ranks import place, together
@@ -48,6 +50,8 @@ class State(TypedDict):
     best: NotRequired["Measured | None"]  # of all validations after a step, saved or not
     validated: NotRequired[bool]  # whether the step's validation is done
     val_loss: float | None
+    val_loss_average: NotRequired[float | None]  # with the average as weights
+    exports_average: NotRequired[bool]  # whether the run exports that, so that its loss is what counts
     shapes: dict[str, list[int]]  # of each weight by its name in the model
     buffers: list[str]  # those of the names that are buffers
     groups: list[dict[str, object]]  # of the optimizer: hyperparameters, and names of the parameters
@@ -93,6 +97,15 @@ class Checkpoint:
         return states
 
     @property
+    def loss(self) -> float | None:
+        """The validation loss that is compared: that of the weights which the run exports."""
+        return self.state.get("val_loss_average") if self.state.get("exports_average") else self.state["val_loss"]
+
+    @property
+    def has_average(self) -> bool:
+        return any(field == "average" for _, field in self._pieces)
+
+    @property
     def shapes(self) -> dict[str, list[int]]:
         """Shape of each weight by its name in the model."""
         return self.state["shapes"]
@@ -100,12 +113,13 @@ class Checkpoint:
     def dtype(self, name: str) -> torch.dtype:
         return self._pieces[name, "weight"][0].dtype
 
-    def tensor(self, name: str) -> Tensor:
-        """One weight, whole."""
+    def tensor(self, name: str, average: bool = False) -> Tensor:
+        """One weight, whole, or its average, in the weight's dtype. Buffers have no average."""
         shape = torch.Size(self.shapes[name])
-        whole = torch.empty(shape, dtype=self.dtype(name))
-        self.read(name, "weight", 0, whole.view(-1))
-        return whole
+        field = "average" if average and (name, "average") in self._pieces else "weight"
+        whole = torch.empty(shape, dtype=self._pieces[name, field][0].dtype)
+        self.read(name, field, 0, whole.view(-1))
+        return whole.to(self.dtype(name))
 
     def read(self, name: str, field: str, start: int, into: Tensor) -> None:
         """Fills the 1-D `into` with the flat values from `start` on."""
@@ -133,8 +147,9 @@ class Checkpoint:
 
         together(compare)
 
-    def restore(self, layout: Whole) -> None:
-        """Puts weights, optimizer state and each group's hyperparameters back: each rank its own part, by name."""
+    def restore(self, layout: Whole, hyperparameters: bool = True) -> None:
+        """Puts weights, optimizer state and, if asked to, each group's hyperparameters back: each rank its own part, by
+        name."""
         state = self.state
         if state["format"] != FORMAT:
             raise UserError(f"{self.path} has format {state['format']}, this is {FORMAT}: start the run anew")
@@ -156,13 +171,17 @@ class Checkpoint:
             )
         for group, saved in zip(optimizer.param_groups, state["groups"], strict=True):
             # Which of its names decay is for this run to say: an earlier version went by a parameter's shape alone.
-            group.update({key: value for key, value in saved.items() if key != "param_names"})
+            group.update({key: value for key, value in saved.items() if hyperparameters and key != "param_names"})
         fields: defaultdict[str, list[str]] = defaultdict(list)  # of the optimizer's states, by the parameter's name
         for name, field in self._pieces:
-            if field != "weight":
+            if field not in ("weight", "average"):
                 fields[name].append(field)
         for part in layout.parts():
             self.read(part.name, "weight", part.start, part.weight)
+            if layout.averages is not None and (part.name, "average") in self._pieces:
+                if part.holder not in layout.averages:
+                    layout.averages[part.holder] = fp32_like(part.holder)
+                self.read(part.name, "average", part.start, part.of(layout.averages[part.holder]))
             # States that the optimizer makes at its first step; none of them, no entry.
             for field in fields[part.name]:
                 states = optimizer.state[part.holder]
@@ -222,7 +241,7 @@ def latest(folder: Path) -> Checkpoint | None:
 
 def best(checkpoints: list[Checkpoint]) -> Checkpoint | None:
     """The one with the lowest validation loss; the earliest where several are equal; None if none has one."""
-    losses = [(checkpoint.state.get("val_loss"), checkpoint) for checkpoint in checkpoints]
+    losses = [(checkpoint.loss, checkpoint) for checkpoint in checkpoints]
     known = [(loss, checkpoint) for loss, checkpoint in losses if loss is not None]
     return min(known, key=lambda pair: pair[0])[1] if known else None
 
@@ -233,7 +252,7 @@ def measured_best(last: Checkpoint, checkpoints: list[Checkpoint]) -> Measured |
     if "best" in last.state:
         return last.state["best"]
     lowest = best([checkpoint for checkpoint in checkpoints if checkpoint.step <= last.step])
-    if lowest is None or (loss := lowest.state["val_loss"]) is None:
+    if lowest is None or (loss := lowest.loss) is None:
         return None
     return {"step": lowest.step, "val_loss": loss}
 

@@ -52,6 +52,7 @@ class Whole:
     def __init__(self, model: nn.Module, optimizer: Optimizer) -> None:
         self.model = model
         self.optimizer = optimizer  # torch's, whose states are saved
+        self.averages: dict[Tensor, Tensor] | None = None  # of the weights, fp32, shaped as the holder; None: not kept
 
     @staticmethod
     def part(name: str, parameter: Tensor) -> Part:
@@ -79,8 +80,9 @@ class Whole:
         on_device = any(group.get("fused") or group.get("capturable") for group in self.optimizer.param_groups)
         return value[0].to(part.holder.device if on_device else "cpu")
 
-    def publish(self, step: int) -> None:
-        """Called when weights and states of `step` were written into the parts: the model's own copies follow."""
+    def publish(self, step: int | None) -> None:
+        """Called when weights, and the states of `step` unless it is None, were written into the parts: the model's own
+        copies follow."""
 
 
 class Rows(Whole):
@@ -143,9 +145,10 @@ class ZeRO12(Whole):
         own = type(self.optimizer).__module__.startswith("deepspeed")
         return int(value) if own else super().scalar(value, part)
 
-    def publish(self, step: int) -> None:
+    def publish(self, step: int | None) -> None:
         self.wrapper.update_lp_params()
-        self._count_host_steps(step)
+        if step is not None:
+            self._count_host_steps(step)
 
     def _count_host_steps(self, step: int) -> None:
         """DeepSpeed's AdamW for the host multiplies the powers of beta up from step to step: to the same bits again."""
@@ -182,7 +185,7 @@ class ZeRO3(ZeRO12):
                 parts.append(Part(name, own.start, own.numel, self.wrapper.fp32_partitioned_groups_flat[group], offset))
         return parts
 
-    def publish(self, step: int) -> None:
+    def publish(self, step: int | None) -> None:
         wrapper = self.wrapper
         for group in range(len(wrapper.fp32_partitioned_groups_flat)):
             wrapper._reassign_or_swap_out_partitioned_parameters(group)
@@ -192,13 +195,19 @@ class ZeRO3(ZeRO12):
                 parameter.partition()
             wrapper.persistent_parameters[0].all_gather(wrapper.persistent_parameters)
         wrapper.invalidate_secondary_tensor()
-        self._count_host_steps(step)
+        if step is not None:
+            self._count_host_steps(step)
 
 
 def flat(tensor: Tensor) -> Tensor:
     """This rank's values of a tensor as a 1-D view."""
     local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
     return local.detach().view(-1)
+
+
+def fp32_like(holder: Tensor) -> Tensor:
+    """Zeros in fp32, shaped and placed as a holder."""
+    return torch.zeros_like(holder, dtype=torch.float32, requires_grad=False)
 
 
 def full_shape(parameter: Tensor) -> list[int]:

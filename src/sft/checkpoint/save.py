@@ -24,7 +24,7 @@ def save(
     layout: Whole,
     callbacks: Mapping[str, object],
     state: Mapping[str, object],
-    probes: Sequence[object],
+    probes: Mapping[str, Sequence[object]],
 ) -> Checkpoint:
     """Publishes `folder/step-{step}` whole, or leaves nothing of that name. Called by every rank."""
     rank, world_size = place()
@@ -47,7 +47,8 @@ def save(
         if rank == 0:
             document = {"format": FORMAT, "step": step, **state, **_description(layout), "files": files}
             (staging / "state.json").write_text(json.dumps(document, indent=2))
-            (staging / "probes.json").write_text(json.dumps(probes))
+            for name, measured in probes.items():
+                (staging / f"{name}.json").write_text(json.dumps(measured))
             # Through memory: torch's own file writer doesn't say that a disk is full.
             buffer = io.BytesIO()
             torch.save(dict(callbacks), buffer)
@@ -78,6 +79,8 @@ def _write_shard(path: Path, layout: Whole, rank: int, world_size: int) -> dict[
     values: dict[str, Tensor] = {}  # views of what is in memory anyway
     for part in parts:
         values[f"{part.name}|weight|{part.start}"] = part.weight
+        if layout.averages:
+            values[f"{part.name}|average|{part.start}"] = part.of(layout.averages[part.holder])
         for field, value in states.get(part.holder, {}).items():
             if is_scalar(value):
                 if part.start == 0:

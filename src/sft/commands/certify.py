@@ -11,8 +11,9 @@
 
 Cells: strategy x ranks x accumulation x packed or not x uninterrupted or resumed x SGD or AdamW, and for each strategy
 and number of ranks one each whose tokens have weights, whose parameters are frozen and grouped by patterns, with
-NEFTune, label smoothing and z-loss and, of a mixture of experts, with a load-balancing loss. Each cell is a fit by the
-code of sft train in processes of this machine. It is compared with a loop that shares no code with it: the loss of
+NEFTune, label smoothing and z-loss and, of a mixture of experts, with a load-balancing loss, and two with an average of
+the weights, which is compared as they are. Each cell is a fit by the code of sft train in processes of this machine. It
+is compared with a loop that shares no code with it: the loss of
 every step, and the weights after the last one. The certificate is certificates/NAME/certificate.json and .md. The exit
 code is 0 only if every cell passes.
 """
@@ -129,7 +130,7 @@ def prepare(config: DictConfig, folder: Path) -> tuple[DictConfig, Excerpt]:
     shrink(config, folder, config.device, config.precision, samples.vocab_size)
     config.callbacks, config.logger = None, None
     # What its cells are about.
-    config.parameters, config.loss = {}, {}
+    config.parameters, config.loss, config.averaging = {}, {}, None
     config.model.neftune_alpha, config.trainer.gradient_clip_algorithm = 0.0, "norm"
     config.val_every, config.checkpoint = None, {"save_every": RESUME_AT, "keep_last": 2, "export": "last"}
     return config, samples

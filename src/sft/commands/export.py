@@ -4,6 +4,8 @@
       the last checkpoint, to runs/gsm8k-1a2b3c4d/export/ (sft train does so itself unless export=false)
   sft export run=gsm8k-1a2b3c4d checkpoint=best output=models/gsm8k dtype=bfloat16 max_shard_size=2GB
       the checkpoint with the lowest validation loss, in bf16
+  sft export run=gsm8k-1a2b3c4d weights=average output=models/average
+      the average of the weights, of a run with averaging=ema or averaging=swa
   sft export run=gsm8k-1a2b3c4d merge=false output=models/adapter
       only the adapter, for peft, of a run with adapter=lora; by default it is merged into the base model
 
@@ -17,6 +19,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -44,7 +47,8 @@ def main(config: DictConfig) -> None:
     if config.output:
         check_writable(output, "output")
     checkpoint = choose(run, str(config.checkpoint))
-    export_run(run, checkpoint, output, config.dtype, config.merge, config.max_shard_size)
+    average = None if config.weights is None else config.weights == "average"
+    export_run(run, checkpoint, output, config.dtype, config.merge, config.max_shard_size, average)
 
 
 def export_run(
@@ -54,10 +58,12 @@ def export_run(
     dtype: str | None = None,
     merge: bool | None = None,
     max_shard_size: int | str = "5GB",
+    average: bool | None = None,
 ) -> None:
     """Exports a checkpoint; `dtype` None keeps that of the weights.
 
-    `merge`: whether an adapter is merged into the base model; None as the run says.
+    `merge`: whether an adapter is merged into the base model; `average`: whether the average of the weights is exported
+    in their place; None as the run says.
     """
     dtypes = {None: None, "float32": torch.float32, "bfloat16": torch.bfloat16}
     settings = run.config
@@ -75,7 +81,14 @@ def export_run(
     shutil.rmtree(staging, ignore_errors=True)
     staging.mkdir(parents=True)
     specs: Specs = {name: (checkpoint.dtype(name), shape) for name, shape in checkpoint.shapes.items()}
-    read: Read = checkpoint.tensor
+    if average is None:
+        average = bool(checkpoint.state.get("exports_average"))
+        if average and not checkpoint.has_average:
+            log(f"the average of the weights has not begun at step {checkpoint.step}: the weights are exported")
+            average = False
+    if average and not checkpoint.has_average:
+        raise UserError(f"{checkpoint.path} holds no average of the weights: set weights=trained, or train with one")
+    read: Read = partial(checkpoint.tensor, average=average)
     tokenizer = source.load_tokenizer()
     generation = generation_config(source, tokenizer, checkpoint.state["stop_token_ids"], log)
     if merge is False:
@@ -92,9 +105,9 @@ def export_run(
     generation.save_pretrained(staging)
     tokenizer.save_pretrained(staging)
     (staging / "README.md").write_text(
-        model_card(run, checkpoint.step, checkpoint.state, merge, which(run, checkpoint))
+        model_card(run, checkpoint.step, checkpoint.state, merge, which(run, checkpoint), average)
     )
-    probes = json.loads((checkpoint.path / "probes.json").read_text())
+    probes = json.loads((checkpoint.path / f"probes{'-average' if average else ''}.json").read_text())
     precision = "bf16-true" if dtype == "bfloat16" else settings["trainer"]["precision"]
     quantized = bool(source.adapter and source.adapter.quantize)
     verdict = verify(staging, probes, str(precision), quantized=quantized, step=checkpoint.step)
@@ -153,10 +166,12 @@ def _tried(part: str, of: str | None) -> Iterator[None]:
         ) from error
 
 
-def model_card(run: Run, step: int, state: Mapping[str, object], merge: bool | None, place: str = "") -> str:
+def model_card(
+    run: Run, step: int, state: Mapping[str, object], merge: bool | None, place: str = "", average: bool = False
+) -> str:
     """README.md of the exported folder: base model, data and settings. `state` is a checkpoint's; `merge` is None
-    without an adapter; `place`: whether the step is the best or the last."""
-    settings, val_loss = run.config, state["val_loss"]
+    without an adapter; `place`: whether the step is the best or the last; `average`: the weights are an average."""
+    settings, val_loss = run.config, state["val_loss_average" if average else "val_loss"]
     template: Mapping[str, object] = state.get("template") or {}  # type: ignore[assignment]
     data = settings["data"]
     base = settings["model"]["path"]
@@ -177,6 +192,7 @@ def model_card(run: Run, step: int, state: Mapping[str, object], merge: bool | N
         "precision": settings["trainer"]["precision"],
         "seed": settings["seed"],
         "step": f"{step} of {state['num_steps']}{place and f', {place}'}",
+        **({"weights": f"an average of the steps' ({json.dumps(settings['averaging'])})"} if average else {}),
         "validation loss": loss,
         "commit": provenance["commit"],
     }
@@ -233,14 +249,18 @@ def said(run: Run, chosen: Checkpoint, metrics: Metrics) -> str:
         return f"step {chosen.step}, the last"
 
     def loss(checkpoint: Checkpoint) -> str:
-        value = checkpoint.state["val_loss"]
-        return "not measured" if value is None else f"{value:.4f}"
+        return "not measured" if checkpoint.loss is None else f"{checkpoint.loss:.4f}"
 
     text = f"step {chosen.step}, {which(run, chosen)}: validation loss {loss(chosen)}"
     if chosen.step != last.step:
         text += f" (the last, step {last.step}: {loss(last)})"
     elif measured["step"] != last.step:
         text += f" (the best, step {measured['step']}: {measured['val_loss']:.4f}; checkpoint.export=best exports it)"
+    average = chosen.state.get("val_loss_average")
+    if chosen.state.get("exports_average"):
+        text = text.replace("validation loss", "validation loss of the average")
+    elif average is not None:
+        text += f"; {average:.4f} with the average of the weights, which sft export weights=average exports"
     before = metrics.first("val/loss")  # training
     if before < measured["val_loss"]:
         text += f"; the model was better before training: {before:.4f}"

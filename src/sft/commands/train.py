@@ -34,8 +34,9 @@ from sft.runs.files import write_json
 from sft.runs.results import Result, after, summarise
 from sft.runs.run import Run
 from sft.runs.stopped import lifted
+from sft.training import extension
 from sft.training.launch import find
-from sft.training.settings import check, check_devices, check_gpu, check_inputs, check_targets, settle
+from sft.training.settings import check, check_devices, check_gpu, check_inputs, check_targets, say, settle
 
 if TYPE_CHECKING:
     from lightning.pytorch.loggers import Logger
@@ -45,6 +46,7 @@ if TYPE_CHECKING:
 
 def main(config: DictConfig) -> float | None:
     """Trains; the final validation loss, which a sweep compares, on the first rank."""
+    extended = extension.settle(config)
     settings: Any = OmegaConf.to_container(config, resolve=True)
     launch = find(os.environ)
     settle(config, launch)
@@ -60,6 +62,8 @@ def main(config: DictConfig) -> float | None:
         return Result.read(run).last
 
     check_inputs(config)
+    if note := extension.hint(config, run):
+        say(note)
 
     from sft.checkpoint import checkpoint as checkpoints
     from sft.commands.export import at_the_end, export_run, said, try_export
@@ -78,9 +82,14 @@ def main(config: DictConfig) -> float | None:
     check_targets(config)
     check_devices(config.trainer.accelerator, config.trainer.devices)
     resume = checkpoints.latest(run.checkpoints)
+    begins = extended if resume is None else None
+    if begins:
+        resume = begins.checkpoint()
     reads = resume is None or bool(config.adapter)
     prepared = setup(config, start_step=resume.step if resume else 0, run=run, weights="read" if reads else None)
     data = prepared.data
+    if begins:
+        begins.check(prepared.splits.fingerprint, data.num_steps)
     check_schedule(config.schedule, data.num_steps)
 
     model = prepared.fingerprint(config.data.cache_dir, weights=reads) if is_main() else None
@@ -89,15 +98,18 @@ def main(config: DictConfig) -> float | None:
         if is_main():
             write_json(run.folder / "data.json", prepared.splits.ledger)
             write_html(run.folder / "preview.html", prepared)
-        log(f"run {run.folder}: {data.num_steps} steps" + (f", resumed after step {resume.step}" if resume else ""))
+        begun = f", {f'extends {begins.run.folder}' if begins else 'resumed'} after step {data.start_step}"
+        log(f"run {run.folder}: {data.num_steps} steps{begun if resume else ''}")
         log(f"data: {in_one_line(prepared.splits.ledger)}")
         for line in lines(config, data):
             log(line)
         file = MetricsFile(run.folder / "metrics.csv")
-        file.resume(data.start_step)
+        file.resume(0 if begins else data.start_step)
         if other_callbacks:
             log(f"it was stopped early at step {data.start_step}, and continues {other_callbacks}")
-        if other_callbacks or not (resume and resume.last):  # else killed after its last step: only the export is left
+        if (
+            other_callbacks or begins or not (resume and resume.last)
+        ):  # else killed after its last step: only the export is left
             if is_main() and config.export:
                 try_export(prepared, run)
             fit(
@@ -106,6 +118,7 @@ def main(config: DictConfig) -> float | None:
                 data,
                 checkpoints=run.checkpoints,
                 resume=resume,
+                extends=begins is not None,
                 loggers=[file, *trackers(config, run, file.metrics.rows)],
                 facts=facts(config, prepared),
                 cluster=cluster,

@@ -63,6 +63,7 @@ Day = described("a day, YYYY-MM-DD", Annotated[str, AfterValidator(_day)])
 Fraction = Annotated[float, Field(ge=0, allow_inf_nan=False), AfterValidator(_share_or_whole)]
 Size = described("0, a share below 1, or a whole number from 1 on", Fraction)
 Steps = described("a share of the run from 0 to below 1, or a whole number of steps", Fraction)
+Start = described("a share of the run from 0 to below 1, or a whole number of a step", Fraction)
 Share = number("from 0 to 1", ge=0, le=1)
 BelowOne = number("from 0 to below 1", ge=0, lt=1)
 Positive = number("above 0", gt=0)
@@ -132,6 +133,9 @@ Train = table(  # conf/train.yaml; its groups are checked by the tables below
     checkpoint=table(
         "Checkpoint", save_every=maybe(whole(1)), keep_last=whole(1), export=maybe(one_of("best", "last"))
     ),
+    extend=rare(
+        table("Extend", run=maybe(Text), schedule=one_of("continue", "restart"), step=maybe(whole(1))),
+    ),
     export=Yes,
     extra=rare(Open),
     data=Open,
@@ -143,6 +147,7 @@ Train = table(  # conf/train.yaml; its groups are checked by the tables below
     schedule=Open,
     logger=rare(maybe(Open)),
     callbacks=rare(maybe(Open)),
+    averaging=rare(maybe(Open)),
     cluster=Open,
 )
 COMMANDS: dict[str, type[Settings]] = {
@@ -176,6 +181,7 @@ COMMANDS: dict[str, type[Settings]] = {
         "Export",
         run=Text,
         checkpoint=described("last, best or a step", Literal["last", "best"] | whole(0)),
+        weights=maybe(one_of("trained", "average")),
         output=maybe(Text),
         dtype=maybe(one_of("float32", "bfloat16")),
         merge=maybe(Yes),
@@ -423,6 +429,11 @@ OPTIONS: dict[str, dict[str, type[Settings]]] = {
     },
     "logger": {"": Nothing, "wandb_logger": Wandb, "tensorboard_logger": Nothing},
     "cluster": {"": Cluster},
+    "averaging": {
+        "": Nothing,
+        "ema": table("EMA", decay=BelowOne, start=Start, export=Yes),
+        "swa": table("SWA", start=Start, every=whole(1), export=Yes),
+    },
 }
 CALLBACKS = {"EarlyStopping": EarlyStopping}
 OURS = ("sft.", "lightning.", "torch.optim.")  # a `_target_` elsewhere is the user's own, whatever its last part

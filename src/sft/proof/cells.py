@@ -46,9 +46,10 @@ VARIANTS: dict[str, dict[str, object]] = {
     "objective": {"model.neftune_alpha": 5.0, "loss.label_smoothing": 0.2, "loss.z_loss": 0.01},
     # More would level the router until rounding decides which experts are chosen.
     EXPERTS: {"loss.router_aux": 0.02},
+    "averaging": {"averaging": {"_target_": "sft.training.averaging.ema", "decay": 0.8, "start": 5, "export": True}},
 }
 # In a quick certificate, by strategy.
-FEW = {"deepspeed_zero3": ("patterns",), "ddp": ("weighted", EXPERTS), "fsdp2": ("objective",)}
+FEW = {"deepspeed_zero3": ("patterns", "averaging"), "ddp": ("weighted", EXPERTS), "fsdp2": ("objective",)}
 
 
 @dataclass(frozen=True)
@@ -156,9 +157,10 @@ def all_cells(
             ]
         # SGD, since AdamW's steps don't show by what all gradients are multiplied.
         cells += [
-            Cell(strategy, num_ranks, 2, True, False, "sgd", precision, device, variant)
+            Cell(strategy, num_ranks, 2, True, resumed, "sgd", precision, device, variant)
             for variant in (FEW.get(strategy, ()) if quick else VARIANTS)
             if variant not in ("", EXPERTS)
+            for resumed in ((False, True) if variant == "averaging" else (False,))
         ]
     return cells
 
@@ -251,15 +253,23 @@ def compare(cell: Cell, outcome: Outcome, reference: Reference) -> CellResult:
         return CellResult(cell, error=f"the checkpoint holds other parameters: {', '.join(differing[:3])}")
     if reference.movement < LEAST_MOVEMENT:
         return CellResult(cell, error=f"the weights moved by {reference.movement:.1e} only: raise the learning rate")
-    differences = np.concatenate(
-        [(checkpoint.tensor(name).float().numpy() - weight).ravel() for name, weight in reference.weights.items()]
-    )
-    weight = np.abs(differences).max() if cell.exact else np.linalg.norm(differences) / reference.noise
+    ours, averages = [_differences(checkpoint, reference.weights)], reference.averages
+    if averages:
+        if not checkpoint.has_average:
+            return CellResult(cell, error="the checkpoint holds no average of the weights")
+        ours.append(_differences(checkpoint, averages, average=True))
+    weight = max(np.abs(each).max() if cell.exact else np.linalg.norm(each) / reference.noise for each in ours)
     return CellResult(
         cell,
         loss=_largest_difference(outcome.losses, reference.losses[start:]),
         grad_norm=_largest_difference(outcome.grad_norms, reference.grad_norms[start:]),
         weight=float(weight),
+    )
+
+
+def _differences(checkpoint: Checkpoint, weights: dict[str, np.ndarray], average: bool = False) -> np.ndarray:
+    return np.concatenate(
+        [(checkpoint.tensor(name, average).float().numpy() - weight).ravel() for name, weight in weights.items()]
     )
 
 

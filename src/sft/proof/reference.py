@@ -40,6 +40,7 @@ class Reference:
     weights: dict[str, np.ndarray]  # after the last step
     movement: float  # largest change of a weight
     change: float  # of all weights together: root of the sum of squares
+    averages: dict[str, np.ndarray]  # of the weights, if they are asked for
     noise: float = 0.0  # how far matrix products in bf16 take all weights together from these
 
     def measured(self, rounded: "Reference") -> "Reference":
@@ -91,6 +92,8 @@ def train(
     if variant.get("model.neftune_alpha"):
         model.get_input_embeddings().register_forward_hook(lambda module, inputs, output: output + noise[0])
     losses, grad_norms = [], []
+    averages: dict[str, np.ndarray] = {}
+    averaging = variant.get("averaging")
     for number, samples in enumerate(steps):
         divisor = sum(float(token_weights[1:][labels[1:] != IGNORE].sum()) for _, labels, token_weights in samples)
         num_tokens, loss = sum(len(ids) for ids, _, _ in samples), 0.0
@@ -126,11 +129,18 @@ def train(
         for made, peak in zip(optimizer.param_groups, peaks, strict=True):
             made["lr"] = peak * factor(number, len(steps))
         optimizer.step()
+        if averaging and number + 1 >= averaging["start"]:
+            now = {name: parameter.detach().numpy().astype(np.float64) for name, parameter in parameters.items()}
+            kept = averages or now
+            decay = averaging["decay"]
+            averages = {name: decay * kept[name] + (1 - decay) * now[name] for name in now}
         losses.append(loss)
         grad_norms.append(norm)
     weights = {name: parameter.detach().numpy() for name, parameter in parameters.items()}
     changes = np.concatenate([(weights[name] - first[name]).ravel() for name in weights])
-    return Reference(losses, grad_norms, weights, float(np.abs(changes).max()), float(np.linalg.norm(changes)))
+    return Reference(
+        losses, grad_norms, weights, float(np.abs(changes).max()), float(np.linalg.norm(changes)), averages
+    )
 
 
 def inject(model: PreTrainedModel, adapter: "LoraConfig", seed: int) -> None:

@@ -24,6 +24,8 @@ DECIDING = (
     "trainer.gradient_clip_algorithm",
     "parameters",
     "loss",
+    "extend",
+    "averaging",  # it doesn't change the weights, but a run that resumes with another average would mix two
 )
 NOT_DECIDING = (
     "model.attention",
@@ -31,6 +33,7 @@ NOT_DECIDING = (
     "model.activation_offload",
     "model.compile",
     "adapter.merge",
+    "averaging.export",
     "data.num_workers",
     "data.cache_dir",
     "data.max_lost",
@@ -61,6 +64,10 @@ NEUTRAL: dict[str, object] = {
     "parameters.train": None,
     "parameters.freeze": None,
     "parameters.groups": None,
+    "averaging": {},
+    "extend.run": None,
+    "extend.schedule": "continue",
+    "extend.step": None,
 }
 # The module of the project's own classes and functions decides nothing: each counts by the name that it had when the
 # first hash was made of it.
@@ -70,6 +77,7 @@ TARGETS = {
     "sft.data.dataset": ("DataConfig",),
     "sft.data.conversation": ("prompt_response", "messages", "text", "alpaca", "conversational"),
     "sft.data.token_ids": ("pretokenized",),
+    "sft.training.averaging": ("ema", "swa"),
     "sft.model.optimizer": ("constant", "linear", "cosine", "warmup_stable_decay"),
 }
 

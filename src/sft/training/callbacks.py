@@ -47,7 +47,7 @@ def bases(callbacks: "Iterable[Callback]") -> list[tuple[str, str]]:
 
 
 def states(callbacks: "Iterable[Callback]", trainer: "L.Trainer", module: "L.LightningModule") -> dict[str, object]:
-    """The state of each callback by its key: what it calls its state, and what it puts into Lightning's checkpoint."""
+    """The state of each callback, by its key: what it calls so, and what it puts into Lightning's checkpoints."""
     found: dict[str, object] = {}
     for callback in callbacks:
         found[callback.state_key] = callback.state_dict()

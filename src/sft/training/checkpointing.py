@@ -18,16 +18,15 @@ from lightning.pytorch.loops.progress import _ProcessedTracker
 
 from sft.checkpoint import checkpoint as checkpoints
 from sft.checkpoint.checkpoint import Checkpoint, Measured
-from sft.checkpoint.layout import Whole
 from sft.checkpoint.save import save
 from sft.data.batch import Batch
 from sft.errors import UserError
 from sft.ranks import together
 from sft.runs import events, signals, watchdog
-from sft.training import callbacks, early_stopping, probes
+from sft.training import averaging, callbacks, early_stopping, probes
+from sft.training.averaging import layout
 from sft.training.log import log
 from sft.training.module import SFTModule
-from sft.training.strategies import placement
 
 
 @dataclass(eq=False)
@@ -46,6 +45,7 @@ class Checkpoints(Callback):
     export: str | None  # best or last; None: the best where a callback stops early
     resume: Checkpoint | None  # None: start anew
     facts: dict[str, object]  # about the run, saved in each checkpoint
+    extends: bool = False  # the checkpoint is that of another run, which this one extends
     timed_out: bool = False  # by a Timer
     stopping: bool = False  # a callback has ended the run in the middle of the step under way
     best: Measured | None = None  # the validation with the lowest loss so far, the earliest of equals
@@ -119,12 +119,19 @@ class Checkpoints(Callback):
         watchdog.beat(step)
         saved.verify()
         watchdog.beat(step)
-        saved.restore(layout(trainer, module))
+        where = layout(trainer, module)
+        saved.restore(where, hyperparameters=not self.extends)
         watchdog.beat(step)
-        self.best = checkpoints.measured_best(saved, checkpoints.complete(self.folder))
-        callbacks.load(trainer, module, saved.callbacks())
-        # The rate itself came back with the optimizer's groups.
-        trainer.lr_scheduler_configs[0].scheduler.last_epoch = step
+        scheduler = trainer.lr_scheduler_configs[0].scheduler
+        scheduler.last_epoch = step
+        if self.extends:
+            for group, peak, factor in zip(
+                where.optimizer.param_groups, scheduler.base_lrs, scheduler.lr_lambdas, strict=True
+            ):
+                group["lr"] = peak * factor(step)
+        else:  # the rate itself came back with the optimizer's groups
+            self.best = checkpoints.measured_best(saved, checkpoints.complete(self.folder))
+            callbacks.load(trainer, module, saved.callbacks())
         # Lightning counts from where the loader starts: tell it how much came before. Its own resume would
         # take these from the checkpoint, where they'd depend on the accumulation of the run that saved.
         loop = trainer.fit_loop.epoch_loop
@@ -137,7 +144,7 @@ class Checkpoints(Callback):
 
     def on_train_start(self, trainer: L.Trainer, module: SFTModule) -> None:
         callbacks.check_states(trainer, module)  # after all others have begun
-        if self.resume is not None and not self.resume.state.get("validated", True):
+        if self.resume is not None and not self.extends and not self.resume.state.get("validated", True):
             # As Lightning does it between two batches.
             trainer.validating = True
             trainer.fit_loop.epoch_loop.val_loop.run()
@@ -157,7 +164,7 @@ class Checkpoints(Callback):
         self.stopping |= trainer.should_stop
         trainer.should_stop = self.stopping and whole_step  # in the middle of a step Lightning would validate and end
         if whole_step and not self._validates(trainer, module):
-            self._end_step(trainer, module, val_loss=None)
+            self._end_step(trainer, module)
 
     def on_validation_batch_end(self, trainer: L.Trainer, module: SFTModule, *batch: object) -> None:
         watchdog.beat()
@@ -165,12 +172,12 @@ class Checkpoints(Callback):
             return  # after the last step the validation is all that is left
         if number := self._agreed(trainer):
             if not trainer.sanity_checking:
-                self._save(trainer, module, val_loss=None, validated=False)
+                self._save(trainer, module, validated=False)
             self._interrupt(trainer, number)
 
     def on_validation_end(self, trainer: L.Trainer, module: SFTModule) -> None:
         if not trainer.sanity_checking and trainer.state.fn == "fit":
-            self._end_step(trainer, module, val_loss=module.val_loss)
+            self._end_step(trainer, module, measured=True)
 
     def on_fit_end(self, trainer: L.Trainer, module: SFTModule) -> None:
         saved = checkpoints.latest(self.folder)
@@ -187,28 +194,34 @@ class Checkpoints(Callback):
         due = step % self.val_every == 0 or step == module.num_steps or trainer.should_stop
         return bool(trainer.enable_validation) and due
 
-    def _end_step(self, trainer: L.Trainer, module: SFTModule, val_loss: float | None) -> None:
+    def _end_step(self, trainer: L.Trainer, module: SFTModule, measured: bool = False) -> None:
         step, number = trainer.global_step, self._agreed(trainer)
-        new_best = val_loss is not None and val_loss < (self.best["val_loss"] if self.best else math.inf)  # NaN isn't
+        average = averaging.of(trainer)
+        loss = average.val_loss if average and average.export else module.val_loss
+        new_best = measured and loss < (self.best["val_loss"] if self.best else math.inf)  # NaN isn't
         if new_best:
-            assert val_loss is not None
-            self.best = {"step": step, "val_loss": val_loss}
+            self.best = {"step": step, "val_loss": loss}
         exports_best = self.export == "best" or (self.export is None and bool(trainer.early_stopping_callbacks))
         due = step == module.num_steps or step % self.save_every == 0 or (new_best and exports_best)
         if number or trainer.should_stop or due:
-            self._save(trainer, module, val_loss)
+            self._save(trainer, module, measured)
             number = number or self._agreed(trainer)  # may have come during the save
         if number:
             self._interrupt(trainer, number)
 
-    def _save(self, trainer: L.Trainer, module: SFTModule, val_loss: float | None, validated: bool = True) -> None:
+    def _save(self, trainer: L.Trainer, module: SFTModule, measured: bool = False, validated: bool = True) -> None:
+        """`measured`: the step's validation has just been made; `validated`: it needs none."""
         step, start, stopped = trainer.global_step, time.perf_counter(), trainer.should_stop
         early = stopped and step < module.num_steps
         stopped_by, stopped_early = early_stopping.why(trainer) if early else (None, None)
         watchdog.beat()
         for logger in trainer.loggers:
             logger.save()
-        log_probs = probes.measure(module, trainer.datamodule)  # type: ignore[attr-defined]
+        log_probs = {"probes": probes.measure(module, trainer.datamodule)}  # type: ignore[attr-defined]
+        average = averaging.of(trainer)
+        if average and average.averages:
+            with average.swapped_in(trainer, module):
+                log_probs["probes-average"] = probes.measure(module, trainer.datamodule)  # type: ignore[attr-defined]
         state = {
             "num_steps": module.num_steps,
             "stopped": stopped,  # by a callback, before the last step
@@ -216,7 +229,9 @@ class Checkpoints(Callback):
             "stopped_by": stopped_by,
             "stops_early": bool(trainer.early_stopping_callbacks),
             "best": self.best,
-            "val_loss": val_loss if val_loss is not None and math.isfinite(val_loss) else None,
+            "val_loss": _finite(module.val_loss) if measured else None,
+            "val_loss_average": _finite(average.val_loss) if average and measured else None,
+            "exports_average": bool(average and average.export),
             "validated": validated,
             **self.facts,
         }
@@ -238,6 +253,11 @@ class Checkpoints(Callback):
         watchdog.beat()
 
 
+def _finite(loss: float) -> float | None:
+    """None for what JSON has no number for."""
+    return loss if math.isfinite(loss) else None
+
+
 def check_ranks(places: list[tuple[str, str, int]], meant: int) -> None:
     """`UserError` unless the process group has the ranks that the trainer counts, each with a device of its own.
     `places`: name and number of the node, and local rank, of each rank."""
@@ -253,8 +273,3 @@ def check_ranks(places: list[tuple[str, str, int]], meant: int) -> None:
             f"{places.count(shared[0])} ranks on {node} have LOCAL_RANK={local_rank}, and would share a device: give "
             "the ranks of a node the numbers from 0 on"
         )
-
-
-def layout(trainer: L.Trainer, module: SFTModule) -> Whole:
-    """Where this rank keeps parameters and states."""
-    return placement(trainer.strategy).layout(module.model, trainer.optimizers[0])

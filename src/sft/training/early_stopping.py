@@ -6,6 +6,7 @@ import lightning as L
 from lightning.pytorch.callbacks import Callback, EarlyStopping
 
 from sft.errors import UserError
+from sft.training import averaging
 from sft.training.callbacks import bases
 from sft.training.callbacks import check as check_classes
 from sft.training.settings import NEVER_STOPS
@@ -24,8 +25,8 @@ class MonitoredMetrics(Callback):
     raises an error of another kind, and only at a validation after training steps."""
 
     def on_validation_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        if trainer.sanity_checking and _users(trainer):
-            return  # a callback of the user's may measure it in training
+        if trainer.sanity_checking and (_users(trainer) or averaging.of(trainer)):
+            return  # they may measure it in training
         for stopping in trainer.early_stopping_callbacks:
             assert isinstance(stopping, EarlyStopping)
             measured = trainer.callback_metrics

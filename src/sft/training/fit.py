@@ -21,7 +21,7 @@ from sft.errors import UserError
 from sft.model.loading import ModelSource
 from sft.model.loss import Objective
 from sft.runs import events, signals, watchdog
-from sft.training import early_stopping
+from sft.training import early_stopping, extension
 from sft.training.checkpointing import Checkpoints
 from sft.training.datamodule import SFTDataModule
 from sft.training.metrics import StepMetrics
@@ -37,6 +37,7 @@ def fit(
     *,
     checkpoints: Path,
     resume: Checkpoint | None,
+    extends: bool = False,
     loggers: list[Logger],
     facts: dict[str, object],
     cluster: ClusterEnvironment | None = None,
@@ -45,6 +46,7 @@ def fit(
 
     Args:
         checkpoints: folder of the checkpoints.
+        extends: `resume` is a checkpoint of another run, which this one extends.
         facts: about the run, saved in each checkpoint.
         cluster: how the ranks were started; None: Lightning finds out.
     """
@@ -54,6 +56,7 @@ def fit(
     accumulation = data.accumulation(world_size(config))
     users: list[Callback] = list((instantiate(config.callbacks, _convert_="all") or {}).values())
     early_stopping.check(users, bool(data.val))
+    averages = [instantiate(config.averaging)] if config.get("averaging") else []
     users_bar = any(isinstance(callback, ProgressBar) for callback in users)
     # Some terminals have no width.
     own_bar = sys.stdout.isatty() and shutil.get_terminal_size((0, 0)).columns > 0 and not users_bar
@@ -65,6 +68,7 @@ def fit(
         config.checkpoint.export,
         resume,
         facts,
+        extends,
     )
     rank = rank_zero_only.rank  # type: ignore[attr-defined]
     strategy = build(config.strategy, config.trainer.accelerator)
@@ -73,13 +77,13 @@ def fit(
         trainer = instantiate(config.trainer, _partial_=True)(
             strategy=strategy,
             logger=loggers,
-            callbacks=[early_stopping.MonitoredMetrics(), *users, StepMetrics(own_bar)],
+            callbacks=[early_stopping.MonitoredMetrics(), *averages, *users, StepMetrics(own_bar)],
             accumulate_grad_batches=accumulation,
             max_epochs=1,  # the loader goes through all epochs
             val_check_interval=val_every * accumulation,
             check_val_every_n_epoch=None,
             limit_val_batches=None if data.val else 0,
-            num_sanity_val_steps=0 if resume else -1,  # the validation before training
+            num_sanity_val_steps=0 if resume and not extends else -1,  # the validation before training
             use_distributed_sampler=False,
             enable_checkpointing=False,
             enable_progress_bar=users_bar,
@@ -99,17 +103,10 @@ def fit(
             f"the settings mean {', '.join(differing)} as the trainer has it: set trainer.devices and "
             "trainer.num_nodes to what the launcher starts"
         )
-    schedule = instantiate(config.schedule)
-    try:
-        schedule(0, data.num_steps)
-    except TypeError as error:
-        raise UserError(
-            f"schedule {config.schedule._target_} refuses (step, num_steps) or its settings: {error}"
-        ) from error
     module = SFTModule(
         source,
         instantiate(config.optimizer, _convert_="all"),
-        schedule,
+        extension.schedule(config, data.num_steps),
         data.num_steps,
         config.seed,
         resumed=resume is not None,

@@ -45,7 +45,7 @@ def check_schema(config: DictConfig, command: str = "train", typed: Collection[s
             del OmegaConf.select(config, group)[last]
         say(f"note: {name} of the experiment is left out: {group} {target} has no such setting")
     with open_dict(config):
-        for group in ("adapter", "strategy", "logger", "callbacks") if "trainer" in config else ():
+        for group in ("adapter", "strategy", "logger", "callbacks", "averaging") if "trainer" in config else ():
             config.setdefault(group, {})
 
 
