@@ -21,6 +21,12 @@ DECIDING = (
     "schedule",
     "trainer.precision",
     "trainer.gradient_clip_val",
+    # What DeepSpeed rounds beyond what the precision says.
+    "strategy.config.data_types.grad_accum_dtype",
+    "strategy.config.communication_data_type",
+    "strategy.config.zero_optimization.zero_quantized_weights",
+    "strategy.config.zero_optimization.zero_quantized_nontrainable_weights",
+    "strategy.config.zero_optimization.zero_quantized_gradients",
 )
 NOT_DECIDING = (
     "model.attention",
@@ -44,6 +50,11 @@ NEUTRAL: dict[str, object] = {
     "data.special_text": None,
     "data.sample_by": "line",
     "data.conversation.system_column": None,
+    "strategy.config.data_types.grad_accum_dtype": "fp32",
+    "strategy.config.communication_data_type": None,
+    "strategy.config.zero_optimization.zero_quantized_weights": False,
+    "strategy.config.zero_optimization.zero_quantized_nontrainable_weights": False,
+    "strategy.config.zero_optimization.zero_quantized_gradients": False,
 }
 # The module of the project's own classes and functions decides nothing: each counts by the name that it had when the
 # first hash was made of it.
