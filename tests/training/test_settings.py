@@ -58,6 +58,10 @@ def test_ranks_and_accumulation() -> None:
             "are bf16 all the same), or adapter=lora, which is kept in fp32 beside frozen weights in bf16",
         ),
         (
+            ["+callbacks.own={_target_: lightning.pytorch.callbacks.GradientAccumulationScheduler}"],
+            "callbacks.own changes what a step trains on, which its loss is divided by: set global_batch_size",
+        ),
+        (
             ["strategy=deepspeed_zero3", "model.compile=true"],
             "model.compile=true: ZeRO-3 works before and after each layer, which breaks up every graph: set "
             "strategy=fsdp2, which shards as much, or model.compile=false",

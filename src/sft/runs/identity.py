@@ -26,6 +26,12 @@ DECIDING = (
     "loss",
     "extend",
     "averaging",  # it doesn't change the weights, but a run that resumes with another average would mix two
+    # What DeepSpeed rounds beyond what the precision says.
+    "strategy.config.data_types.grad_accum_dtype",
+    "strategy.config.communication_data_type",
+    "strategy.config.zero_optimization.zero_quantized_weights",
+    "strategy.config.zero_optimization.zero_quantized_nontrainable_weights",
+    "strategy.config.zero_optimization.zero_quantized_gradients",
 )
 NOT_DECIDING = (
     "model.attention",
@@ -68,6 +74,11 @@ NEUTRAL: dict[str, object] = {
     "extend.run": None,
     "extend.schedule": "continue",
     "extend.step": None,
+    "strategy.config.data_types.grad_accum_dtype": "fp32",
+    "strategy.config.communication_data_type": None,
+    "strategy.config.zero_optimization.zero_quantized_weights": False,
+    "strategy.config.zero_optimization.zero_quantized_nontrainable_weights": False,
+    "strategy.config.zero_optimization.zero_quantized_gradients": False,
 }
 # The module of the project's own classes and functions decides nothing: each counts by the name that it had when the
 # first hash was made of it.
