@@ -122,6 +122,12 @@ NAMED: dict[str, tuple[str, str]] = {
     "optimizer.fused": ("false", "rounding alone, and named from the first day"),
     "optimizer.foreach": ("true", "rounding alone, and named from the first day"),
     "loss.router_aux": ("0.1", "needs a mixture of experts"),
+    "averaging.decay": ("0.5", "the average of the weights"),
+    "averaging.start": ("2", "the average of the weights"),
+    "averaging.every": ("2", "the average of the weights"),
+    "extend.run": ("other", "where the weights begin"),
+    "extend.schedule": ("restart", "the learning rate: tests/training/test_extension.py"),
+    "extend.step": ("3", "where the weights begin"),
     "strategy.config.data_types.grad_accum_dtype": ("bf16", "rounds the sums of gradients"),
     "strategy.config.communication_data_type": ("bf16", "rounds what is sent"),
     **{
@@ -144,6 +150,7 @@ FREE = {
     "trainer.benchmark": "the same sums in another order",
     "model.compile": "the same sums in another order: tests/model/test_compile.py",
     "adapter.merge": "the form of the export",
+    "averaging.export": "which weights are exported",
     "checkpoint.export": "which checkpoint is exported",
     "checkpoint.drop_optimizer": "what is kept of a finished run",
 }

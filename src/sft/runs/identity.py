@@ -40,6 +40,7 @@ NOT_DECIDING = (
     "model.compile",
     "adapter.merge",
     "averaging.export",
+    "averaging.export",
     "data.num_workers",
     "data.cache_dir",
     "data.max_lost",
