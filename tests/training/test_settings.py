@@ -41,6 +41,11 @@ def test_ranks_and_accumulation() -> None:
             "optimizer is torch.optim.SGD: set optimizer=adamw, or a strategy without offload",
         ),
         (
+            ["strategy=fsdp2", "adapter=lora", "adapter.use_dora=true"],
+            "adapter.use_dora=true needs the norms of whole weights, which this strategy shards: set strategy=ddp or "
+            "deepspeed_zero2",
+        ),
+        (
             ["strategy=deepspeed_zero3", "model.compile=true"],
             "model.compile=true: ZeRO-3 works before and after each layer, which breaks up every graph: set "
             "strategy=fsdp2, which shards as much, or model.compile=false",

@@ -68,6 +68,13 @@ def check(config: DictConfig, here: bool = True) -> tuple[int, int]:
             "model.compile=true: ZeRO-3 works before and after each layer, which breaks up every graph: set "
             "strategy=fsdp2, which shards as much, or model.compile=false"
         )
+    strategy = str(config.strategy._target_) if config.strategy else ""
+    sharded = strategy.endswith(".FSDP2") or OmegaConf.select(config, "strategy.config.zero_optimization.stage") == 3
+    if config.adapter and config.adapter.get("use_dora") and sharded:
+        raise UserError(
+            "adapter.use_dora=true needs the norms of whole weights, which this strategy shards: set strategy=ddp or "
+            "deepspeed_zero2"
+        )
     if config.adapter and config.adapter.quantize:
         from sft.model.adapter import check_quantization
 
