@@ -58,8 +58,9 @@ def test_ranks_and_accumulation() -> None:
             "are bf16 all the same), or adapter=lora, which is kept in fp32 beside frozen weights in bf16",
         ),
         (
-            ["+callbacks.own={_target_: lightning.pytorch.callbacks.GradientAccumulationScheduler}"],
-            "callbacks.own changes what a step trains on, which its loss is divided by: set global_batch_size",
+            ["strategy=fsdp2", "adapter=lora", "adapter.use_dora=true"],
+            "adapter.use_dora=true needs the norms of whole weights, which this strategy shards: set strategy=ddp or "
+            "deepspeed_zero2",
         ),
         (
             ["strategy=deepspeed_zero3", "model.compile=true"],

@@ -291,6 +291,7 @@ class ModelSource:
         stored_config = self._own_config()
         new = self.check_weights() if weights or self.adapter or self.parameters.freezes else []
         empty = self.empty(stored_config) if new or self.new_ids else None
+        drawn = {name: partial(missing.drawn, empty, name) for name in new} if empty else {}
         growth = Growth.of(empty, self.empty(config), self.new_ids) if empty and self.new_ids else None
         options: dict[str, Any] = {"trust_remote_code": self.trust_remote_code}
         options |= {"dtype": dtype, "attn_implementation": self.attention}
@@ -344,7 +345,7 @@ class ModelSource:
                     weights=weights,
                     sharding=sharding,
                     parameters=self.parameters,
-                    drawn={name: partial(missing.drawn, empty, name) for name in new},
+                    drawn=drawn,
                     growth=growth,
                 )
             else:

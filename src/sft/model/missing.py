@@ -34,18 +34,24 @@ def of_files(empty: PreTrainedModel, files: Sequence[str]) -> Info:
                 values = file.get_slice(key)
                 dtype = BY_NAME.get(values.get_dtype(), torch.float32)
                 stored[key] = torch.empty(values.get_shape(), dtype=dtype, device="meta")
-    options = {"dtype": empty.dtype, "device_map": {"": "meta"}, "output_loading_info": True}
+    loaded: Any
     try:
         with without_report():
-            _, info = type(empty).from_pretrained(
-                None, config=empty.config, state_dict=dict(stored), ignore_mismatched_sizes=True, **options
+            loaded = type(empty).from_pretrained(
+                None,
+                config=empty.config,
+                state_dict=dict(stored),
+                dtype=empty.dtype,
+                device_map={"": "meta"},
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,
             )
     except RuntimeError:  # a tensor that is joined from several lacks some of them
         meant = revert_weight_conversion(empty, dict(empty.state_dict()))
         if not (missing := [name for name in meant if name not in stored]):
             raise
         return {"missing_keys": missing, "mismatched_keys": [], "unexpected_keys": [*(stored.keys() - meant.keys())]}
-    report: Info = info
+    report: Info = loaded[1]
     return report
 
 

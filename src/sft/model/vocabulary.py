@@ -38,8 +38,8 @@ class Growth:
                 f"model.add_tokens: in {type(before).__name__} more than embeddings and head depends on the number of "
                 f"tokens ({', '.join(others[:3])}): leave it out"
             )
-        rows = [model.config.get_text_config().vocab_size for model in (before, after)]
-        return cls(names, *rows, new_ids)
+        stored, rows = (model.config.get_text_config().vocab_size for model in (before, after))
+        return cls(names, stored, rows, new_ids)
 
     def grow(self, weight: Tensor) -> Tensor:
         """The weight in fp32 with the rows of new tokens, each the mean of the old rows. It is [stored, ...]."""

@@ -25,7 +25,6 @@ from sft.training import callbacks
 from sft.training.launch import Launch
 
 # Callbacks of Lightning's, and what is set instead.
-STEP_CHANGING = {"GradientAccumulationScheduler": "global_batch_size", "BatchSizeFinder": "micro_batch_size"}
 AUTO = ("auto", -1)  # all devices that there are
 NEVER_STOPS = (
     "EarlyStopping never stops a run that has no validation data: set data.val_size or data.val_path, or leave the "
@@ -96,11 +95,13 @@ def check(config: DictConfig, here: bool = True) -> tuple[int, int]:
             "model.compile=true: ZeRO-3 works before and after each layer, which breaks up every graph: set "
             "strategy=fsdp2, which shards as much, or model.compile=false"
         )
-    for name, callback in (config.callbacks or {}).items():
-        if setting := STEP_CHANGING.get(str(callback.get("_target_")).rpartition(".")[2]):
-            raise UserError(
-                f"callbacks.{name} changes what a step trains on, which its loss is divided by: set {setting}"
-            )
+    strategy = str(config.strategy._target_) if config.strategy else ""
+    sharded = strategy.endswith(".FSDP2") or OmegaConf.select(config, "strategy.config.zero_optimization.stage") == 3
+    if config.adapter and config.adapter.get("use_dora") and sharded:
+        raise UserError(
+            "adapter.use_dora=true needs the norms of whole weights, which this strategy shards: set strategy=ddp or "
+            "deepspeed_zero2"
+        )
     if config.adapter and config.adapter.quantize:
         from sft.model.adapter import check_quantization
 
