@@ -17,7 +17,7 @@ def test_frozen_weights_are_in_the_export_alone(sft: Sft, capsys: pytest.Capture
     base = load_file(Path(sft.settings[0].removeprefix("model.path=")) / "model.safetensors")
     assert sft.train("run=run", FROZEN, GROUPS, "data.val_size=0", "max_steps=2", "checkpoint.save_every=1") == 0
     printed = capsys.readouterr().out
-    assert "optimizer: *.layers.1.mlp.*: lr 0.0001, weight decay 0.5, 6,144 parameters in 3 tensors" in printed
+    assert "optimizer: *.layers.1.mlp.*: lr 0.0001, weight decay 0.5, 6,144 parameters" in printed
     trained = weights(sft.run_folder())
     assert trained.keys() == {name for name in base if ".layers.0." not in name and "embed" not in name}
     saved = {key[0] for key in last_checkpoint(sft.run_folder())._pieces}

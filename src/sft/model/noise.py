@@ -53,7 +53,7 @@ def attach(model: PreTrainedModel, neftune_alpha: float, log: Callable[[str], No
     drops = [value for name, value in config.items() if "dropout" in name or name.endswith("_pdrop")]
     for name, module in model.named_modules():
         if type(module) is nn.Dropout and module.p:
-            module.forward = partial(_dropout, module, zlib.crc32(name.encode()))
+            module.forward = partial(_dropout, module, zlib.crc32(name.encode()))  # type: ignore[method-assign]
             drops.append(module.p)
     if neftune_alpha:
         model.get_input_embeddings().register_forward_hook(partial(_add_noise, neftune_alpha))

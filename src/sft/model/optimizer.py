@@ -52,12 +52,12 @@ def _try_out(factory: Callable[..., Optimizer], sharded: bool) -> None:
         raise UserError(f"the optimizer can't step on a matrix without a closure: {error}") from error
     name = type(optimizer).__name__
     kept = {id(parameter) for _, parameter in parameters}
-    for parameter, state in optimizer.state.items():
-        for field, value in state.items() if id(parameter) in kept else [("", "")]:
-            alike = type(value) is Tensor and value.shape == parameter.shape and value.is_floating_point()
+    for owner, state in optimizer.state.items():
+        for field, value in state.items() if id(owner) in kept else [(owner, "")]:
+            alike = type(value) is Tensor and value.shape == owner.shape and value.is_floating_point()
             if not (alike or value is None or is_scalar(value)):
                 raise UserError(
-                    f"the optimizer {name} can't be used: its state {field or parameter} is neither a number nor shaped"
+                    f"the optimizer {name} can't be used: its state {field} is neither a number nor shaped"
                     " like its parameter, so no checkpoint holds it: set optimizer=adamw"
                 )
     if sharded and not torch.allclose(whole[0], torch.cat(halves), rtol=1e-5, atol=1e-7):

@@ -77,7 +77,10 @@ def _by_role(model: "nn.Module", named: "list[Named]", of: str = "") -> list[tup
     kinds: dict[bool, list[Named]] = {True: [], False: []}
     for name, parameter in named:
         kinds[decays(model, name, parameter)].append((name, parameter))
-    parts = [("matrices", {"params": kinds[True]}), ("vectors", {"params": kinds[False], "weight_decay": 0.0})]
+    parts: list[tuple[str, dict[str, object]]] = [
+        ("matrices", {"params": kinds[True]}),
+        ("vectors", {"params": kinds[False], "weight_decay": 0.0}),
+    ]
     return [(f"{of} {kind}".lstrip(), group) for kind, group in parts if group["params"]]
 
 
@@ -106,7 +109,7 @@ def describe(name: str, group: Mapping[str, object]) -> str:
     parameters: Iterable[nn.Parameter] = group["params"]  # type: ignore[assignment]
     sizes = [prod(full_shape(parameter)) for parameter in parameters]
     rate, decay = group.get("initial_lr", group.get("lr")), group.get("weight_decay", 0.0)
-    return f"optimizer: {name}: lr {rate}, weight decay {decay}, {sum(sizes):,} parameters in {len(sizes)} tensors"
+    return f"optimizer: {name}: lr {rate}, weight decay {decay}, {sum(sizes):,} parameters"
 
 
 def _aliases(model: "nn.Module") -> list[tuple[str, str]]:

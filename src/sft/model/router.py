@@ -43,14 +43,14 @@ class Router:
         num_samples, num_tokens = len(length_S), batch["input_ids"].shape[1]
         place_S = torch.arange(num_samples, device=length_S.device)
         sample_T = torch.repeat_interleave(place_S, length_S, output_size=num_tokens)
-        counts_LE, chosen_SE, probability_SE = [], 0, 0
+        counts_LE = []
+        chosen_SE = probability_SE = self.logits[0].new_zeros(num_samples, self.logits[0].shape[1], dtype=torch.float32)
         for logits_TE in self.logits:
             weights_TE = logits_TE.softmax(-1)
             best_TK = weights_TE.detach().topk(self.top_k, dim=-1).indices
             of_token_TE = torch.zeros_like(weights_TE, dtype=torch.float32).scatter_(1, best_TK, 1.0)
-            zeros_SE = of_token_TE.new_zeros(num_samples, of_token_TE.shape[1])
-            chosen_SE = chosen_SE + zeros_SE.index_add(0, sample_T, of_token_TE)
-            probability_SE = probability_SE + zeros_SE.index_add(0, sample_T, weights_TE.float())
+            chosen_SE = chosen_SE.index_add(0, sample_T, of_token_TE)
+            probability_SE = probability_SE.index_add(0, sample_T, weights_TE.float())
             counts_LE.append(of_token_TE.sum(0))
         rows_S1 = length_S[:, None] * len(self.logits)
         balance_S = (chosen_SE / rows_S1 * (probability_SE / rows_S1)).sum(1) * self.logits[0].shape[1]

@@ -79,7 +79,7 @@ def train(
     first = {name: parameter.detach().numpy().copy() for name, parameter in parameters.items()}
     groups: dict[str, dict[str, Any]] = {}
     for name, parameter in parameters.items():
-        options = next(
+        options: Mapping[str, Any] = next(
             (group for group in variant.get("parameters.groups", ()) if fnmatchcase(name, group["match"])), {}
         )
         decays = parameter.dim() > 1 and not NO_DECAY.search(name)
