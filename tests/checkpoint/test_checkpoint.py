@@ -107,11 +107,11 @@ def test_pieces_of_any_size_make_the_same_weights(tmp_path: Path, monkeypatch: p
     layout = trained()
     staging = tmp_path / "step-00000001"
     staging.mkdir()
-    for rank in range(5):
-        saving._write_shard(staging / f"shard-{rank:05d}-of-00005.safetensors", layout, rank, 5)
+    names = [f"shard-{rank:05d}-of-00005.safetensors" for rank in range(5)]
+    files = {name: saving._write_shard(staging / name, layout, rank, 5) for rank, name in enumerate(names)}
     sizes = [path.stat().st_size for path in staging.iterdir()]
     assert max(sizes) < 1.2 * min(sizes)
-    document = {"format": checkpoints.FORMAT, **saving._description(layout)}
+    document = {"format": checkpoints.FORMAT, **saving._description(layout), "files": files}
     (staging / "state.json").write_text(json.dumps(document))
     whole = checkpoints.Checkpoint(staging)
     for name, parameter in layout.model.named_parameters():
@@ -119,3 +119,32 @@ def test_pieces_of_any_size_make_the_same_weights(tmp_path: Path, monkeypatch: p
         values = torch.empty(7)
         whole.read(name, "exp_avg", 11, values)
         assert torch.equal(values, layout.optimizer.state[parameter]["exp_avg"].view(-1)[11:18])
+
+
+@pytest.mark.parametrize("killed", ["never", "before the new state", "before the old files go"])
+def test_dropped_states_leave_a_complete_checkpoint_at_each_moment(
+    tmp_path: Path, killed: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layout = trained()
+    saved = save(tmp_path, 1, layout)
+    size = sum(path.stat().st_size for path in saved.path.iterdir())
+
+    def kill(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    if killed != "never":
+        with monkeypatch.context() as patch:
+            name = "sft.checkpoint.save.write_json" if killed == "before the new state" else "pathlib.Path.unlink"
+            patch.setattr(name, kill)
+            with pytest.raises(KeyboardInterrupt):
+                saving.drop_optimizer(checkpoints.Checkpoint(saved.path))
+        for name, parameter in layout.model.named_parameters():
+            assert torch.equal(checkpoints.Checkpoint(saved.path).tensor(name), parameter)
+    saving.drop_optimizer(checkpoints.Checkpoint(saved.path))
+    left = checkpoints.Checkpoint(saved.path)
+    left.verify()
+    for name, parameter in layout.model.named_parameters():
+        assert torch.equal(left.tensor(name), parameter)
+    assert sum(path.stat().st_size for path in saved.path.iterdir()) < 0.4 * size
+    with pytest.raises(UserError, match="can't be resumed: its optimizer states were dropped"):
+        left.restore(trained(1))

@@ -83,3 +83,17 @@ def test_more_epochs_begin_anew_and_say_what_an_extension_would_do(
     assert note in capsys.readouterr().err
     assert last_checkpoint(sft.run_folder("anew")).step == 1
     assert [each.step for each in complete(run / "checkpoints")] == [4, 6]
+
+
+def test_a_run_whose_optimizer_states_were_dropped_is_exported_and_scored_and_not_extended(
+    sft: Sft, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = ("epochs=2", "val_every=2", *CONSTANT)
+    assert sft.train("run=run", *settings, "checkpoint.drop_optimizer=true") == 0
+    kept = complete(sft.run_folder() / "checkpoints")
+    assert [list(each.state["files"]) for each in kept] == [["weights-shard-00000-of-00001.safetensors"]] * 2
+    assert sft("export", "run=run", "checkpoint=4", "output=earlier") == 0
+    assert sft("score", "run=run", "output=scores.jsonl") == 0
+    capsys.readouterr()
+    assert sft.train(*settings, "epochs=3", *EXTEND) == 2
+    assert "sft: extend.run=runs/run: its optimizer states were dropped" in capsys.readouterr().err

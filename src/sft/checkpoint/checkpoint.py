@@ -57,6 +57,7 @@ class State(TypedDict):
     groups: list[dict[str, object]]  # of the optimizer: hyperparameters, and names of the parameters
     scalars: list[str]  # states that are one number for a whole parameter
     files: dict[str, dict[str, int]]  # size and checksum by name
+    optimizer_dropped: NotRequired[bool]  # weights alone are left
     seed: int
     stop_token_ids: NotRequired[list[int]]
     template: NotRequired[dict[str, object]]  # what the chat template was rendered with, if with anything
@@ -153,6 +154,8 @@ class Checkpoint:
         state = self.state
         if state["format"] != FORMAT:
             raise UserError(f"{self.path} has format {state['format']}, this is {FORMAT}: start the run anew")
+        if state.get("optimizer_dropped"):
+            raise UserError(f"{self.path} can't be resumed: its optimizer states were dropped")
         model, optimizer = layout.model, layout.optimizer
         own = {name: full_shape(parameter) for name, parameter in named_trainable(model)}
         if own.keys() != state["shapes"].keys() - set(state["buffers"]):
@@ -204,8 +207,8 @@ class Checkpoint:
     def _pieces(self) -> dict[tuple[str, str], list["_Piece"]]:
         """What the files hold, by name and field."""
         pieces: dict[tuple[str, str], list[_Piece]] = {}
-        for path in sorted(self.path.glob("shard-*.safetensors")):
-            file = safe_open(path, "pt")
+        for file_name in sorted(self.state["files"]):
+            file = safe_open(self.path / file_name, "pt")
             for key in file.offset_keys():  # in the order in which they were written
                 name, field, start = key.rsplit("|", 2)
                 values = file.get_slice(key)

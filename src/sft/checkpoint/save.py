@@ -8,14 +8,16 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from safetensors import safe_open
 from torch import Tensor
 
 from sft.checkpoint import safetensors_file
 from sft.checkpoint.checkpoint import FORMAT, Checkpoint, discard_unfinished, saved_buffers
 from sft.checkpoint.layout import Part, Whole, flat, full_shape, named_trainable
+from sft.checkpoint.safetensors_file import BY_NAME
 from sft.errors import UserError
 from sft.ranks import place, together
-from sft.runs.files import fsync
+from sft.runs.files import fsync, write_json
 
 
 def save(
@@ -68,6 +70,33 @@ def save(
             shutil.rmtree(staging, ignore_errors=True)
         raise
     return Checkpoint(final)
+
+
+def drop_optimizer(checkpoint: Checkpoint) -> None:
+    """Rewrites a checkpoint without the optimizer's states: at each moment it is complete, with them or without."""
+    state, folder = checkpoint.state, checkpoint.path
+    files = state["files"]
+    if not state.get("optimizer_dropped"):
+        files = {f"weights-{name}": _weights_alone(folder / name, folder / f"weights-{name}") for name in files}
+        flush(folder)
+        # What is read from now on: until it has this name, the old files are.
+        write_json(folder / "state.json", {**state, "files": files, "scalars": [], "optimizer_dropped": True})
+        flush(folder, contents=False)
+    for path in folder.glob("*.safetensors"):
+        if path.name not in files:
+            path.unlink()
+
+
+def _weights_alone(shard: Path, into: Path) -> dict[str, int]:
+    """Copies weights and averages, one at a time; size and checksum of the file."""
+    with safe_open(shard, "pt") as file:
+        slices = {key: file.get_slice(key) for key in file.offset_keys()}
+        entries = {
+            key: (BY_NAME[values.get_dtype()], values.get_shape())
+            for key, values in slices.items()
+            if key.rsplit("|", 2)[1] in ("weight", "average")
+        }
+        return safetensors_file.write(into, entries, file.get_tensor)
 
 
 def _write_shard(path: Path, layout: Whole, rank: int, world_size: int) -> dict[str, int]:

@@ -66,6 +66,7 @@ def main(config: DictConfig) -> float | None:
         say(note)
 
     from sft.checkpoint import checkpoint as checkpoints
+    from sft.checkpoint.save import drop_optimizer
     from sft.commands.export import at_the_end, export_run, said, try_export
     from sft.commands.preview import write_html
     from sft.data.ledger import in_one_line
@@ -132,6 +133,9 @@ def main(config: DictConfig) -> float | None:
         if is_main() and config.export:
             with signals.shielded():  # an export that has begun is finished
                 export_run(run, chosen)
+        if is_main() and config.checkpoint.drop_optimizer:
+            for checkpoint in checkpoints.complete(run.checkpoints):
+                drop_optimizer(checkpoint)
     if not is_main():
         return None
     summarise(run, file.metrics, said(run, chosen, file.metrics))

@@ -131,7 +131,11 @@ Train = table(  # conf/train.yaml; its groups are checked by the tables below
         ),
     ),
     checkpoint=table(
-        "Checkpoint", save_every=maybe(whole(1)), keep_last=whole(1), export=maybe(one_of("best", "last"))
+        "Checkpoint",
+        save_every=maybe(whole(1)),
+        keep_last=whole(1),
+        export=maybe(one_of("best", "last")),
+        drop_optimizer=Yes,
     ),
     extend=rare(
         table("Extend", run=maybe(Text), schedule=one_of("continue", "restart"), step=maybe(whole(1))),

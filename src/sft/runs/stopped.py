@@ -21,6 +21,8 @@ def lifted(run: Run, callbacks: Callbacks) -> str | None:
     state = json.loads((run.checkpoints / f"step-{step:08d}" / "state.json").read_text())
     if not state["stopped"] or step >= state["num_steps"]:
         return None
+    if state.get("optimizer_dropped"):
+        return None
     by = state.get("stopped_by")
     if by is None and str(state.get("stopped_early")).startswith("early stopping: "):  # before the class was kept
         by = "EarlyStopping"

@@ -24,7 +24,6 @@ from sft.runs.run import Run
 from sft.training import callbacks
 from sft.training.launch import Launch
 
-# Callbacks of Lightning's, and what is set instead.
 AUTO = ("auto", -1)  # all devices that there are
 NEVER_STOPS = (
     "EarlyStopping never stops a run that has no validation data: set data.val_size or data.val_path, or leave the "
