@@ -222,12 +222,12 @@ def compare(cell: Cell, outcome: Outcome, reference: Reference) -> CellResult:
         return CellResult(cell, error=f"the checkpoint holds other parameters: {', '.join(differing[:3])}")
     if reference.movement < LEAST_MOVEMENT:
         return CellResult(cell, error=f"the weights moved by {reference.movement:.1e} only: raise the learning rate")
-    differences = _differences(checkpoint, reference.weights)
+    differences = [_differences(checkpoint, reference.weights)]
     if reference.averages:
         if not checkpoint.has_average:
             return CellResult(cell, error="the checkpoint holds no average of the weights")
-        differences = np.concatenate([differences, _differences(checkpoint, reference.averages, average=True)])
-    weight = np.abs(differences).max() if cell.exact else np.linalg.norm(differences) / reference.change
+        differences.append(_differences(checkpoint, reference.averages, average=True))
+    weight = max(np.abs(each).max() if cell.exact else np.linalg.norm(each) / reference.change for each in differences)
     return CellResult(
         cell,
         loss=_largest_difference(outcome.losses, reference.losses[start:]),

@@ -106,7 +106,7 @@ class Averaging(Callback):
         sums = trainer.strategy.reduce(module._val_sums, reduce_op="sum")
         assert isinstance(sums, Tensor)
         self.val_loss, module._val_sums = float(sums[0] / sums[1]), of_weights
-        self.log(METRIC, self.val_loss, logger=False, sync_dist=True)
+        module.log(METRIC, self.val_loss, logger=False, sync_dist=True)
 
     def on_validation_end(self, trainer: L.Trainer, module: SFTModule) -> None:
         if not math.isnan(self.val_loss):
