@@ -86,6 +86,7 @@ class Grid(BasicSweeper):
 
     def setting(self, number: int, overrides: list[str], varied: Collection[str]) -> Setting:
         """A setting after its checks; `UserError` if it has a mistake."""
+        from sft.training import extension
         from sft.training.settings import check, check_schema
         from sft.training.shape import settle_data
 
@@ -98,6 +99,7 @@ class Grid(BasicSweeper):
             del config["hydra"]
         check_schema(config, typed={item.partition("=")[0].lstrip("+") for item in overrides})
         settle_data(config)
+        extension.settle(config)
         num_ranks, _ = check(config, here=not self.queued)
         if num_ranks > 1 and not self.queued:
             raise UserError(
