@@ -88,6 +88,12 @@ def test_early_stopping_may_monitor_the_average(sft: Sft) -> None:
     assert Run(sft.run_folder()).status["stopped_early"].startswith("early stopping: val/loss_average did not improve")
 
 
+def test_a_decay_that_is_too_slow_for_the_run_is_said(sft: Sft, capsys: pytest.CaptureFixture[str]) -> None:
+    assert sft.train("run=run", "max_steps=3", "export=false", "averaging=ema") == 0
+    line = "averaging: after 3 steps 100% of the average is still the weights before training: set averaging.decay=0 or"
+    assert line in capsys.readouterr().out
+
+
 def test_another_average_is_another_run_and_its_export_is_not() -> None:
     def name(averaging: dict[str, object]) -> str:
         config = {"run": None, "name": "sft", "runs_dir": "runs", "seed": 0, "averaging": averaging}

@@ -44,6 +44,11 @@ class Averaging(Callback):
     val_loss: float = math.nan  # of the last validation; NaN before it begins
 
     def on_train_start(self, trainer: L.Trainer, module: SFTModule) -> None:
+        if self.first(module.num_steps) == 0 and (left := (1 - self.rate(module.num_steps)) ** module.num_steps) > 0.5:
+            log(
+                f"averaging: after {module.num_steps} steps {left:.0%} of the average is still the weights before "
+                f"training: set averaging.decay={max(0.0, 1 - 10 / module.num_steps):.2g} or less, or averaging.start"
+            )
         if trainer.global_step < self.first(module.num_steps):
             self.averages.clear()  # of a run that this one extends
         elif not self.averages:
