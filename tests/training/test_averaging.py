@@ -77,6 +77,23 @@ def test_an_average_is_restored_to_the_bit(sft: Sft) -> None:
     assert rows(sft.run_folder()) == rows(sft.run_folder("whole"))
 
 
+def test_early_stopping_may_monitor_the_average(sft: Sft) -> None:
+    settings = (
+        "callbacks=early_stopping",
+        "callbacks.early_stopping.monitor=val/loss_average",
+        "averaging.export=true",
+    )
+    patience = ("callbacks.early_stopping.patience=1", "optimizer.lr=1e-12", "val_every=1")
+    assert sft.train("run=run", "epochs=2", "export=false", *settings, *patience, *EMA) == 0
+    assert Run(sft.run_folder()).status["stopped_early"].startswith("early stopping: val/loss_average did not improve")
+
+
+def test_a_decay_that_is_too_slow_for_the_run_is_said(sft: Sft, capsys: pytest.CaptureFixture[str]) -> None:
+    assert sft.train("run=run", "max_steps=3", "export=false", "averaging=ema") == 0
+    line = "averaging: after 3 steps 100% of the average is still the weights before training: set averaging.decay=0 or"
+    assert line in capsys.readouterr().out
+
+
 def test_another_average_is_another_run_and_its_export_is_not() -> None:
     def name(averaging: dict[str, object]) -> str:
         config = {"run": None, "name": "sft", "runs_dir": "runs", "seed": 0, "averaging": averaging}

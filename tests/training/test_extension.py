@@ -97,3 +97,8 @@ def test_a_run_whose_optimizer_states_were_dropped_is_exported_and_scored_and_no
     capsys.readouterr()
     assert sft.train(*settings, "epochs=3", *EXTEND) == 2
     assert "sft: extend.run=runs/run: its optimizer states were dropped" in capsys.readouterr().err
+
+
+def test_a_rehearsal_trains_no_extension(sft: Sft, run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert sft("rehearse", *sft.settings, *SETTINGS, *CONSTANT, "epochs=3", *EXTEND, "rehearse.timeout=60") == 0
+    assert "rehearsed in " in capsys.readouterr().out

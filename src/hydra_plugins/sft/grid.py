@@ -86,6 +86,7 @@ class Grid(BasicSweeper):
 
     def setting(self, number: int, overrides: list[str], varied: Collection[str]) -> Setting:
         """A setting after its checks; `UserError` if it has a mistake."""
+        from sft.training import extension
         from sft.training.settings import check, check_schema, settle_batch
         from sft.training.shape import settle_data
 
@@ -99,6 +100,7 @@ class Grid(BasicSweeper):
         check_schema(config, typed={item.partition("=")[0].lstrip("+") for item in overrides})
         settle_data(config)
         settle_batch(config)
+        extension.settle(config)
         num_ranks, _ = check(config, here=not self.queued)
         if num_ranks > 1 and not self.queued:
             raise UserError(

@@ -25,11 +25,13 @@ from sft.runs import events, signals
 from sft.runs.events import Event, SlurmJob
 from sft.runs.metrics_file import Metrics
 from sft.runs.run import Run
+from sft.training import extension
 from sft.training.settings import check
 
 
 def main(config: DictConfig) -> None:
     """`sft job begin`. Makes the job's folder too; exit code 1 if the job has failed too often."""
+    extension.settle(config)
     settings: Any = OmegaConf.to_container(config, resolve=True)
     check(config)
     run = Run.of(settings)

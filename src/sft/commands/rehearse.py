@@ -31,6 +31,7 @@ from sft.proof.shrink import first_rows, shrink
 from sft.runs.files import check_writable
 from sft.runs.run import Run
 from sft.runs.signals import EXIT_CODE
+from sft.training import extension
 from sft.training.prepare import Prepared, quiet, setup
 from sft.training.settings import check
 
@@ -105,6 +106,7 @@ class Stages:
 def _check(config: DictConfig, folder: Path, num_rows: int) -> str:
     """Checks the settings, then writes those of the small job: `folder/conf/rehearsed.yaml`."""
     num_ranks, accumulation = check(config, here=False)
+    extension.settle(config)
     small = copy.deepcopy(config)
     settings: Any = OmegaConf.to_container(config)
     run = Run.of(settings)
@@ -163,7 +165,7 @@ def shrink_job(config: DictConfig, prepared: Prepared, folder: Path) -> None:
         config.strategy.pop("process_group_backend", None)
     config.micro_batch_size, config.global_batch_size = 1, config.trainer.devices * 2
     config.epochs = config.max_steps = NUM_STEPS
-    config.max_time = None
+    config.max_time, config.extend.run = None, None
     config.val_every = config.checkpoint.save_every = SAVE_EVERY
     config.callbacks = {
         **(config.callbacks or {}),

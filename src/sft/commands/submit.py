@@ -32,6 +32,8 @@ from sft.errors import UserError
 from sft.runs import events
 from sft.runs.files import check_writable
 from sft.runs.run import Run
+from sft.runs.stopped import lifted
+from sft.training import extension
 from sft.training.settings import check
 from sft.training.shape import settle_data
 
@@ -53,12 +55,13 @@ def request(arguments: list[str]) -> tuple[list[str], Job]:
 
 def _submit(config: DictConfig, job: Job, dry_run: bool, rehearse: bool) -> None:
     settle_data(config)  # here, where the job will read the data
+    extension.settle(config)
     settings: Any = OmegaConf.to_container(config, resolve=True)
     _, accumulation = check(config, here=False)
     notes = check_devices(job, config.trainer.accelerator)
     run = Run.of(settings)
     state = run.status.get("state", "new")
-    if state == "finished":
+    if state == "finished" and not lifted(run, settings.get("callbacks") or {}):
         raise UserError(f"{run.folder} is finished: nothing to do (another run: run=NAME; anew: remove the folder)")
     notes += check_files(config, run)
 

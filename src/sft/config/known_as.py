@@ -117,6 +117,7 @@ KNOWN_AS: dict[str, dict[str, str]] = {
         "save_top_k": "`checkpoint.keep_last`; the best is kept besides",
         "load_best_model_at_end": "`checkpoint.export=best`",
         "metric_for_best_model": "the validation loss",
+        "save_only_model": "`checkpoint.drop_optimizer`, when the run has finished",
         "logging_steps": "every step is logged",
         "report_to": "`logger=wandb`, `tensorboard` or `csv`",
         "data_seed": "`seed`",

@@ -35,7 +35,7 @@ def lifted(run: Run, callbacks: Callbacks) -> str | None:
             return f"without callbacks.{name}"
         old, new = flatten(before), flatten(after)
         changed = [key for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key)]
-        less = changed == ["patience"] and new["patience"] < old["patience"]
+        less = changed == ["patience"] and float(str(new["patience"])) < float(str(old["patience"]))
         if changed and not less and not target.startswith("sft."):  # a sweep's pruning has another trial each time
             key = changed[0]
             return f"with callbacks.{name}.{key}={shown(new.get(key))}, not {shown(old.get(key))}"

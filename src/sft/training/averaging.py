@@ -44,6 +44,11 @@ class Averaging(Callback):
     val_loss: float = math.nan  # of the last validation; NaN before it begins
 
     def on_train_start(self, trainer: L.Trainer, module: SFTModule) -> None:
+        if self.first(module.num_steps) == 0 and (left := (1 - self.rate(module.num_steps)) ** module.num_steps) > 0.5:
+            log(
+                f"averaging: after {module.num_steps} steps {left:.0%} of the average is still the weights before "
+                f"training: set averaging.decay={max(0.0, 1 - 10 / module.num_steps):.2g} or less, or averaging.start"
+            )
         if trainer.global_step < self.first(module.num_steps):
             self.averages.clear()  # of a run that this one extends
         elif not self.averages:
@@ -106,7 +111,7 @@ class Averaging(Callback):
         sums = trainer.strategy.reduce(module._val_sums, reduce_op="sum")
         assert isinstance(sums, Tensor)
         self.val_loss, module._val_sums = float(sums[0] / sums[1]), of_weights
-        self.log(METRIC, self.val_loss, logger=False, sync_dist=True)
+        module.log(METRIC, self.val_loss, logger=False, sync_dist=True)
 
     def on_validation_end(self, trainer: L.Trainer, module: SFTModule) -> None:
         if not math.isnan(self.val_loss):

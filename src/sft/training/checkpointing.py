@@ -15,6 +15,7 @@ import lightning as L
 import torch
 from lightning.pytorch.callbacks import Callback, Timer
 from lightning.pytorch.loops.progress import _ProcessedTracker
+from torch.optim.lr_scheduler import LambdaLR
 
 from sft.checkpoint import checkpoint as checkpoints
 from sft.checkpoint.checkpoint import Checkpoint, Measured
@@ -125,6 +126,7 @@ class Checkpoints(Callback):
         scheduler = trainer.lr_scheduler_configs[0].scheduler
         scheduler.last_epoch = step
         if self.extends:
+            assert isinstance(scheduler, LambdaLR)
             for group, peak, factor in zip(
                 where.optimizer.param_groups, scheduler.base_lrs, scheduler.lr_lambdas, strict=True
             ):
