@@ -96,6 +96,7 @@ def setup(config: DictConfig, start_step: int = 0, run: Run | None = None) -> Pr
         max_length=data_config.max_length,
         packing=data_config.packing,
         start_step=start_step,
+        val_sets=splits.val_sets,
     )
     return Prepared(source, tokenizer, splits, data, template)
 
