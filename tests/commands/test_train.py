@@ -335,3 +335,45 @@ def test_loss_that_is_no_number_ends_the_run_and_is_never_saved(sft: Sft, capsys
     assert (status["state"], status["step"]) == ("failed", 2)
     (told,) = [each for each in events.read(folder) if each["event"] == "failure"]
     assert (told["cause"], told["step"]) == ("not_finite", 2)
+
+
+def test_each_validation_set_is_measured_and_all_together(sft: Sft, capsys: pytest.CaptureFixture[str]) -> None:
+    lines = Path(sft.settings[1].removeprefix("data.path=")).read_text().splitlines(keepends=True)
+    for name, some in {"easy": lines[:9], "hard": lines[9:20], "more": lines[20:22], "train": lines[22:]}.items():
+        Path(f"{name}.jsonl").write_text("".join(some))
+    settings = ("max_steps=1", "export=false", "data.path=train.jsonl")
+    sets = "data.val_path={easy: easy.jsonl, hard-1: [hard.jsonl, more.jsonl]}"
+    stops = ("callbacks=early_stopping", "callbacks.early_stopping.monitor=val/loss/hard-1")
+    assert sft.train("run=sets", *settings, sets, *stops) == 0
+    assert "; easy " in capsys.readouterr().out
+    assert sft.train("run=all", *settings, "data.val_path=[easy.jsonl,hard.jsonl,more.jsonl]") == 0
+    assert sft.train("run=easy", *settings, "data.val_path=easy.jsonl", "data.packing=false") == 0
+    ended = sft.ranks(2, "train", *sft.settings, *settings, "run=ranks", sets, "strategy=ddp", "micro_batch_size=1")
+    assert ended.code == 0, ended.output
+    measured, together, easy, ranks = (rows(sft.run_folder(run)) for run in ("sets", "all", "easy", "ranks"))
+    for row, other in zip(measured, together, strict=True):
+        assert float(row["val/loss"]) == pytest.approx(float(other["val/loss"]), abs=1e-6)
+    for before in (measured[0], ranks[0]):
+        assert float(before["val/loss"]) == pytest.approx(float(together[0]["val/loss"]), abs=1e-6)
+        assert float(before["val/loss/easy"]) == pytest.approx(float(easy[0]["val/loss"]), abs=1e-6)
+        assert float(before["val/loss/hard-1"]) == pytest.approx(float(measured[0]["val/loss/hard-1"]), abs=1e-6)
+        assert before["val/loss/easy"] != before["val/loss/hard-1"]
+    assert measured[1]["val/loss/hard-1"]
+    ledger = json.loads((sft.run_folder("sets") / "data.json").read_text())
+    assert ledger["validation"]["sets"] == {"easy": 9, "hard-1": 13}
+
+
+@pytest.mark.parametrize(
+    ("val_path", "line"),
+    [
+        ("{a/b: DATA}", "a mapping to them of the validation sets' names (at most 30 letters, digits, - and _)"),
+        ("{}", "a mapping to them"),
+        ("{easy: DATA}", "is validation and training at once"),
+    ],
+)
+def test_validation_sets_that_can_not_be(
+    sft: Sft, val_path: str, line: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = sft.settings[1].removeprefix("data.path=")
+    assert sft.train(f"data.val_path={val_path.replace('DATA', data)}") == 2
+    assert line in capsys.readouterr().err

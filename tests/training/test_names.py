@@ -225,8 +225,8 @@ def made(
 
 
 def composed(*overrides: str) -> DictConfig:
-    fixed = ("trainer=cpu", "logger=csv", "max_steps=2", "global_batch_size=4", "optimizer.lr=1e-2")
-    fixed += ("data.max_length=256", "data.num_workers=1", "cluster.hang_after=0")
+    fixed = ["trainer=cpu", "logger=csv", "max_steps=2", "global_batch_size=4", "optimizer.lr=1e-2"]
+    fixed += ["data.max_length=256", "data.num_workers=1", "cluster.hang_after=0"]
     # Rounding in gradients near zero would otherwise be scaled up to the size of the learning rate.
     eps = () if "optimizer=sgd" in overrides else ("optimizer.eps=1e-3",)
     with initialize_config_dir(str(CONF), version_base="1.3"):

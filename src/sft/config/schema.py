@@ -53,6 +53,7 @@ Yes = described("true or false", bool)
 Text = Annotated[str, Field(min_length=1, description="a text")]
 Texts = Annotated[list[Text], Field(min_length=1)]
 Paths = described("a path or a name, or a list of them", Text | Texts)
+SetName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{1,30}$")]
 Open = described("a mapping of names of your own choice", dict[str, Any])
 # Of a folder, and of the run in W&B.
 Name = described(
@@ -201,7 +202,13 @@ Data = table(
     path=maybe(Paths),
     name=maybe(Text),
     split=Text,
-    val_path=maybe(Paths),
+    val_path=maybe(
+        described(
+            "a path or a name, a list of them, or a mapping to them of the validation sets' names (at most 30 letters, "
+            "digits, - and _)",
+            Text | Texts | Annotated[dict[SetName, Text | Texts], Field(min_length=1)],
+        )
+    ),
     val_split=maybe(Text),
     val_size=Size,
     max_length=whole(2),

@@ -5,10 +5,13 @@ import hashlib
 import json
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
 
 from sft.data import ledger, splits
 from sft.data.build import build_store
@@ -37,6 +40,7 @@ class Datasets:
     val: Store | None
     ledger: Ledger
     fingerprint: Mapping[str, str]
+    val_sets: Mapping[str, NDArray[np.int64]] = field(default_factory=dict)  # the samples of each that has a name
 
 
 @dataclass(frozen=True)
@@ -48,7 +52,7 @@ class DataConfig:
     path: str | list[str] | None  # several are concatenated
     name: str | None
     split: str
-    val_path: str | list[str] | None
+    val_path: str | list[str] | dict[str, str | list[str]] | None  # a mapping: of several sets' names
     val_split: str | None
     val_size: float
     max_length: int
@@ -77,7 +81,9 @@ class DataConfig:
         if self.val_path is None and self.val_split is None:
             return train, []
         val_path = self.path if self.val_path is None else self.val_path
-        val = _sources(val_path, self.name, self.val_split or self.split, self.sample_by)
+        paths = list(val_path.values()) if isinstance(val_path, dict) else [val_path]
+        split = self.val_split or self.split
+        val = [source for path in paths for source in _sources(path, self.name, split, self.sample_by)]
         splits.check(train, val, "data.val_split" if self.val_path is None else "data.val_path")
         return train, val
 
@@ -95,12 +101,16 @@ class DataConfig:
         train_sources, val_sources = self.sources()
         train = self.store(train_sources, tokenizer, template=template, wait=wait, log=log)
         val = None
+        val_sets: dict[str, NDArray[np.int64]] = {}
         counts: Ledger = {"train": {"sources": train.counts}}
         fingerprint = {"train": train.data_fingerprint}
         if val_sources:
             splits.check_ranges(train_sources, val_sources, Path(self.cache_dir))
             val = self.store(val_sources, tokenizer, template=template, wait=wait, log=log)
             counts["validation"], fingerprint["validation"] = {"sources": val.counts}, val.data_fingerprint
+            if isinstance(self.val_path, dict):
+                val_sets = _sets(self.val_path, val)
+                counts["validation"]["sets"] = {name: len(samples) for name, samples in val_sets.items()}
             if in_both := splits.num_in_both(train.content, val.content):
                 counts["validation"]["also_in_training"] = in_both
                 log(f"{in_both:,} of {len(val):,} validation samples are also in training")
@@ -108,7 +118,7 @@ class DataConfig:
             kept, held_out = split_held_out(train.content, self.val_size, seed)
             counts["held_out"] = {"samples": len(held_out), "of": "train"}
             train, val = train.subset(kept), train.subset(held_out)
-        return Datasets(train, val, counts, fingerprint)
+        return Datasets(train, val, counts, fingerprint, val_sets)
 
     def store(
         self,
@@ -172,6 +182,20 @@ def _sources(paths: str | list[str] | None, name: str | None, split: str, sample
     if not paths:
         raise UserError("no data is named: set data.path to a file, a folder or a Hub data set")
     return [Source(path, split, name, sample_by) for path in ([paths] if isinstance(paths, str) else paths)]
+
+
+def _sets(paths: Mapping[str, str | list[str]], store: Store) -> dict[str, NDArray[np.int64]]:
+    """The samples of each validation set, by number; its sources follow each other as the paths do."""
+    sets, first = {}, 0
+    for name, path in paths.items():
+        last = first + (1 if isinstance(path, str) else len(path))
+        sets[name] = np.flatnonzero((store.source_numbers >= first) & (store.source_numbers < last))
+        if not len(sets[name]):
+            raise UserError(
+                f"data.val_path.{name}={path}: no row of it gives a sample: name other rows, or leave it out"
+            )
+        first = last
+    return sets
 
 
 def wait_until(there: Callable[[], object], log: Callable[[str], None]) -> None:

@@ -79,6 +79,7 @@ class SplitLedger(TypedDict, total=False):
     sources: list[SourceCounts]
     samples: int
     of: str
+    sets: dict[str, int]  # samples of each validation set that has a name
     also_in_training: int  # samples of validation whose row occurs in training, too
 
 

@@ -91,6 +91,11 @@ class Store:
         """Of each token's loss, [length], 0 where there is none; None: every supervised token weighs 1."""
         return None if self._weights is None else self._weights[self._begins[i] : self._begins[i] + self.lengths[i]]
 
+    @property
+    def source_numbers(self) -> NDArray[np.int64]:
+        """Of the source that each sample came from, [num_samples]."""
+        return np.searchsorted(self._source_ends, self._begins, side="right")
+
     def source(self, i: int) -> str:
         """Name of the source that sample i came from."""
         number = int(np.searchsorted(self._source_ends, self._begins[i], side="right"))

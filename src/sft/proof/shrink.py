@@ -43,7 +43,8 @@ LARGEST = {
 def first_rows(data: DictConfig, num_rows: int) -> None:
     """Cuts a data configuration to the first rows. A data set that `datasets` saved has no slices and stays whole."""
     paths: list[str] = []
-    for value in (data.path, data.val_path):
+    named = data.val_path.values() if isinstance(data.val_path, DictConfig) else [data.val_path]
+    for value in (data.path, *named):
         paths += [value] if isinstance(value, str) else value or []
     if any((Path(path) / name).exists() for path in paths for name in ("dataset_dict.json", "state.json")):
         return

@@ -1,10 +1,12 @@
 """The LightningDataModule: the step plan as a loader of micro-batches, from any step on."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 import lightning as L
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from sft.data.batch import Batch, SampleSet, make_batch, to_device
 from sft.data.step_plan import (
@@ -30,6 +32,7 @@ class SFTDataModule(L.LightningDataModule):
         epochs: passes over the training samples, which may be broken; `max_steps` takes their place.
         global_batch_size: packs an optimizer step, over all ranks; None: as `default_step` has it.
         micro_batch_size: packs a forward pass.
+        val_sets: the samples of each validation set that has a name, which has a loader of its own.
     """
 
     def __init__(
@@ -45,9 +48,11 @@ class SFTDataModule(L.LightningDataModule):
         max_length: int,
         packing: bool,
         start_step: int = 0,
+        val_sets: Mapping[str, NDArray[np.int64]] | None = None,
     ) -> None:
         super().__init__()
         self.train, self.val = train, val
+        self.val_sets = dict(val_sets or {})
         self.seed, self.max_length, self.packing, self.micro_batch_size = seed, max_length, packing, micro_batch_size
         self.asked = global_batch_size or DEFAULT_PACKS  # what ranks and micro-batches must divide
         self.global_batch_size, self.pack_length = (
@@ -111,20 +116,25 @@ class SFTDataModule(L.LightningDataModule):
             ):
                 yield make_batch(self.train, indices, step.weight, (self.seed, global_step) if self.keyed else None)
 
-    def val_dataloader(self) -> "_Batches | list[Batch]":
-        val, trainer = self.val, self.trainer
+    def val_dataloader(self) -> "list[_Batches]":
+        val = self.val
         if val is None:
             return []
+        return [self._validation(val, samples) for samples in self.val_sets.values() or [np.arange(len(val))]]
+
+    def _validation(self, val: SampleSet, samples: NDArray[np.int64]) -> "_Batches":
+        """This rank's micro-batches of these samples."""
+        trainer = self.trainer
         assert trainer is not None
         plan = eval_plan(
-            val.lengths,
+            val.lengths[samples],
             max_length=self.max_length,
             packing=self.packing,
             micro_batch_size=self.micro_batch_size,
             world_size=trainer.world_size,
             rank=trainer.global_rank,
         )
-        return _Batches(len(plan), lambda: (make_batch(val, indices, 1) for indices in plan))
+        return _Batches(len(plan), lambda: (make_batch(val, samples[indices], 1) for indices in plan))
 
     def transfer_batch_to_device(self, batch: Batch, device: torch.device, dataloader_idx: int) -> Batch:
         return to_device(batch, device)

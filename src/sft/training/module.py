@@ -61,6 +61,7 @@ class SFTModule(L.LightningModule):
         self.norm_of_clipped: Tensor | None = None
         self.learning_rate = float("nan")
         self.val_loss = float("nan")
+        self.val_losses: dict[str, float] = {}  # by metric: that, and each of the sets that have names
 
     def configure_model(self) -> None:
         if hasattr(self, "model"):
@@ -126,19 +127,22 @@ class SFTModule(L.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def on_validation_epoch_start(self) -> None:
-        # This rank's weighted sum of −log p, and the sum of the weights. On the device, so that nothing waits for a
-        # batch.
-        self._val_sums = torch.zeros(2, dtype=torch.float64, device=self.device)
+        # Of each set, this rank's weighted sum of −log p, and the sum of the weights. On the device, so that nothing
+        # waits for a batch.
+        num_sets = max(1, len(self.trainer.datamodule.val_sets))  # type: ignore[attr-defined]
+        self._val_sums = torch.zeros(num_sets, 2, dtype=torch.float64, device=self.device)
 
-    def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        self._val_sums[0] += nll(self.model, batch, plain_head=self.plain_head)
-        weights = batch["weights"]
-        self._val_sums[1] += len(batch["predicting"]) if weights is None else weights.sum(dtype=self._val_sums.dtype)
+    def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
+        sums, weights = self._val_sums[dataloader_idx], batch["weights"]
+        sums[0] += nll(self.model, batch, plain_head=self.plain_head)
+        sums[1] += len(batch["predicting"]) if weights is None else weights.sum(dtype=sums.dtype)
 
     def on_validation_epoch_end(self) -> None:
         # Over all ranks: one token is one token.
         sums = self.trainer.strategy.reduce(self._val_sums, reduce_op="sum")
         assert isinstance(sums, Tensor)
-        self.val_loss = float(sums[0] / sums[1])
-        # For callbacks that monitor it (early stopping); the metrics callback writes it to the loggers.
-        self.log("val/loss", self.val_loss, logger=False, sync_dist=True)
+        names = ["val/loss", *(f"val/loss/{name}" for name in self.trainer.datamodule.val_sets)]  # type: ignore[attr-defined]
+        losses = [float(total / weight) for total, weight in (sums.sum(0), *sums)]
+        self.val_loss, self.val_losses = losses[0], dict(zip(names, losses, strict=False))
+        # For callbacks that monitor them (early stopping); the metrics callback writes them to the loggers.
+        self.log_dict(self.val_losses, logger=False, sync_dist=True)

@@ -127,6 +127,7 @@ def setup(
         max_length=data_config.max_length,
         packing=data_config.packing,
         start_step=start_step,
+        val_sets=splits.val_sets,
     )
     return Prepared(source, tokenizer, splits, data, template)
 
