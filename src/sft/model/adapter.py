@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 NAME = "default"  # peft's own for an adapter that is the only one
+TRAINED_WHOLE = f".modules_to_save.{NAME}."  # in the name of a weight of modules_to_save
 MAGNITUDE = f".lora_magnitude_vector.{NAME}.weight"  # of DoRA, [number of outputs]
 
 
@@ -40,6 +41,7 @@ class Adapter:
     # Runs begun before these settings existed lack them.
     use_dora: bool = False  # the length of each of W's rows is trained by itself (DoRA, arXiv 2402.09353)
     init: str = "default"  # default | gaussian | orthogonal
+    modules_to_save: list[str] | None = None  # modules that are trained whole, beside the adapter
     begun: "Begun | None" = None  # the adapter that is continued
 
     def __post_init__(self) -> None:
@@ -70,6 +72,7 @@ class Adapter:
             target_modules=self.target_modules,
             use_rslora=self.use_rslora,
             use_dora=self.use_dora,
+            modules_to_save=self.modules_to_save,
             init_lora_weights=True if self.init == "default" else self.init,  # type: ignore[arg-type]  # one of peft's
             task_type=TaskType.CAUSAL_LM,
         )
@@ -85,6 +88,7 @@ class Adapter:
 
         if self.begun is None:
             self.check_targets(model)
+            self.check_modules(model)
         with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
             warnings.simplefilter("ignore")  # peft explains how it treats some layers
             try:
@@ -99,8 +103,10 @@ class Adapter:
                 parameter.data.copy_(value)
 
     def first(self, name: str, parameter: "Tensor") -> "Tensor | None":
-        """What a weight of the adapter begins with, in fp32; None for DoRA's magnitudes, which peft has set to the
-        norms of the base's rows."""
+        """What a weight of the adapter begins with, in fp32; None for what peft has taken from the base: the modules
+        that are trained whole, and DoRA's magnitudes, the norms of the base's rows."""
+        if TRAINED_WHOLE in name:
+            return None
         if self.begun is not None:
             return self.begun.weight(name)
         if MAGNITUDE in name:
@@ -120,6 +126,21 @@ class Adapter:
             use_dora=own.get("use_dora", False),
             init="default",
         )
+
+    def check_modules(self, model: "PreTrainedModel") -> None:
+        """Refuses a module that isn't there, and embeddings or a head that share their weight."""
+        head, embeddings = model.get_output_embeddings(), model.get_input_embeddings()
+        tied = head is not None and head.weight is embeddings.weight
+        for target in self.modules_to_save or ():
+            found = [m for name, m in model.named_modules() if name == target or name.endswith(f".{target}")]
+            if not found:
+                raise UserError(f"adapter.modules_to_save: {target} is no module of {type(model).__name__}")
+            if tied and any(module in (head, embeddings) for module in found):
+                raise UserError(
+                    f"adapter.modules_to_save: {target} shares its weight with the "
+                    f"{'input embeddings' if head in found else 'head'}, and one copy alone would be trained: set "
+                    "adapter=none, or leave it out"
+                )
 
     def check_targets(self, model: "PreTrainedModel") -> None:
         """Refuses a target that names no layer, one that isn't linear, or the input embeddings by another name."""
@@ -189,7 +210,13 @@ def initial(name: str, shape: "Sequence[int]", init: object = "default") -> "Ten
 
 def stored_name(name: str) -> str:
     """The name that peft stores a weight of the adapter by."""
-    return f"base_model.model.{name.replace(MAGNITUDE, '.lora_magnitude_vector').replace(f'.{NAME}.', '.')}"
+    short = name.replace(MAGNITUDE, ".lora_magnitude_vector").replace(TRAINED_WHOLE, ".").replace(f".{NAME}.", ".")
+    return f"base_model.model.{short}"
+
+
+def base_name(name: str) -> str:
+    """The name in the base model of a weight of the model with an adapter."""
+    return name.replace(".base_layer.", ".").replace(".original_module.", ".").replace(TRAINED_WHOLE, ".")
 
 
 @dataclass(frozen=True)

@@ -63,10 +63,10 @@ class ModelSource:
                 "model.new_weights draws weights at random, and an adapter leaves them as they are: set adapter=none"
             )
 
-        if self.add_tokens and self.adapter:
+        if self.add_tokens and self.adapter and not (self.adapter.modules_to_save and self.adapter.merge):
             raise UserError(
-                "model.add_tokens: the rows of new tokens are trained with all weights, and an adapter leaves them at "
-                "the mean of the others: set adapter=none, or leave model.add_tokens out"
+                "model.add_tokens: an adapter leaves the rows of new tokens at the mean of the others, and its base "
+                "has none: set adapter.modules_to_save=[embed_tokens,lm_head] with adapter.merge=true, or adapter=none"
             )
         if self.adapter and self.adapter.begun is None and self.begun is not None:
             object.__setattr__(self, "adapter", self.adapter.continuing(self.begun))
@@ -332,6 +332,8 @@ class ModelSource:
             raise _not_loaded("model", self.path or "(random)", error) from error
         if self.adapter and sharding is None:
             self.adapter.add(model)
+        if self.adapter and growth:
+            growth.check_trained(model)
         if self.gradient_checkpointing:
             # The first of the two names is new in transformers 5.2x and warns of the second.
             enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable

@@ -13,7 +13,7 @@ from transformers.utils.hub import cached_file
 
 from sft.checkpoint.layout import Whole, allocate, persistent_buffers
 from sft.checkpoint.safetensors_file import read_range
-from sft.model.adapter import Adapter
+from sft.model.adapter import TRAINED_WHOLE, Adapter, base_name
 from sft.model.vocabulary import Growth
 
 Read = Callable[[str, int, int], Tensor]  # name, start, stop -> flat values, 1-D
@@ -86,12 +86,12 @@ def load_sharded(
         for name, parameter in model.named_parameters():
             part = layout.part(name, parameter)
             stop = part.start + part.numel
-            if adapter and parameter.requires_grad:
+            if adapter and parameter.requires_grad and TRAINED_WHOLE not in name:
                 first = adapter.first(name, parameter)
                 assert first is not None, f"{name} is computed from whole weights"
                 part.weight.copy_(first.view(-1)[part.start : stop])
             else:
-                part.weight.copy_(value(name.replace(".base_layer.", "."), part.start, stop))
+                part.weight.copy_(value(base_name(name), part.start, stop))
             layout.loaded(parameter)
         for name, buffer in persistent_buffers(model):
             buffer.copy_(read(name, 0, buffer.numel()).view(buffer.shape))
