@@ -13,7 +13,8 @@ from safetensors import SafetensorError
 from sft.data.clock import check_arguments
 from sft.errors import UserError
 from sft.model import tokenizer as tokenizer_files
-from sft.model.adapter import Adapter, Begun, quantization
+from sft.model.adapter import Adapter, quantization
+from sft.model.begun import Begun
 
 if TYPE_CHECKING:
     import torch
