@@ -11,6 +11,7 @@ from peft import PeftModel
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import settings
+from conftest import tiny_llama
 from made_up import SIZE, OneRank, Weights
 from sft.errors import UserError
 from sft.export.merge import merged, stored_weights, write_adapter
@@ -301,3 +302,42 @@ def test_other_first_weights(model_folder: Path) -> None:
         assert torch.allclose(model(ids).logits, expected, atol=1e-5)
     with pytest.raises(UserError, match=r"orthogonal needs an even adapter.r, and it is 5"):
         settings.adapter(init="orthogonal", r=5)
+
+
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing")  # peft asks transformers by an older name
+def test_modules_that_are_trained_whole(tmp_path: Path) -> None:
+    torch.manual_seed(1)
+    tiny_llama(tie_word_embeddings=False).save_pretrained(tmp_path / "base")
+    adapter = settings.adapter(r=4, modules_to_save=["embed_tokens", "lm_head"], target_modules=["q_proj"])
+    source = settings.model_source(path=str(tmp_path / "base"), attention="eager", adapter=adapter)
+    model, sharded = source.load(torch.float32), source.load(torch.float32, sharding=OneRank())
+    for (name, one), other in zip(model.named_parameters(), sharded.parameters(), strict=True):
+        assert torch.equal(one, other) and one.requires_grad == other.requires_grad, name
+    trained = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+    assert len(trained) == 6
+    for tensor in trained.values():
+        tensor += 0.01
+    with torch.no_grad():
+        logits = model(torch.arange(20)[None]).logits
+    specs = {name: (tensor.dtype, list(tensor.shape)) for name, tensor in trained.items()}
+    (tmp_path / "adapter").mkdir()
+    write_adapter(tmp_path / "adapter", source, specs, trained.__getitem__, None)
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float32, attn_implementation="eager")
+    adapted = PeftModel.from_pretrained(base, tmp_path / "adapter")
+    with torch.no_grad():
+        assert torch.equal(adapted(torch.arange(20)[None]).logits, logits)
+    layout, read = merged(source, specs, trained.__getitem__)
+    expected = dict(adapted.merge_and_unload().named_parameters())
+    assert layout.keys() == expected.keys()
+    assert all(torch.equal(read(name), parameter) for name, parameter in expected.items())
+
+
+def test_modules_that_can_not_be_trained_whole(model_folder: Path) -> None:
+    for module, message in (
+        ("head", "head is no module of Llama"),
+        ("embed_tokens", "its weight with the head"),
+    ):
+        with pytest.raises(UserError, match=message):
+            settings.model_source(path=str(model_folder), adapter=settings.adapter(modules_to_save=[module])).load(
+                torch.float32
+            )

@@ -57,5 +57,23 @@ def test_new_rows_are_the_mean_of_the_old_ones_however_the_model_is_read(
 def test_tokens_that_are_there_and_adapters(model_folder: Path) -> None:
     source = settings.model_source(path=str(model_folder), add_tokens=["<|im_end|>", "a"])
     assert source.new_ids == [] and source.load_config().vocab_size == 264
-    with pytest.raises(UserError, match=r"model.add_tokens: the rows of new tokens are trained with all weights"):
+    with pytest.raises(UserError, match=r"model.add_tokens: an adapter leaves the rows of new tokens"):
         settings.model_source(path=str(model_folder), add_tokens=MANY, adapter=settings.adapter())
+
+
+def test_an_adapter_trains_the_new_rows_or_is_refused(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    path = folder(tmp_path, tokenizer, tied=False)
+
+    def load(modules: list[str], sharded: bool = False) -> Any:
+        adapter = settings.adapter(modules_to_save=modules)
+        source = settings.model_source(path=path, add_tokens=MANY, adapter=adapter)
+        return source.load(torch.float32, sharding=OneRank() if sharded else None)
+
+    with pytest.raises(
+        UserError, match=r"model.embed_tokens.weight has rows .*modules_to_save=\[embed_tokens,lm_head\]"
+    ):
+        load(["lm_head"])
+    whole, sharded = load(["embed_tokens", "lm_head"]), load(["embed_tokens", "lm_head"], sharded=True)
+    for (name, one), other in zip(whole.named_parameters(), sharded.parameters(), strict=True):
+        assert torch.equal(one, other), name
+    assert whole.lm_head.modules_to_save.default.weight.shape == (320, 32)

@@ -72,6 +72,8 @@ def export_run(
     if source.adapter:
         merge = source.adapter.merge if merge is None else merge
         source.adapter.check_merge(merge, "merge")
+        if not merge and source.new_ids:
+            raise UserError("merge=false: the base has no rows for the tokens of model.add_tokens: set merge=true")
     elif merge is not None:
         raise UserError(f"merge={merge}: {run.folder} has no adapter, all of its weights were trained")
     output = output or run.export

@@ -269,6 +269,7 @@ Adapter = table(
         "data)",
         Literal["default", "gaussian", "orthogonal"],
     ),
+    modules_to_save=maybe(described("a list of names of modules", Texts)),
     quantize=Yes,
     merge=Yes,
 )

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from sft.checkpoint import safetensors_file
 from sft.checkpoint.layout import persistent_buffers
 from sft.export.folder import Read, Specs, empty_model, names_on_disk
-from sft.model.adapter import NAME, stored_name
+from sft.model.adapter import NAME, TRAINED_WHOLE, stored_name
 from sft.model.loading import ModelSource
 from sft.model.sharded_loading import weight_reader
 
@@ -68,6 +68,9 @@ def merged(source: ModelSource, specs: Specs, read: Read, dtype: torch.dtype) ->
     layers = {f"{name}.weight": module for name, module in modules if isinstance(module, LoraLayer)}
 
     def merged_weight(name: str) -> Tensor:
+        owner, _, own = name.rpartition(".")
+        if (trained := f"{owner}{TRAINED_WHOLE}{own}") in specs:
+            return read(trained)
         weight = read_base(name)  # as the run held it
         if name not in layers:
             return weight

@@ -1,13 +1,11 @@
 """Adds a low-rank adapter (LoRA, arXiv 2106.09685) to a model. Its layers are peft's."""
 
 import importlib.util
-import json
 import math
 import re
 import warnings
 import zlib
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sft.errors import UserError
@@ -19,7 +17,10 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel
 
+    from sft.model.begun import Begun
+
 NAME = "default"  # peft's own for an adapter that is the only one
+TRAINED_WHOLE = f".modules_to_save.{NAME}."  # in the name of a weight of modules_to_save
 MAGNITUDE = f".lora_magnitude_vector.{NAME}.weight"  # of DoRA, [number of outputs]
 
 
@@ -40,6 +41,7 @@ class Adapter:
     # Runs begun before these settings existed lack them.
     use_dora: bool = False  # the length of each of W's rows is trained by itself (DoRA, arXiv 2402.09353)
     init: str = "default"  # default | gaussian | orthogonal
+    modules_to_save: list[str] | None = None  # modules that are trained whole, beside the adapter
     begun: "Begun | None" = None  # the adapter that is continued
 
     def __post_init__(self) -> None:
@@ -70,6 +72,7 @@ class Adapter:
             target_modules=self.target_modules,
             use_rslora=self.use_rslora,
             use_dora=self.use_dora,
+            modules_to_save=self.modules_to_save,
             init_lora_weights=True if self.init == "default" else self.init,  # type: ignore[arg-type]  # one of peft's
             task_type=TaskType.CAUSAL_LM,
         )
@@ -85,6 +88,7 @@ class Adapter:
 
         if self.begun is None:
             self.check_targets(model)
+            self.check_modules(model)
         with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
             warnings.simplefilter("ignore")  # peft explains how it treats some layers
             try:
@@ -101,8 +105,10 @@ class Adapter:
                 parameter.data.copy_(value)
 
     def first(self, name: str, parameter: "Tensor") -> "Tensor | None":
-        """What a weight of the adapter begins with, in fp32; None for DoRA's magnitudes, which peft has set to the
-        norms of the base's rows."""
+        """What a weight of the adapter begins with, in fp32; None for what peft has taken from the base: the modules
+        that are trained whole, and DoRA's magnitudes, the norms of the base's rows."""
+        if TRAINED_WHOLE in name:
+            return None
         if self.begun is not None:
             return self.begun.weight(name)
         if MAGNITUDE in name:
@@ -122,6 +128,21 @@ class Adapter:
             use_dora=own.get("use_dora", False),
             init="default",
         )
+
+    def check_modules(self, model: "PreTrainedModel") -> None:
+        """Refuses a module that isn't there, and embeddings or a head that share their weight."""
+        head, embeddings = model.get_output_embeddings(), model.get_input_embeddings()
+        tied = head is not None and head.weight is embeddings.weight
+        for target in self.modules_to_save or ():
+            found = [m for name, m in model.named_modules() if name == target or name.endswith(f".{target}")]
+            if not found:
+                raise UserError(f"adapter.modules_to_save: {target} is no module of {type(model).__name__}")
+            if tied and any(module in (head, embeddings) for module in found):
+                raise UserError(
+                    f"adapter.modules_to_save: {target} shares its weight with the "
+                    f"{'input embeddings' if head in found else 'head'}, and one copy alone would be trained: set "
+                    "adapter=none, or leave it out"
+                )
 
     def check_targets(self, model: "PreTrainedModel") -> None:
         """Refuses a target that names no layer, one that isn't linear, or the input embeddings by another name."""
@@ -191,101 +212,13 @@ def initial(name: str, shape: "Sequence[int]", init: object = "default") -> "Ten
 
 def stored_name(name: str) -> str:
     """The name that peft stores a weight of the adapter by."""
-    return f"base_model.model.{name.replace(MAGNITUDE, '.lora_magnitude_vector').replace(f'.{NAME}.', '.')}"
+    short = name.replace(MAGNITUDE, ".lora_magnitude_vector").replace(TRAINED_WHOLE, ".").replace(f".{NAME}.", ".")
+    return f"base_model.model.{short}"
 
 
-@dataclass(frozen=True)
-class Begun:
-    """A LoRA adapter on disk, as peft stores it."""
-
-    folder: str
-    settings: dict[str, Any]  # adapter_config.json
-
-    @classmethod
-    def at(cls, path: str, revision: str | None) -> "Begun | None":
-        """The adapter of a folder or Hub name; None where there is none. UserError for one that isn't trained here."""
-        folder = Path(path).expanduser()
-        if folder.is_dir():
-            file = folder / "adapter_config.json"
-        elif path.startswith((".", "/", "~")) or path.count("/") > 1:
-            return None  # no Hub name
-        else:
-            from transformers.utils.hub import cached_file
-
-            found = cached_file(
-                path,
-                "adapter_config.json",
-                revision=revision,
-                _raise_exceptions_for_gated_repo=False,
-                _raise_exceptions_for_missing_entries=False,
-                _raise_exceptions_for_connection_errors=False,
-            )
-            file = Path(found or "")
-            if found:
-                cached_file(path, "adapter_model.safetensors", revision=revision)
-        if not file.is_file():
-            return None
-        try:
-            settings = json.loads(file.read_text())
-        except (OSError, ValueError) as error:
-            raise UserError(f"{file} can't be read: {error}") from error
-        where = f"model.path={path} is an adapter"
-        if settings.get("peft_type") != "LORA":
-            raise UserError(f"{where} of type {settings.get('peft_type')}, and only LoRA is trained here")
-        if settings.get("init_lora_weights") not in (True, False, None, "gaussian", "orthogonal"):
-            raise UserError(
-                f"{where} begun with init_lora_weights={settings['init_lora_weights']}, which changes the base's "
-                "weights: merge it by peft first, and name the merged model"
-            )
-        for name in ("modules_to_save", "trainable_token_indices"):
-            if settings.get(name):
-                raise UserError(f"{where} with {name}, which is not trained here: merge it by peft first")
-        if settings.get("bias", "none") != "none":
-            raise UserError(f"{where} with bias={settings['bias']}, which is not trained here: merge it by peft first")
-        if not settings.get("base_model_name_or_path"):
-            raise UserError(f"{where} that names no base: set base_model_name_or_path in its adapter_config.json")
-        if not (file.parent / "adapter_model.safetensors").is_file():
-            raise UserError(f"{where} without weights: there is no adapter_model.safetensors")
-        return cls(str(file.parent), settings)
-
-    @property
-    def base(self) -> str:
-        return str(self.settings["base_model_name_or_path"])
-
-    @property
-    def base_revision(self) -> str | None:
-        return self.settings.get("revision")
-
-    def weight(self, name: str) -> "Tensor":
-        """A weight by its name in the model."""
-        from safetensors import safe_open
-
-        with safe_open(Path(self.folder) / "adapter_model.safetensors", "pt") as file:
-            weight: Tensor = file.get_tensor(stored_name(name))
-        return weight.float()
-
-    def check(self, model: "PreTrainedModel") -> None:
-        """Refuses an adapter whose weights aren't those that it has in this model."""
-        from safetensors import safe_open
-
-        with safe_open(Path(self.folder) / "adapter_model.safetensors", "pt") as file:
-            stored = {key: list(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
-        own = {stored_name(name): list(p.shape) for name, p in model.named_parameters() if p.requires_grad}
-        if differing := sorted(key for key in own.keys() | stored.keys() if own.get(key) != stored.get(key)):
-            raise UserError(
-                f"the adapter {self.folder} doesn't fit its base {self.base}: {len(differing)} weights are missing, of "
-                f"another shape or of no layer ({', '.join(differing[:3])})"
-            )
-
-    def merge(self, model: "PreTrainedModel") -> "PreTrainedModel":
-        """The model with the adapter merged into its weights, by peft."""
-        from peft import PeftModel
-
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # peft explains how it treats some layers
-            adapted = PeftModel.from_pretrained(model, self.folder, autocast_adapter_dtype=False)
-            merged: PreTrainedModel = adapted.merge_and_unload()
-        return merged.requires_grad_(True)
+def base_name(name: str) -> str:
+    """The name in the base model of a weight of the model with an adapter."""
+    return name.replace(".base_layer.", ".").replace(".original_module.", ".").replace(TRAINED_WHOLE, ".")
 
 
 def check_quantization(strategy: str = "", accelerator: str = "auto", here: bool = True) -> None:

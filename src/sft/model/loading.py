@@ -13,7 +13,8 @@ from safetensors import SafetensorError
 from sft.data.clock import check_arguments
 from sft.errors import UserError
 from sft.model import tokenizer as tokenizer_files
-from sft.model.adapter import Adapter, Begun, quantization
+from sft.model.adapter import Adapter, quantization
+from sft.model.begun import Begun
 from sft.model.parameters import Parameters
 
 if TYPE_CHECKING:
@@ -77,10 +78,10 @@ class ModelSource:
                 "model.new_weights draws weights at random, and an adapter leaves them as they are: set adapter=none"
             )
 
-        if self.add_tokens and self.adapter:
+        if self.add_tokens and self.adapter and not (self.adapter.modules_to_save and self.adapter.merge):
             raise UserError(
-                "model.add_tokens: the rows of new tokens are trained with all weights, and an adapter leaves them at "
-                "the mean of the others: set adapter=none, or leave model.add_tokens out"
+                "model.add_tokens: an adapter leaves the rows of new tokens at the mean of the others, and its base "
+                "has none: set adapter.modules_to_save=[embed_tokens,lm_head] with adapter.merge=true, or adapter=none"
             )
         if self.adapter and self.adapter.begun is None and self.begun is not None:
             object.__setattr__(self, "adapter", self.adapter.continuing(self.begun))
@@ -357,6 +358,8 @@ class ModelSource:
             raise _not_loaded("model", self.path or "(random)", error) from error
         if self.adapter and sharding is None:
             self.adapter.add(model)
+        if self.adapter and growth:
+            growth.check_trained(model)
         if keep and (weights or self.adapter):
             unchanged = not (merges or new or growth)  # as they are in the files
             keep(first or first_values(model, path if unchanged else None, self.base_revision))

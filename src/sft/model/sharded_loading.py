@@ -13,7 +13,7 @@ from transformers.utils.hub import cached_file
 
 from sft.checkpoint.layout import Read, Whole, allocate, named_trainable, persistent_buffers
 from sft.checkpoint.safetensors_file import read_range
-from sft.model.adapter import Adapter
+from sft.model.adapter import TRAINED_WHOLE, Adapter, base_name
 from sft.model.parameters import NO_DECAY, Parameters
 from sft.model.vocabulary import Growth
 
@@ -93,11 +93,11 @@ def load_sharded(
     own: dict[str, Tensor] = {}  # an adapter's, flat
 
     def first(name: str, start: int, stop: int) -> Tensor:
-        return own[name][start:stop] if name in own else stored_value(name.replace(".base_layer.", "."), start, stop)
+        return own[name][start:stop] if name in own else stored_value(base_name(name), start, stop)
 
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if adapter and parameter.requires_grad:
+            if adapter and parameter.requires_grad and TRAINED_WHOLE not in name:
                 value = adapter.first(name, parameter)
                 assert value is not None, f"{name} is computed from whole weights"
                 own[name] = value.view(-1)

@@ -41,6 +41,16 @@ class Growth:
         stored, rows = (model.config.get_text_config().vocab_size for model in (before, after))
         return cls(names, stored, rows, new_ids)
 
+    def check_trained(self, adapted: PreTrainedModel) -> None:
+        """Refuses an adapter that leaves the new rows as they are."""
+        names = {name for name, _ in adapted.named_parameters()}  # those of a module that is trained whole are longer
+        if left := [name for name in self.names if name in names]:
+            modules = ",".join(dict.fromkeys(name.split(".")[-2] for name in self.names))
+            raise UserError(
+                f"model.add_tokens: {left[0]} has rows for new tokens, and the adapter leaves them at the mean of the "
+                f"others: set adapter.modules_to_save=[{modules}]"
+            )
+
     def grow(self, weight: Tensor) -> Tensor:
         """The weight in fp32 with the rows of new tokens, each the mean of the old rows. It is [stored, ...]."""
         new = [token for token in self.new_ids if token < self.stored]

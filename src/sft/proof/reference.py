@@ -151,7 +151,7 @@ def inject(model: PreTrainedModel, adapter: "LoraConfig", seed: int) -> None:
     torch.manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if parameter.requires_grad and "lora_magnitude" not in name:  # DoRA's are the norms of the base's rows
+            if ".lora_A." in name or ".lora_B." in name:  # others begin as what the base has
                 parameter.copy_(initial(name, parameter.shape, adapter.init_lora_weights))
 
 

@@ -55,6 +55,7 @@ NEUTRAL: dict[str, object] = {
     "model.add_tokens": None,
     "adapter.use_dora": False,
     "adapter.init": "default",
+    "adapter.modules_to_save": None,
     "data.train_on": "all",
     "data.train_reasoning": True,
     "data.train_tool_calls": True,

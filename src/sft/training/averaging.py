@@ -104,11 +104,12 @@ class Averaging(Callback):
         module.on_validation_epoch_start()
         with self.swapped_in(trainer, module):
             data = trainer.datamodule  # type: ignore[attr-defined]
-            for index, batch in enumerate(data.val_dataloader()):
-                watchdog.beat()
-                with trainer.precision_plugin.val_step_context():
-                    module.validation_step(data.transfer_batch_to_device(batch, module.device, 0), index)
-        sums = trainer.strategy.reduce(module._val_sums, reduce_op="sum")
+            for number, loader in enumerate(data.val_dataloader()):
+                for index, batch in enumerate(loader):
+                    watchdog.beat()
+                    with trainer.precision_plugin.val_step_context():
+                        module.validation_step(data.transfer_batch_to_device(batch, module.device, 0), index, number)
+        sums = trainer.strategy.reduce(module._val_sums.sum(0), reduce_op="sum")
         assert isinstance(sums, Tensor)
         self.val_loss, module._val_sums = float(sums[0] / sums[1]), of_weights
         module.log(METRIC, self.val_loss, logger=False, sync_dist=True)
