@@ -326,7 +326,7 @@ def test_modules_that_are_trained_whole(tmp_path: Path) -> None:
     adapted = PeftModel.from_pretrained(base, tmp_path / "adapter")
     with torch.no_grad():
         assert torch.equal(adapted(torch.arange(20)[None]).logits, logits)
-    layout, read = merged(source, specs, trained.__getitem__)
+    layout, read = merged(source, specs, trained.__getitem__, torch.float32)
     expected = dict(adapted.merge_and_unload().named_parameters())
     assert layout.keys() == expected.keys()
     assert all(torch.equal(read(name), parameter) for name, parameter in expected.items())

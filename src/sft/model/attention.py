@@ -13,6 +13,7 @@ Shape suffixes: T tokens of the row, H heads, G key/value heads, D head width (E
 """
 
 import inspect
+from contextlib import nullcontext
 from functools import lru_cache
 from typing import Any
 
@@ -89,14 +90,11 @@ def _by_sample(
     lengths, rows = _lengths(cu_seq_lens), _ungrouped(query_1HTD, key_1GTD, value_1GTE)
     # `split` and not slices: its backward is one `cat`, a slice's is a row of zeros for every sample.
     samples = zip(*(row.split(lengths, dim=2) for row in rows), strict=True)
-    options = scale, dropout, window, softcap
-    if dropout and (seeds := TOKENS.seeds()) is not None:
-        outs = []
-        for seed, sample in zip(seeds, samples, strict=True):
-            with seeded(seed, salt, query_1HTD.device):
-                outs.append(_attend(*sample, *options))
-    else:
-        outs = [_attend(*sample, *options) for sample in samples]
+    seeds = TOKENS.seeds() if dropout else None
+    outs = []
+    for number, (query, key, value) in enumerate(samples):
+        with seeded(seeds[number], salt, query.device) if seeds is not None else nullcontext():
+            outs.append(_attend(query, key, value, scale, dropout, window, softcap))
     return torch.cat(outs, dim=2).transpose(1, 2)
 
 
