@@ -156,8 +156,8 @@ def optimizer_forgotten_on_resume() -> None:
 
     original = Checkpoint.restore
 
-    def restore(self: Checkpoint, layout: Whole) -> None:
-        original(self, layout)
+    def restore(self: Checkpoint, layout: Whole, *options: Any, **named: Any) -> None:
+        original(self, layout, *options, **named)
         for state in layout.optimizer.state.values():
             state["exp_avg_sq"].zero_()
 

@@ -129,10 +129,11 @@ class Losses(Callback):
 
     def on_validation_end(self, trainer: L.Trainer, module: Any) -> None:
         module.val_loss = self.of[trainer.global_step]
+        module.val_losses = {"val/loss": module.val_loss}
 
     def on_validation_epoch_end(self, trainer: L.Trainer, module: Any) -> None:
-        loss = self.of[trainer.global_step]
-        module.log = lambda name, value, **options: type(module).log(module, name, loss, **options)
+        losses = {"val/loss": self.of[trainer.global_step]}
+        module.log_dict = lambda values, **options: type(module).log_dict(module, losses, **options)
 
 
 class InValidation(Callback):

@@ -9,11 +9,14 @@ import shutil
 import subprocess
 import sys
 import tomllib
+import warnings
 from pathlib import Path
 
 import pytest
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM
 
 from pages import COMMANDS, DOCS, PAGES, ROOT
 from running import Sft
@@ -68,6 +71,15 @@ def arguments(line: str, model: Path) -> list[str]:
     return [*local, "data.path=gsm8k"] if "experiment=gsm8k" in local else local
 
 
+def save_adapter(folder: Path, model: Path) -> None:
+    """A LoRA adapter of the model, as peft saves it."""
+    base = AutoModelForCausalLM.from_pretrained(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # peft's of transformers
+        adapted = get_peft_model(base, LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM"))
+    adapted.save_pretrained(folder)
+
+
 @pytest.fixture
 def project(sft: Sft, model_folder: Path, data_file: Path) -> Sft:
     """A folder after `make demo`, with the data that the pages name."""
@@ -75,7 +87,9 @@ def project(sft: Sft, model_folder: Path, data_file: Path) -> Sft:
     rows = [{"question": f"What is {n} + {n}?", "answer": f"{n} + {n} = {2 * n}\n#### {2 * n}"} for n in range(20)]
     for split in ("train", "test"):
         (sft.folder / "gsm8k" / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    shutil.copy(data_file, sft.folder / "my.jsonl")
+    for name in ("my", "more"):
+        shutil.copy(data_file, sft.folder / f"{name}.jsonl")
+    save_adapter(sft.folder / "my-adapter", model_folder)
     shutil.copytree(model_folder, sft.folder / "runs" / "demo-base" / "export")
     for name in ("train", "test"):
         (sft.folder / "cache" / "demo").mkdir(parents=True, exist_ok=True)

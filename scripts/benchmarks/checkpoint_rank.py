@@ -102,7 +102,7 @@ class SaveAndRestore(Callback):
         where = layout(trainer, module)
         state = {"num_steps": 1, "stopped": False, "val_loss": None}
         for _ in range(self.repeats):
-            self.note("save", partial(save, self.folder, 1, where, {}, state, []))
+            self.note("save", partial(save, self.folder, 1, where, {}, state, {}))
             checkpoint = latest(self.folder)
             assert checkpoint is not None
             self.note("verify", checkpoint.verify)

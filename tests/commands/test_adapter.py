@@ -120,7 +120,7 @@ def test_another_adapter_is_not_the_one_that_was_trained(
     there: Sft, merge: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tensor = Checkpoint.tensor
-    monkeypatch.setattr(Checkpoint, "tensor", lambda self, name: tensor(self, name) * 1.01)
+    monkeypatch.setattr(Checkpoint, "tensor", lambda self, name, **average: tensor(self, name, **average) * 1.01)
     assert there("export", "run=run", f"merge={merge}", "output=other") == 2
     assert "is not the model that was trained" in capsys.readouterr().err
     assert not Path("other").exists()

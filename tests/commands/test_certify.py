@@ -92,7 +92,7 @@ def test_quick_certificate_passes(sft: Sft, capfd: pytest.CaptureFixture[str]) -
         assert 0 < reference["num_clipped"] < 20
         assert reference["movement"] > 5e-3
     variants = [reference["variant"] for reference in document["references"] if reference["variant"]]
-    assert sorted(variants) == ["objective", "patterns", "weighted"]
+    assert sorted(variants) == ["averaging", "objective", "patterns", "weighted"]
     assert "# Certificate passed" in Path("certificate/certificate.md").read_text()
 
 

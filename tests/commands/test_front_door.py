@@ -52,7 +52,7 @@ ROWS = [
     (nothing, ["train", "model.path=model"], "no data is named: set data.path to a file, a folder or a Hub data set"),
     (nothing, ["trian"], "there is no command trian: did you mean train?"),
     (nothing, ["seed=1"], "the command is missing: sft train seed=1"),
-    (nothing, ["train", "epochs=0"], "epochs=0 is not a whole number from 1 on"),
+    (nothing, ["train", "epochs=0"], "epochs=0 is not a number above 0"),
     (nothing, ["train", "trainer.max_epochs=2"], "there is no setting trainer.max_epochs; in its place: epochs"),
     (nothing, ["train", "experiment=x"], "there is no experiment=x: choose demo, demo_base, gsm8k"),
     (nothing, ["train", "--config-dir", "none"], "Additional config directory '{folder}/none' not found"),

@@ -89,7 +89,7 @@ SAME = {
     "micro_batch_size": "2",
     "data.max_lost": "1",
     "data.num_workers": "2",
-    "data.cache_dir": "other-cache",
+    "data.cache_dir": "OTHER_CACHE",
     "model.attention": "sdpa",
     "model.gradient_checkpointing": "true",
     "model.activation_offload": "true",
@@ -188,7 +188,13 @@ def made(
     template.write_text("{% for message in messages %}[{{ message.role }}]{{ message.content }}<|im_end|>{% endfor %}")
     changed = folder / "model"
     changed.mkdir()
-    places = {"OTHER_MODEL": changed, "OTHER_TEMPLATE": template, "OTHER": other, "MODEL": model_folder}
+    places = {
+        "OTHER_CACHE": folder / "cache2",
+        "OTHER_MODEL": changed,
+        "OTHER_TEMPLATE": template,
+        "OTHER": other,
+        "MODEL": model_folder,
+    }
     quiet()
 
     @cache

@@ -102,11 +102,13 @@ def hint(config: DictConfig, run: Run) -> str | None:
     """That a finished run which differs in nothing but its length could be extended; None if the run isn't new."""
     if run.folder.exists() or (config.get("extend") and config.extend.run):
         return None
-    now = _without_length(deciding(_plain(config)))
+    now = deciding(_plain(config))
     folders = [path.parent for path in Path(config.runs_dir).glob("*/config.yaml")]
     for folder in sorted(folders, key=lambda folder: -folder.stat().st_mtime)[:NUM_LOOKED_AT]:
         other = Run(folder)
-        if other.status.get("state") == "finished" and _without_length(deciding(other.config)) == now:
+        before = deciding(other.config)
+        is_longer = before != now and _without_length(before) == _without_length(now)
+        if other.status.get("state") == "finished" and is_longer:
             return (
                 f"note: {folder} is finished and differs in its length alone: extend.run={folder.name} would continue "
                 f"from its step {other.status['step']}; this run begins anew"
