@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 import settings
 from conftest import tiny_llama
@@ -16,6 +16,7 @@ from made_up import SIZE, OneRank, Weights
 from sft.errors import UserError
 from sft.export.merge import merged, stored_weights, write_adapter
 from sft.model import adapter as adapters
+from sft.model.head import head_is_plain_matrix
 from sft.model.loading import ModelSource
 
 # Any kind of model whose linear layers differ from the others' in something that merging has to know.
@@ -330,6 +331,81 @@ def test_modules_that_are_trained_whole(tmp_path: Path) -> None:
     expected = dict(adapted.merge_and_unload().named_parameters())
     assert layout.keys() == expected.keys()
     assert all(torch.equal(read(name), parameter) for name, parameter in expected.items())
+
+
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing")  # peft asks transformers by an older name
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize(
+    "added", [None, ["<new>"], [f"<new{number}>" for number in range(7)]], ids=["none added", "room", "grown"]
+)
+def test_tokens_whose_rows_are_trained(
+    tied: bool, added: list[str] | None, tmp_path: Path, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    torch.manual_seed(1)
+    tiny_llama(tie_word_embeddings=tied).save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    adapter = settings.adapter(r=4, target_modules=["q_proj"], trainable_tokens=["<|im_end|>", *(added or ["a"])])
+    source = settings.model_source(path=str(tmp_path / "base"), attention="eager", adapter=adapter, add_tokens=added)
+    trained_ids, ids = source.trained_ids, torch.tensor([[0, 1, *source.trained_ids, 5]])
+    assert trained_ids == sorted(source.load_tokenizer().convert_tokens_to_ids(adapter.trainable_tokens))
+    bare: Any = replace(source, adapter=None).load(torch.float32)
+    model: Any = source.load(torch.float32)
+    assert not head_is_plain_matrix(model)
+    assert torch.equal(model(ids).logits, bare(ids).logits)
+    model(ids, labels=ids).loss.backward()
+    trained = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+    rows = {name: p for name, p in trained.items() if "lora_" not in name}
+    assert [list(p.shape) for p in rows.values()] == [[len(trained_ids), 32]] * (1 if tied else 2)
+    assert all(bool(model.get_parameter(name).grad.any(1).all()) for name in rows)
+    for tensor in trained.values():
+        tensor += torch.linspace(-0.1, 0.2, tensor.numel()).view(tensor.shape)
+    with torch.no_grad():
+        logits = model(ids).logits
+    specs = {name: (tensor.dtype, list(tensor.shape)) for name, tensor in trained.items()}
+    layout, read = merged(source, specs, trained.__getitem__, torch.float32)
+    assert set(layout) == {name for name, _ in bare.named_parameters()}
+    with torch.no_grad():
+        for name, parameter in bare.named_parameters():
+            value = read(name)
+            if name in ("model.embed_tokens.weight", "lm_head.weight"):
+                changed = (value != parameter).any(1).nonzero()[:, 0].tolist()
+                assert changed == trained_ids
+            parameter.copy_(value)
+        assert torch.allclose(bare(ids).logits, logits, atol=1e-6)
+    if added:  # an adapter alone would lack its base's rows
+        return
+    (tmp_path / "adapter").mkdir()
+    write_adapter(tmp_path / "adapter", source, specs, trained.__getitem__, None)
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float32, attn_implementation="eager")
+    with torch.no_grad():
+        assert torch.equal(PeftModel.from_pretrained(base, tmp_path / "adapter")(ids).logits, logits)
+
+
+def test_tokens_whose_rows_can_not_be_trained(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    torch.manual_seed(1)
+    tiny_llama(tie_word_embeddings=False).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+
+    def load(add_tokens: list[str] | None = None, sharding: Any = None, **options: Any) -> None:
+        adapter = settings.adapter(**{"trainable_tokens": ["a"]} | options)
+        source = settings.model_source(path=str(tmp_path), adapter=adapter, add_tokens=add_tokens)
+        source.load(torch.float32, sharding=sharding)
+
+    with pytest.raises(UserError, match=r"adapter.trainable_tokens: 'ab' is 2 tokens of the tokenizer, not one"):
+        load(trainable_tokens=["a", "ab"])
+    for module in ("embed_tokens", "lm_head"):
+        with pytest.raises(UserError, match=f"{module} is trained whole, and adapter.trainable_tokens trains rows of"):
+            load(modules_to_save=[module])
+    with pytest.raises(UserError, match=r"lm_head means lm_head, of which adapter.trainable_tokens trains rows"):
+        load(target_modules=["lm_head"])
+    biased: Any = tiny_llama(tie_word_embeddings=False)
+    biased.lm_head.bias = torch.nn.Parameter(torch.zeros(264))
+    with pytest.raises(UserError, match=r"the head of LlamaForCausalLM can't be trained row by row \(Linear, or its"):
+        settings.adapter(trainable_tokens=["a"]).add(biased, [5])
+    with pytest.raises(UserError, match=r"trainable_tokens leaves 1 of the new tokens of model.add_tokens"):
+        load(add_tokens=["<one>", "<two>"], trainable_tokens=["<one>"])
+    with pytest.raises(UserError, match=r"adapter.trainable_tokens needs rows of whole embeddings"):
+        load(sharding=OneRank())
 
 
 def test_modules_that_can_not_be_trained_whole(model_folder: Path) -> None:

@@ -116,6 +116,7 @@ NAMED: dict[str, tuple[str, str]] = {
     "model.add_tokens": ("[x]", "the tokens"),
     "adapter.quantize": ("true", "needs CUDA"),
     "adapter.modules_to_save": ("[embed_tokens]", "tests of the adapter"),
+    "adapter.trainable_tokens": ("[x]", "tests of the adapter"),
     "adapter.use_dora": ("true", "tests of the adapter"),
     "adapter.init": ("gaussian", "tests of the adapter"),
     "optimizer.fused": ("false", "rounding alone, and named from the first day"),

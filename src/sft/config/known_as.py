@@ -132,6 +132,7 @@ KNOWN_AS: dict[str, dict[str, str]] = {
         "use_rslora": "`adapter.use_rslora`",
         "use_dora": "`adapter.use_dora`",
         "modules_to_save": "`adapter.modules_to_save`",
+        "trainable_token_indices": "`adapter.trainable_tokens`, as texts",
         "init_lora_weights": "`adapter.init`",
         "load_in_4bit": "`adapter=qlora`",
         "neftune_noise_alpha": "`model.neftune_alpha`",
@@ -212,6 +213,7 @@ KNOWN_AS: dict[str, dict[str, str]] = {
         "peft_use_dora": "`adapter.use_dora`",
         "peft_use_rslora": "`adapter.use_rslora`",
         "peft_init_lora_weights": "`adapter.init`",
+        "peft_trainable_token_indices": "`adapter.trainable_tokens`, as texts",
     },
     "DeepSpeed's JSON": {
         "train_batch_size": "`global_batch_size`, in packs",

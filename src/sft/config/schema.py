@@ -270,6 +270,7 @@ Adapter = table(
         Literal["default", "gaussian", "orthogonal"],
     ),
     modules_to_save=maybe(described("a list of names of modules", Texts)),
+    trainable_tokens=maybe(described("a list of texts of one token each", Texts)),
     quantize=Yes,
     merge=Yes,
 )

@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -19,6 +20,7 @@ from sft.errors import UserError
 from sft.export.verify import Probe, Verdict
 from sft.model.adapter import quantization
 from sft.model.loading import ModelSource
+from sft.model.missing import without_report
 
 Specs = Mapping[str, tuple[torch.dtype, Sequence[int]]]  # dtype and shape of each weight, by its name in the model
 Read = Callable[[str], Tensor]  # one weight by that name
@@ -64,7 +66,7 @@ def empty_model(source: ModelSource, dtype: torch.dtype | None = None, adapter: 
     if adapter:
         assert source.adapter is not None
         with torch.device("meta"):
-            source.adapter.add(model)
+            source.adapter.add(model, source.trained_ids)
     return model
 
 
@@ -205,7 +207,9 @@ def load_exported(folder: Path, attention: str | None = None) -> PreTrainedModel
         options["dtype"] = "bfloat16" if verified["precision"] == "bf16-true" else "float32"
         if verified["quantized"]:
             options |= quantization()
-    model = AutoModelForCausalLM.from_pretrained(folder, **options)
+    # Of an adapter's rows of embeddings that are the head's too, transformers says that the head has none.
+    with without_report() if is_adapter else nullcontext():
+        model = AutoModelForCausalLM.from_pretrained(folder, **options)
     if is_adapter:
         model.generation_config = GenerationConfig.from_pretrained(folder)
     model.to("cuda" if torch.cuda.is_available() else "cpu")  # type: ignore[arg-type]  # transformers wraps the method

@@ -16,6 +16,7 @@ from sft.export.folder import Read, Specs, empty_model, names_on_disk
 from sft.model.adapter import NAME, TRAINED_WHOLE, stored_name
 from sft.model.loading import ModelSource
 from sft.model.sharded_loading import weight_reader
+from sft.model.trained_tokens import ROWS
 
 if TYPE_CHECKING:
     from peft import PeftConfig
@@ -72,6 +73,8 @@ def merged(source: ModelSource, specs: Specs, read: Read, dtype: torch.dtype) ->
         if (trained := f"{owner}{TRAINED_WHOLE}{own}") in specs:
             return read(trained)
         weight = read_base(name)  # as the run held it
+        if (rows := f"{owner}{ROWS}.{NAME}") in specs:
+            return weight.index_copy(0, torch.tensor(source.trained_ids), read(rows).to(weight.dtype))
         if name not in layers:
             return weight
         layer = name.removesuffix("weight")

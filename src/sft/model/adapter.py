@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from sft.errors import UserError
+from sft.model import trained_tokens
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -42,6 +43,7 @@ class Adapter:
     use_dora: bool = False  # the length of each of W's rows is trained by itself (DoRA, arXiv 2402.09353)
     init: str = "default"  # default | gaussian | orthogonal
     modules_to_save: list[str] | None = None  # modules that are trained whole, beside the adapter
+    trainable_tokens: list[str] | None = None  # whose rows of embeddings and head are trained, beside the adapter
     begun: "Begun | None" = None  # the adapter that is continued
 
     def __post_init__(self) -> None:
@@ -57,8 +59,8 @@ class Adapter:
                 f"set {setting}=false"
             )
 
-    def lora_config(self) -> "LoraConfig":
-        """These settings as peft takes them."""
+    def lora_config(self, trained: "dict[str, list[int]] | None" = None) -> "LoraConfig":
+        """These settings as peft takes them. `trained`: rows that are trained, by the name of their module."""
         from peft import LoraConfig, TaskType
 
         if self.begun is not None:
@@ -73,15 +75,16 @@ class Adapter:
             use_rslora=self.use_rslora,
             use_dora=self.use_dora,
             modules_to_save=self.modules_to_save,
+            trainable_token_indices=trained,
             init_lora_weights=True if self.init == "default" else self.init,  # type: ignore[arg-type]  # one of peft's
             task_type=TaskType.CAUSAL_LM,
         )
 
-    def add(self, model: "PreTrainedModel") -> None:
+    def add(self, model: "PreTrainedModel", trained_ids: "Sequence[int]" = ()) -> None:
         """Adds the adapter, in fp32 whatever its layers are in, and freezes everything else.
 
         At first it changes nothing, since B A is zero, unless one is continued. In a model without weights its own
-        stay empty too.
+        stay empty too. `trained_ids`: of `trainable_tokens`.
         """
         import torch
         from peft import inject_adapter_in_model
@@ -89,15 +92,18 @@ class Adapter:
         if self.begun is None:
             self.check_targets(model)
             self.check_modules(model)
+        trained = {name: list(trained_ids) for name in trained_tokens.modules_with_rows(model)} if trained_ids else None
         with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
             warnings.simplefilter("ignore")  # peft explains how it treats some layers
             try:
-                inject_adapter_in_model(self.lora_config(), model, adapter_name=NAME)
+                inject_adapter_in_model(self.lora_config(trained), model, adapter_name=NAME)
             except ValueError as error:
                 message = " ".join(str(error).split())[:300]
                 raise UserError(f"the adapter doesn't fit {type(model).__name__}: {message}") from error
         if self.begun is not None:
             self.begun.check(model)
+        if trained:
+            trained_tokens.check(model)
         for name, parameter in model.named_parameters():
             if parameter.requires_grad:
                 parameter.data = parameter.data.float()  # peft takes the dtype of the layer
@@ -106,8 +112,8 @@ class Adapter:
 
     def first(self, name: str, parameter: "Tensor") -> "Tensor | None":
         """What a weight of the adapter begins with, in fp32; None for what peft has taken from the base: the modules
-        that are trained whole, and DoRA's magnitudes, the norms of the base's rows."""
-        if TRAINED_WHOLE in name:
+        that are trained whole, the rows of trained tokens, and DoRA's magnitudes, the norms of the base's rows."""
+        if TRAINED_WHOLE in name or trained_tokens.ROWS in name:
             return None
         if self.begun is not None:
             return self.begun.weight(name)
@@ -118,6 +124,11 @@ class Adapter:
     def continuing(self, begun: "Begun") -> "Adapter":
         """These settings, with what the adapter that is continued decides by itself."""
         own = begun.settings
+        for name in ("modules_to_save", "trainable_tokens"):
+            if getattr(self, name):
+                raise UserError(
+                    f"adapter.{name}: model.path is an adapter, which is continued as it is: set adapter.{name}=null"
+                )
         return replace(
             self,
             begun=begun,
@@ -142,6 +153,11 @@ class Adapter:
                     f"adapter.modules_to_save: {target} shares its weight with the "
                     f"{'input embeddings' if head in found else 'head'}, and one copy alone would be trained: set "
                     "adapter=none, or leave it out"
+                )
+            if self.trainable_tokens and any(module in (head, embeddings) for module in found):
+                raise UserError(
+                    f"adapter.modules_to_save: {target} is trained whole, and adapter.trainable_tokens trains rows of "
+                    "it: leave it out, or set adapter.trainable_tokens=null"
                 )
 
     def check_targets(self, model: "PreTrainedModel") -> None:
@@ -175,6 +191,11 @@ class Adapter:
                     raise UserError(
                         f"adapter.target_modules: {target} means {name}, which shares its weight with the input "
                         "embeddings: leave it out"
+                    )
+                if self.trainable_tokens and module is head:
+                    raise UserError(
+                        f"adapter.target_modules: {target} means {name}, of which adapter.trainable_tokens trains "
+                        "rows: leave it out, or set adapter.trainable_tokens=null"
                     )
 
 
@@ -213,12 +234,24 @@ def initial(name: str, shape: "Sequence[int]", init: object = "default") -> "Ten
 def stored_name(name: str) -> str:
     """The name that peft stores a weight of the adapter by."""
     short = name.replace(MAGNITUDE, ".lora_magnitude_vector").replace(TRAINED_WHOLE, ".").replace(f".{NAME}.", ".")
-    return f"base_model.model.{short}"
+    return f"base_model.model.{short.replace(f'{trained_tokens.ROWS}.{NAME}', trained_tokens.ROWS)}"
 
 
 def base_name(name: str) -> str:
     """The name in the base model of a weight of the model with an adapter."""
     return name.replace(".base_layer.", ".").replace(".original_module.", ".").replace(TRAINED_WHOLE, ".")
+
+
+def check_whole(use_dora: bool, trainable_tokens: object) -> None:
+    """Refuses what begins as something of whole weights, under a strategy that shards them."""
+    for setting, needed in (
+        ("use_dora=true" if use_dora else "", "the norms of whole weights"),
+        ("trainable_tokens" if trainable_tokens else "", "rows of whole embeddings"),
+    ):
+        if setting:
+            raise UserError(
+                f"adapter.{setting} needs {needed}, which this strategy shards: set strategy=ddp or deepspeed_zero2"
+            )
 
 
 def check_quantization(strategy: str = "", accelerator: str = "auto", here: bool = True) -> None:

@@ -13,9 +13,10 @@ from safetensors import SafetensorError
 from sft.data.clock import check_arguments
 from sft.errors import UserError
 from sft.model import tokenizer as tokenizer_files
-from sft.model.adapter import Adapter, quantization
+from sft.model.adapter import Adapter, check_whole, quantization
 from sft.model.begun import Begun
 from sft.model.parameters import Parameters
+from sft.model.trained_tokens import token_ids
 
 if TYPE_CHECKING:
     import torch
@@ -78,10 +79,11 @@ class ModelSource:
                 "model.new_weights draws weights at random, and an adapter leaves them as they are: set adapter=none"
             )
 
-        if self.add_tokens and self.adapter and not (self.adapter.modules_to_save and self.adapter.merge):
+        trains_rows = self.adapter and (self.adapter.modules_to_save or self.adapter.trainable_tokens)
+        if self.add_tokens and self.adapter and not (trains_rows and self.adapter.merge):
             raise UserError(
                 "model.add_tokens: an adapter leaves the rows of new tokens at the mean of the others, and its base "
-                "has none: set adapter.modules_to_save=[embed_tokens,lm_head] with adapter.merge=true, or adapter=none"
+                "has none: name them in adapter.trainable_tokens too, with adapter.merge=true, or set adapter=none"
             )
         if self.adapter and self.adapter.begun is None and self.begun is not None:
             object.__setattr__(self, "adapter", self.adapter.continuing(self.begun))
@@ -179,6 +181,12 @@ class ModelSource:
         had = replace(self, add_tokens=None).load_tokenizer().get_vocab()
         return sorted({*self.load_tokenizer().get_vocab().values()} - {*had.values()})
 
+    @cached_property
+    def trained_ids(self) -> list[int]:
+        """The ids of the adapter's `trainable_tokens`. UserError for a text that isn't exactly one token."""
+        texts = self.adapter.trainable_tokens if self.adapter else None
+        return token_ids(texts, self.load_tokenizer()) if texts else []
+
     def load_config(self) -> "PretrainedConfig":
         """The model's configuration with the overrides of `config`, which must be fields that it has, and with rows for
         new tokens."""
@@ -211,7 +219,9 @@ class ModelSource:
         return config
 
     def check(self, tokenizer: "PreTrainedTokenizerFast", max_length: int) -> "PretrainedConfig":
-        """The configuration, or a `UserError` where tokenizer or length don't fit the model."""
+        """The configuration, or a `UserError` where tokenizer, length or trained tokens don't fit the model."""
+        if self.adapter and self.adapter.trainable_tokens:
+            token_ids(self.adapter.trainable_tokens, tokenizer)
         config = self.load_config()
         text_config = config.get_text_config()
         num_embeddings = text_config.vocab_size
@@ -296,11 +306,8 @@ class ModelSource:
         growth = Growth.of(empty, self.empty(config), self.new_ids) if empty and self.new_ids else None
         options: dict[str, Any] = {"trust_remote_code": self.trust_remote_code}
         options |= {"dtype": dtype, "attn_implementation": self.attention}
-        if self.adapter and self.adapter.use_dora and sharding is not None:
-            raise UserError(
-                "adapter.use_dora=true needs the norms of whole weights, which this strategy shards: set strategy=ddp "
-                "or deepspeed_zero2"
-            )
+        if self.adapter and sharding is not None:
+            check_whole(self.adapter.use_dora, self.adapter.trainable_tokens)
         if self.adapter and self.adapter.quantize:
             if sharding is not None:
                 raise UserError(
@@ -357,9 +364,9 @@ class ModelSource:
         except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
             raise _not_loaded("model", self.path or "(random)", error) from error
         if self.adapter and sharding is None:
-            self.adapter.add(model)
+            self.adapter.add(model, self.trained_ids)
         if self.adapter and growth:
-            growth.check_trained(model)
+            growth.check_trained(model, self.trained_ids)
         if keep and (weights or self.adapter):
             unchanged = not (merges or new or growth)  # as they are in the files
             keep(first or first_values(model, path if unchanged else None, self.base_revision))

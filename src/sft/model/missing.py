@@ -81,12 +81,14 @@ def without_report() -> Iterator[None]:
         message = record.getMessage()
         return "LOAD REPORT" not in message and "checkpoint seem corrupted" not in message
 
-    logger = logging.getLogger("transformers.modeling_utils")
-    logger.addFilter(is_no_report)
+    loggers = [logging.getLogger(f"transformers.{name}") for name in ("modeling_utils", "integrations.peft")]
+    for logger in loggers:
+        logger.addFilter(is_no_report)
     try:
         yield
     finally:
-        logger.removeFilter(is_no_report)
+        for logger in loggers:
+            logger.removeFilter(is_no_report)
 
 
 def check(info: Info, model: PreTrainedModel, source: str, new_weights: Sequence[str]) -> list[str]:

@@ -1,5 +1,6 @@
 """Rows of embeddings and head for tokens that are added to a vocabulary."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -41,14 +42,19 @@ class Growth:
         stored, rows = (model.config.get_text_config().vocab_size for model in (before, after))
         return cls(names, stored, rows, new_ids)
 
-    def check_trained(self, adapted: PreTrainedModel) -> None:
-        """Refuses an adapter that leaves the new rows as they are."""
+    def check_trained(self, adapted: PreTrainedModel, trained_ids: Sequence[int]) -> None:
+        """Refuses an adapter that leaves new rows as they are. `trained_ids`: whose rows are trained beside it."""
+        if trained_ids and (missing := set(self.new_ids) - set(trained_ids)):
+            raise UserError(
+                f"adapter.trainable_tokens leaves {len(missing)} of the new tokens of model.add_tokens at the mean of "
+                "the others: name all of them in both"
+            )
         names = {name for name, _ in adapted.named_parameters()}  # those of a module that is trained whole are longer
         if left := [name for name in self.names if name in names]:
             modules = ",".join(dict.fromkeys(name.split(".")[-2] for name in self.names))
             raise UserError(
                 f"model.add_tokens: {left[0]} has rows for new tokens, and the adapter leaves them at the mean of the "
-                f"others: set adapter.modules_to_save=[{modules}]"
+                f"others: name the tokens in adapter.trainable_tokens too, or set adapter.modules_to_save=[{modules}]"
             )
 
     def grow(self, weight: Tensor) -> Tensor:

@@ -70,7 +70,7 @@ def shrink(config: DictConfig, folder: Path, device: str, precision: str, vocab_
     config.model.compile = False  # takes longer than all the rest
     if config.adapter:
         if vocab_size is not None:  # of the made-up model, whose head is its embeddings
-            config.adapter.modules_to_save = None
+            config.adapter.modules_to_save = config.adapter.trainable_tokens = None
         config.adapter.dropout, config.adapter.quantize = 0.0, False
     config.trainer.accelerator, config.trainer.num_nodes = device, 1
     config.trainer.precision = precision

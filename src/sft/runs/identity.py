@@ -56,6 +56,7 @@ NEUTRAL: dict[str, object] = {
     "adapter.use_dora": False,
     "adapter.init": "default",
     "adapter.modules_to_save": None,
+    "adapter.trainable_tokens": None,
     "data.train_on": "all",
     "data.train_reasoning": True,
     "data.train_tool_calls": True,

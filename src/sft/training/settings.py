@@ -96,11 +96,10 @@ def check(config: DictConfig, here: bool = True) -> tuple[int, int]:
         )
     strategy = str(config.strategy._target_) if config.strategy else ""
     sharded = strategy.endswith(".FSDP2") or OmegaConf.select(config, "strategy.config.zero_optimization.stage") == 3
-    if config.adapter and config.adapter.get("use_dora") and sharded:
-        raise UserError(
-            "adapter.use_dora=true needs the norms of whole weights, which this strategy shards: set strategy=ddp or "
-            "deepspeed_zero2"
-        )
+    if config.adapter and sharded:
+        from sft.model.adapter import check_whole
+
+        check_whole(config.adapter.get("use_dora", False), config.adapter.get("trainable_tokens"))
     if config.adapter and config.adapter.quantize:
         from sft.model.adapter import check_quantization
 
