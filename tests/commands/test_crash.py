@@ -76,3 +76,18 @@ def test_a_reader_that_leaves(sft: Sft, arguments: list[str]) -> None:
         process.stdout.close()
         assert process.stderr.read() == ""
     assert process.returncode == 1
+
+
+def test_ctrl_c_during_the_first_imports_prints_nothing() -> None:
+    program = """
+import os, signal, sys
+class Finder:
+    def find_spec(self, name, *rest):
+        if name == "sft.cli":
+            os.kill(os.getpid(), signal.SIGINT)
+signal.signal(signal.SIGINT, signal.default_int_handler)
+sys.meta_path.insert(0, Finder())
+import sft.__main__
+"""
+    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert (ended.returncode, ended.stdout, ended.stderr) == (-signal.SIGINT, "", "")
