@@ -64,6 +64,10 @@ def test_the_schedule_of_an_extension(sft: Sft, run: Path, schedule: str, rates:
         (("epochs=2",), "runs/run: epochs and max_steps mean 6 steps, and it has made 6"),
         (("epochs=3", "extend.step=5"), "checkpoint=5 is not there: set last, best or a step, one of 4, 6"),
         (("epochs=3", "extend.run=other"), "there is no run other"),
+        (
+            ("epochs=3", "extend.schedule=restart", "schedule.warmup=3"),
+            "schedule.warmup=3 takes the run's 3 steps or more",
+        ),
     ],
 )
 def test_what_can_not_be_extended(

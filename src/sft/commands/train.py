@@ -91,7 +91,7 @@ def main(config: DictConfig) -> float | None:
     data = prepared.data
     if begins:
         begins.check(prepared.splits.fingerprint, data.num_steps)
-    check_schedule(config.schedule, data.num_steps)
+    check_schedule(config.schedule, data.num_steps - extension.first_step(config))
 
     model = prepared.fingerprint(config.data.cache_dir, weights=reads) if is_main() else None
     attempt = run.attempt(settings, prepared.splits.fingerprint, data.num_steps, is_main(), prepared.template, model)

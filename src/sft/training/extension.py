@@ -80,11 +80,16 @@ def settle(config: DictConfig) -> Extended | None:
     return Extended(run, int(config.extend.step))
 
 
+def first_step(config: DictConfig) -> int:
+    """From which the schedule counts."""
+    extend = config.get("extend") or {}
+    return int(extend["step"]) if extend.get("run") and extend["schedule"] == "restart" else 0
+
+
 def schedule(config: DictConfig, num_steps: int) -> Callable[[int, int], float]:
     """The factor of the learning rate: over all steps or, with extend.schedule=restart, over the new ones alone."""
     made = instantiate(config.schedule)
-    extend = config.get("extend") or {}
-    first = extend["step"] if extend.get("run") and extend["schedule"] == "restart" else 0
+    first = first_step(config)
 
     def factor(step: int, num_steps: int) -> float:
         return float(made(max(0, step - first), num_steps - first))
