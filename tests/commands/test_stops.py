@@ -139,7 +139,7 @@ def test_a_run_stopped_by_hand_is_saved_and_resumes(
 
 def test_two_ranks_of_which_one_is_stopped_by_hand(sft: Sft) -> None:
     settings = ("train", *sft.settings, *SETTINGS, "strategy=ddp", "trainer.devices=2")
-    stops = f"+callbacks.signal={{_target_: {TARGET}, step: 3, rank: 1, name: SIGINT}}"
+    stops = f"+callbacks.signal={{_target_: {TARGET}, step: 3, rank: 0, name: SIGINT}}"
     stopped = sft.process(*settings, stops, before=partial(by_default, signal.SIGINT))
     assert stopped.code == 130, stopped.output
     interrupted(sft, 3, "Ctrl-C", stopped.output, why="Ctrl-C")
