@@ -348,17 +348,19 @@ def test_each_validation_set_is_measured_and_all_together(sft: Sft, capsys: pyte
     assert "; easy " in capsys.readouterr().out
     assert sft.train("run=all", *settings, "data.val_path=[easy.jsonl,hard.jsonl,more.jsonl]") == 0
     assert sft.train("run=easy", *settings, "data.val_path=easy.jsonl", "data.packing=false") == 0
+    assert sft.train("run=hard", *settings, "data.val_path=[hard.jsonl,more.jsonl]") == 0
     ended = sft.ranks(2, "train", *sft.settings, *settings, "run=ranks", sets, "strategy=ddp", "micro_batch_size=1")
     assert ended.code == 0, ended.output
-    measured, together, easy, ranks = (rows(sft.run_folder(run)) for run in ("sets", "all", "easy", "ranks"))
+    runs = ("sets", "all", "easy", "hard", "ranks")
+    measured, together, easy, hard, ranks = (rows(sft.run_folder(run)) for run in runs)
     for row, other in zip(measured, together, strict=True):
         assert float(row["val/loss"]) == pytest.approx(float(other["val/loss"]), abs=1e-6)
     for before in (measured[0], ranks[0]):
         assert float(before["val/loss"]) == pytest.approx(float(together[0]["val/loss"]), abs=1e-6)
         assert float(before["val/loss/easy"]) == pytest.approx(float(easy[0]["val/loss"]), abs=1e-6)
-        assert float(before["val/loss/hard-1"]) == pytest.approx(float(measured[0]["val/loss/hard-1"]), abs=1e-6)
+        assert float(before["val/loss/hard-1"]) == pytest.approx(float(hard[0]["val/loss"]), abs=1e-6)
         assert before["val/loss/easy"] != before["val/loss/hard-1"]
-    assert measured[1]["val/loss/hard-1"]
+    assert float(measured[1]["val/loss/hard-1"]) == pytest.approx(float(hard[1]["val/loss"]), abs=1e-6)
     ledger = json.loads((sft.run_folder("sets") / "data.json").read_text())
     assert ledger["validation"]["sets"] == {"easy": 9, "hard-1": 13}
 

@@ -107,7 +107,7 @@ def test_a_warm_up_that_never_ends_is_refused(
 ) -> None:
     assert sft.train("run=run", *SHORT, "epochs=1", *settings) == 2
     (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("sft: ")]
-    advice = "set fewer steps, or shares of the run like 0.03"
+    advice = "set it lower, or to a share of the run like 0.03"
     assert line == f"sft: {message}, so the learning rate would never be optimizer.lr: {advice}"
     assert not sft.run_folder().exists()
 

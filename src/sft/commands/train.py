@@ -108,9 +108,8 @@ def main(config: DictConfig) -> float | None:
         file.resume(0 if begins else data.start_step)
         if other_callbacks:
             log(f"it was stopped early at step {data.start_step}, and continues {other_callbacks}")
-        if (
-            other_callbacks or begins or not (resume and resume.last)
-        ):  # else killed after its last step: only the export is left
+        # Killed after its last step, only the export is left to do.
+        if other_callbacks or begins or not (resume and resume.last):
             if is_main() and config.export:
                 try_export(prepared, run)
             fit(

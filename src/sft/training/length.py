@@ -22,7 +22,7 @@ def check_schedule(schedule: DictConfig, num_steps: int) -> None:
     asked = " and ".join(f"schedule.{name}={value:g}" for name, value in phases.items())
     raise UserError(
         f"{asked} take{'s' * (len(phases) == 1)} the run's {num_steps} steps or more, so the learning rate would "
-        "never be optimizer.lr: set fewer steps, or shares of the run like 0.03"
+        "never be optimizer.lr: set it lower, or to a share of the run like 0.03"
     )
 
 
