@@ -46,6 +46,6 @@ def lines(config: DictConfig, data: SFTDataModule) -> list[str]:
     if num >= FEW_STEPS:
         return said
     ways = ["max_steps=100" if config.max_steps else f"epochs={-(-100 // per_epoch)}", "a higher optimizer.lr"]
-    if data.global_batch_size > 1:
+    if data.global_batch_size > 1 and not config.max_steps:  # whose number a smaller batch doesn't raise
         ways.insert(1, f"global_batch_size={max(1, min(data.global_batch_size, data.num_packs) // 4)}")
     return [*said, f"note: {num} steps teach a model little: set {', '.join(ways[:-1])} or {ways[-1]}"]
