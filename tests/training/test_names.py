@@ -141,6 +141,7 @@ NAMED_GROUPS = ("data.conversation.",)  # columns: of which row shapes are made
 FREE = {
     "strategy.": "rule 2: the certificate compares all of them; DeepSpeed's that round are in the name",
     "logger.": "what is logged is written after the step",
+    "evaluation.": "measured beside training: tests/training/test_evaluation.py",
     "cluster.": "when a process is ended or a job requeued",
     "callbacks": "those of a user's own are for him to name; Lightning's that change an update are refused",
     "trainer.accelerator": "where the same sums are made, in another order",

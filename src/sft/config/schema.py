@@ -141,6 +141,18 @@ Train = table(  # conf/train.yaml; its groups are checked by the tables below
     extend=rare(
         table("Extend", run=maybe(Text), schedule=one_of("continue", "restart"), step=maybe(whole(1))),
     ),
+    evaluation=rare(
+        table(
+            "Evaluation",
+            samples=whole(0),
+            max_new_tokens=whole(1),
+            seconds=Positive,
+            scorer=Open,
+            kl_tokens=whole(0),
+            text=maybe(Text),
+            layers_every=whole(0),
+        )
+    ),
     export=Yes,
     extra=rare(Open),
     data=Open,
