@@ -29,7 +29,7 @@ from warm import python
 LINKED = PAGES | {ROOT / name: (ROOT / name).read_text() for name in ("CONTRIBUTING.md", "CHANGELOG.md")}
 
 TRAIN = r"sft train (?!--cfg)"
-FINISHED = r"sft (generate|score|export|compare)\b"
+FINISHED = r"sft (generate|score|export|compare|runs|watch)\b"
 SLURM = r"sft submit|sft rehearse|sbatch |slurm/local-cluster "
 LAUNCHERS = r"(torchrun|srun) "
 # How a command is tested: run, if nothing else is said.
