@@ -8,7 +8,7 @@ import pytest
 from runfiles import rows
 from running import Sft
 from sft.training import datamodule, speed
-from sft.training.metrics import COLUMNS, MetricsFile
+from sft.training.metrics_file import COLUMNS, MetricsFile
 
 SETTINGS = ("epochs=2", "val_every=2", "data.val_size=0", "export=false")
 

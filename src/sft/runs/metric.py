@@ -58,6 +58,18 @@ METRICS = (
         "clipped steps / steps, both since the run's start; an extended run counts its own",
         "training/metrics.py",
     ),
+    Metric(
+        "train/weight_norm/{layers}",
+        "",
+        "‖weights‖₂ after the step, of the group's trained parameters; every `evaluation.layers_every` steps",
+        "training/layers.py",
+    ),
+    Metric(
+        "train/update_ratio/{layers}",
+        "ratio",
+        "‖weights after the step − before it‖₂ / ‖weights‖₂, of the same",
+        "training/layers.py",
+    ),
     Metric("train/supervised_share", "share", "the step's supervised tokens / its tokens", "training/metrics.py"),
     Metric("train/pack_fill", "share", "the step's tokens / (its packs · length of a pack)", "training/metrics.py"),
     Metric(

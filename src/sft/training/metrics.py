@@ -1,20 +1,16 @@
-"""Metrics of each optimizer step, and the file that holds each step exactly once."""
+"""What is measured of each optimizer step and each validation, for the loggers and the terminal."""
 
-import csv
-import io
 import math
 import re
 import sys
 import time
 from collections.abc import Mapping
-from pathlib import Path
 from typing import NoReturn
 
 import lightning as L
 from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.loggers.logger import Logger
-from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
+from torch.optim import Optimizer
 from tqdm import tqdm
 
 from sft.cluster.time_limit import clock
@@ -22,110 +18,25 @@ from sft.data.batch import Batch
 from sft.errors import NotFinite
 from sft.model import parameters
 from sft.model.loss import Objective
-from sft.runs.files import fsync, write_text
-from sft.runs.metrics_file import Metrics
+from sft.training.layers import Layers
 from sft.training.log import log
 from sft.training.module import SFTModule
 from sft.training.speed import Speed
 
 PRINT_EVERY = 5.0  # seconds between two printed lines; the first and the last step always print
 
-COLUMNS = (
-    "step",
-    "train/loss",
-    "train/lr",
-    "train/grad_norm",
-    "train/grad_norm_clipped",
-    "train/clipped",
-    "train/clipped_share",
-    "train/supervised_share",
-    "train/pack_fill",
-    "train/tokens",
-    "train/supervised_tokens",
-    "train/epoch",
-    "train/tokens_per_second",
-    "train/seconds",
-    "train/data_wait",
-    "train/memory_peak",
-    "val/loss",
-    "val/perplexity",
-)
-
-
-class MetricsFile(Logger):
-    """`metrics.csv`: a row a step, in order, none twice and none missing however often the run was killed.
-
-    A validation's columns go into the row of the step that it followed. Row 0 is before training. A resumed run
-    first drops the rows after its checkpoint, since it makes those steps again.
-    """
-
-    def __init__(self, path: str | Path) -> None:
-        super().__init__()
-        self.path = Path(path)
-        self.metrics = Metrics(list(COLUMNS), [])
-
-    name = "metrics"
-    version = 0
-
-    @rank_zero_only
-    def resume(self, step: int) -> None:
-        """Keeps the rows up to `step`; with step 0 none, since a fresh start measures again."""
-        stored = Metrics.read(self.path)
-        self.metrics.columns = stored.columns or self.metrics.columns
-        self.metrics.rows = [row for row in stored.rows if 0 < step >= int(row["step"])]
-        self._rewrite()
-
-    @rank_zero_only
-    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
-        step = int(step or 0)
-        values = {name: repr(float(value)) for name, value in metrics.items() if name != "epoch"}
-        columns, rows = self.metrics.columns, self.metrics.rows
-        new = [name for name in values if name not in columns]
-        columns += new
-        if rows and rows[-1]["step"] == str(step):
-            rows[-1] |= values
-            self._rewrite()
-        else:
-            rows.append({"step": str(step)} | values)
-            if new or len(rows) == 1:
-                self._rewrite()
-            else:
-                with self.path.open("a", newline="") as file:
-                    file.write(self._text(rows[-1:], header=False))
-
-    @rank_zero_only
-    def log_hyperparams(self, *args: object, **kwargs: object) -> None:
-        """The configuration is in `config.yaml`."""
-
-    @rank_zero_only
-    def save(self) -> None:
-        """Waits until the rows are on the disk: a checkpoint must not outlive the rows up to its step."""
-        if self.path.exists():
-            fsync(self.path)
-
-    def _text(self, rows: list[dict[str, str]], header: bool) -> str:
-        text = io.StringIO()
-        writer = csv.DictWriter(text, self.metrics.columns, restval="", lineterminator="\n")
-        if header:
-            writer.writeheader()
-        writer.writerows(rows)
-        return text.getvalue()
-
-    def _rewrite(self) -> None:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        write_text(self.path, self._text(self.metrics.rows, header=True))
-
 
 class StepMetrics(Callback):
     """Measures each optimizer step, gives it to the loggers, and shows it: in a line now and then, or in a progress
     bar on the first rank."""
 
-    def __init__(self, progress_bar: bool = False) -> None:
+    def __init__(self, progress_bar: bool = False, layers_every: int = 0) -> None:
         self.progress_bar = progress_bar
         self.bar: tqdm[NoReturn] | None = None
         self.last_print, self.fit_start = -math.inf, 0.0
         self.first_step = 0
-        self.speed = Speed()
+        self.speed, self.layers = Speed(), Layers(layers_every)
+        self.is_last_micro_batch = False
         self.groups: dict[str, int] = {}  # places of the optimizer's groups whose learning rates are shown, by column
         self.rates: dict[str, float] = {}  # of the step under way
         self.num_counted = self.num_clipped = 0  # steps of the run, whatever processes made them
@@ -135,6 +46,7 @@ class StepMetrics(Callback):
         self.first_step = trainer.global_step
         self.groups = _rate_columns(trainer, module)
         self.speed.begin_fit(trainer, module)
+        self.layers.begin_fit(module)
         if self.progress_bar and trainer.is_global_zero:
             self.bar = tqdm(
                 total=module.num_steps, initial=self.first_step, unit=" steps", dynamic_ncols=True, file=sys.stdout
@@ -154,10 +66,15 @@ class StepMetrics(Callback):
         self.on_train_end(trainer, module)
 
     def on_train_batch_start(self, trainer: L.Trainer, module: SFTModule, batch: Batch, batch_idx: int) -> None:
+        self.is_last_micro_batch = (batch_idx + 1) % trainer.accumulate_grad_batches == 0
         if batch_idx % trainer.accumulate_grad_batches == 0:
             self.speed.begin_step(trainer.datamodule)  # type: ignore[attr-defined]
             groups = trainer.optimizers[0].param_groups
             self.rates = {column: groups[place]["lr"] for column, place in self.groups.items()}
+
+    def on_before_optimizer_step(self, trainer: L.Trainer, module: SFTModule, optimizer: Optimizer) -> None:
+        if self.is_last_micro_batch:  # DeepSpeed is called for each
+            self.layers.before_update(trainer, module)
 
     def on_train_batch_end(
         self, trainer: L.Trainer, module: SFTModule, outputs: object, batch: Batch, batch_idx: int
@@ -168,6 +85,7 @@ class StepMetrics(Callback):
         plan = data.step(step - 1)
         sums = {name: trainer.strategy.reduce(value, reduce_op="sum") for name, value in module.step_sums.items()}
         largest = self.speed.largest(trainer, module)
+        layers = self.layers.after_update(trainer, module)
         nll = sums["nll"]
         loss, *added = (value / plan.weight for value in (nll.tolist() if nll.ndim else [float(nll)]))
         norm, limit = float(module.grad_norm), float(trainer.gradient_clip_val or math.inf)
@@ -197,6 +115,7 @@ class StepMetrics(Callback):
             "train/supervised_tokens": supervised,
             "train/epoch": tokens / data.tokens_per_epoch,
             **self.speed.measure(plan, data, largest),
+            **layers,
         }
         self._log(trainer, metrics, step)
         now = time.perf_counter()
