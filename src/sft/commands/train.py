@@ -74,7 +74,7 @@ def main(config: DictConfig) -> float | None:
     from sft.training.fit import fit
     from sft.training.length import check_schedule, lines
     from sft.training.log import is_main, log
-    from sft.training.metrics import MetricsFile
+    from sft.training.metrics_file import MetricsFile
     from sft.training.prepare import quiet, setup
     from sft.training.trackers import tracking
 

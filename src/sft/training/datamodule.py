@@ -1,5 +1,6 @@
 """The LightningDataModule: the step plan as a loader of micro-batches, from any step on."""
 
+import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
@@ -59,11 +60,14 @@ class SFTDataModule(L.LightningDataModule):
             (global_batch_size, max_length) if global_batch_size else default_step(train.lengths, max_length, packing)
         )
         self.start_step = start_step
+        self.seconds_waited = 0.0  # by this process for training batches to be made
         self.keyed = False  # whether tokens have keys: the model needs them if it draws random numbers
         self._plan: tuple[int, EpochPlan] | None = None
         self.num_packs = len(self.epoch(0).packs)  # the same in all epochs: see `packing`
         self.steps_per_epoch = self.epoch(0).num_steps
         self.num_steps = num_steps(epochs, max_steps, self.steps_per_epoch)
+        self.tokens_per_epoch = int(train.lengths.sum(dtype=np.int64))
+        self.supervised_per_epoch = int(train.num_supervised.sum(dtype=np.int64))
 
     def epoch(self, epoch: int) -> EpochPlan:
         """The plan of one epoch; the last one asked for is kept."""
@@ -86,6 +90,12 @@ class SFTDataModule(L.LightningDataModule):
         epoch, step = divmod(global_step, self.steps_per_epoch)
         return self.epoch(epoch).step(step)
 
+    def seen(self, num_steps: int) -> tuple[int, int]:
+        """Tokens of the first `num_steps` steps, and supervised ones among them."""
+        epochs, steps = divmod(num_steps, self.steps_per_epoch)
+        tokens, supervised = self.epoch(epochs).seen[steps] if steps else (0, 0)
+        return epochs * self.tokens_per_epoch + int(tokens), epochs * self.supervised_per_epoch + int(supervised)
+
     def setup(self, stage: str) -> None:
         """`UserError` if the trainer makes a step of another number of micro-batches, each of which is divided by the
         weight of a whole step."""
@@ -99,7 +109,16 @@ class SFTDataModule(L.LightningDataModule):
             )
 
     def train_dataloader(self) -> "_Batches":
-        return _Batches((self.num_steps - self.start_step) * self.accumulation(), self._training)
+        return _Batches((self.num_steps - self.start_step) * self.accumulation(), lambda: self._timed(self._training()))
+
+    def _timed(self, batches: Iterator[Batch]) -> Iterator[Batch]:
+        while True:
+            start = time.perf_counter()
+            batch = next(batches, None)
+            self.seconds_waited += time.perf_counter() - start
+            if batch is None:
+                return
+            yield batch
 
     def _training(self) -> Iterator[Batch]:
         """This rank's micro-batches of all steps that are left."""

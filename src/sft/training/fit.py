@@ -70,6 +70,7 @@ def fit(
         facts,
         extends,
     )
+    metrics = StepMetrics(own_bar, (config.get("evaluation") or {}).get("layers_every", 0))
     rank = rank_zero_only.rank  # type: ignore[attr-defined]
     strategy = build(config.strategy, config.trainer.accelerator)
     try:
@@ -77,7 +78,7 @@ def fit(
         trainer = instantiate(config.trainer, _partial_=True)(
             strategy=strategy,
             logger=loggers,
-            callbacks=[early_stopping.MonitoredMetrics(), *averages, *users, StepMetrics(own_bar)],
+            callbacks=[early_stopping.MonitoredMetrics(), *averages, *users, metrics],
             accumulate_grad_batches=accumulation,
             max_epochs=1,  # the loader goes through all epochs
             val_check_interval=val_every * accumulation,
