@@ -28,6 +28,7 @@ from sft.training.metrics import StepMetrics
 from sft.training.module import SFTModule
 from sft.training.settings import devices_and_nodes, world_size
 from sft.training.strategies import build
+from sft.training.validation import Validation
 
 
 def fit(
@@ -56,6 +57,8 @@ def fit(
     accumulation = data.accumulation(world_size(config))
     users: list[Callback] = list((instantiate(config.callbacks, _convert_="all") or {}).values())
     early_stopping.check(users, bool(data.val))
+    evaluation = config.get("evaluation") or {}
+    validation = Validation(checkpoints.parent, facts.get("stop_token_ids") or [], evaluation.get("kl_tokens", 0))  # type: ignore[arg-type]
     averages = [instantiate(config.averaging)] if config.get("averaging") else []
     users_bar = any(isinstance(callback, ProgressBar) for callback in users)
     # Some terminals have no width.
@@ -77,7 +80,7 @@ def fit(
         trainer = instantiate(config.trainer, _partial_=True)(
             strategy=strategy,
             logger=loggers,
-            callbacks=[early_stopping.MonitoredMetrics(), *averages, *users, StepMetrics(own_bar)],
+            callbacks=[early_stopping.MonitoredMetrics(), validation, *averages, *users, StepMetrics(own_bar)],
             accumulate_grad_batches=accumulation,
             max_epochs=1,  # the loader goes through all epochs
             val_check_interval=val_every * accumulation,
