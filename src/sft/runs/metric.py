@@ -133,6 +133,98 @@ METRICS = (
         "val/loss_average", "nats a token", "val/loss with the average of the weights", "training/averaging.py", "min"
     ),
     Metric("val/perplexity", "", "exp(val/loss)", "training/metrics.py", "min"),
+    Metric(
+        "val/accuracy",
+        "share",
+        "Σ w · [most probable token = the token] / Σ w over all supervised validation tokens",
+        "evaluation/responses.py",
+        "max",
+    ),
+    Metric(
+        "val/loss_by_source/{source}",
+        "nats a token",
+        "val/loss over the samples of one source, where there are several",
+        "evaluation/responses.py",
+        "min",
+    ),
+    Metric(
+        "val/loss_by_length/{range}",
+        "nats a token",
+        "val/loss over the responses of so many supervised tokens, where they are in several ranges",
+        "evaluation/responses.py",
+        "min",
+    ),
+    Metric(
+        "val/loss_by_turn/{turn}",
+        "nats a token",
+        "val/loss over the first, second, ... response of each sample, where there are several",
+        "evaluation/responses.py",
+        "min",
+    ),
+    Metric(
+        "val/stop_prob",
+        "share",
+        "mean of p_n over the responses that end in a stop token; p_t: probability of the stop tokens at a response's "
+        "token t = 1 ... n, given the reference before it",
+        "evaluation/responses.py",
+        "max",
+    ),
+    Metric(
+        "val/stop_recall",
+        "share",
+        "share of these responses at whose end a stop token is the most probable token",
+        "evaluation/responses.py",
+        "max",
+    ),
+    Metric(
+        "val/stop_early",
+        "share",
+        "mean over these responses of 1 − Π_(t<n) (1 − p_t): how probable a stop before the end is",
+        "evaluation/responses.py",
+        "min",
+    ),
+    Metric(
+        "val/expected_length",
+        "ratio",
+        "mean over these responses of (1/n) Σ_t Π_(s<t) (1 − p_s): expected length up to the reference's end / its "
+        "length",
+        "evaluation/responses.py",
+        "max",
+    ),
+    Metric(
+        "val/gain",
+        "nats a token",
+        "Σ d / Σ w over the validation samples; d: a sample's Σ w · (−log p) before training less that of now",
+        "evaluation/base.py",
+        "max",
+    ),
+    Metric(
+        "val/gain_error",
+        "nats a token",
+        "standard error of val/gain: √(n/(n − 1) · Σ (d − gain · w)²) / Σ w over the n samples",
+        "evaluation/base.py",
+    ),
+    Metric(
+        "val/kl_base",
+        "nats a token",
+        "mean of Σ_v p_v (log p_v − log q_v) over `evaluation.kl_tokens` fixed tokens; p before training, q now",
+        "evaluation/validation_pass.py",
+        "min",
+    ),
+    Metric(
+        "val/base_tokens_loss",
+        "nats a token",
+        "mean of −log p over the same fixed tokens, of prompts and responses",
+        "evaluation/validation_pass.py",
+        "min",
+    ),
+    Metric(
+        "val/general_loss",
+        "nats a token",
+        "mean of −log p over all tokens of `evaluation.text`",
+        "training/validation.py",
+        "min",
+    ),
 )
 
 

@@ -28,6 +28,7 @@ from sft.training.metrics import StepMetrics
 from sft.training.module import SFTModule
 from sft.training.settings import devices_and_nodes, world_size
 from sft.training.strategies import build
+from sft.training.validation import Validation
 
 
 def fit(
@@ -56,6 +57,8 @@ def fit(
     accumulation = data.accumulation(world_size(config))
     users: list[Callback] = list((instantiate(config.callbacks, _convert_="all") or {}).values())
     early_stopping.check(users, bool(data.val))
+    evaluation = config.get("evaluation") or {}
+    validation = Validation(checkpoints.parent, facts.get("stop_token_ids") or [], evaluation.get("kl_tokens", 0))  # type: ignore[arg-type]
     averages = [instantiate(config.averaging)] if config.get("averaging") else []
     users_bar = any(isinstance(callback, ProgressBar) for callback in users)
     # Some terminals have no width.
@@ -70,7 +73,7 @@ def fit(
         facts,
         extends,
     )
-    metrics = StepMetrics(own_bar, (config.get("evaluation") or {}).get("layers_every", 0))
+    metrics = StepMetrics(own_bar, evaluation.get("layers_every", 0))
     rank = rank_zero_only.rank  # type: ignore[attr-defined]
     strategy = build(config.strategy, config.trainer.accelerator)
     try:
@@ -78,7 +81,7 @@ def fit(
         trainer = instantiate(config.trainer, _partial_=True)(
             strategy=strategy,
             logger=loggers,
-            callbacks=[early_stopping.MonitoredMetrics(), *averages, *users, metrics],
+            callbacks=[early_stopping.MonitoredMetrics(), validation, *averages, *users, metrics],
             accumulate_grad_batches=accumulation,
             max_epochs=1,  # the loader goes through all epochs
             val_check_interval=val_every * accumulation,

@@ -134,7 +134,8 @@ class StepMetrics(Callback):
     def on_validation_end(self, trainer: L.Trainer, module: SFTModule) -> None:
         loss = module.val_loss
         perplexity = math.exp(loss) if loss < 700 else math.inf
-        self._log(trainer, {**module.val_losses, "val/perplexity": perplexity}, trainer.global_step)
+        metrics = {**module.val_losses, "val/perplexity": perplexity, **module.val_metrics}
+        self._log(trainer, metrics, trainer.global_step)
         named = {name.removeprefix("val/loss/"): of_set for name, of_set in module.val_losses.items()}
         sets = "".join(f"; {name} {of_set:.4f}" for name, of_set in named.items() if name != "val/loss")
         log(f"step {trainer.global_step}: validation loss {loss:.4f}, perplexity {perplexity:,.2f}{sets}")

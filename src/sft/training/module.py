@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 
 from sft.checkpoint.layout import Read
 from sft.data.batch import Batch
+from sft.evaluation.validation_pass import ValidationPass
 from sft.model import noise, router
 from sft.model import optimizer as optimizers
 from sft.model.loading import ModelSource
@@ -61,6 +62,8 @@ class SFTModule(L.LightningModule):
         self.clipped_values: Tensor | None = None
         self.val_loss = float("nan")
         self.val_losses: dict[str, float] = {}  # by metric: that, and each of the sets that have names
+        self.measures: ValidationPass | None = None  # what a validation measures besides, and what it came to
+        self.val_metrics: dict[str, float] = {}
 
     def configure_model(self) -> None:
         if hasattr(self, "model"):
@@ -132,7 +135,10 @@ class SFTModule(L.LightningModule):
 
     def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
         sums, weights = self._val_sums[dataloader_idx], batch["weights"]
-        sums[0] += nll(self.model, batch, plain_head=self.plain_head)
+        if self.measures:
+            sums[0] += self.measures.step(self.model, batch, self.plain_head)
+        else:
+            sums[0] += nll(self.model, batch, plain_head=self.plain_head)
         sums[1] += len(batch["predicting"]) if weights is None else weights.sum(dtype=sums.dtype)
 
     def on_validation_epoch_end(self) -> None:
