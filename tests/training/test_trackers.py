@@ -17,7 +17,7 @@ import offline
 from running import Sft
 from sft.errors import UserError
 from sft.runs.metrics_file import Metrics
-from sft.training import trackers
+from sft.training.trackers import choose, wandb_run, wandb_server
 from wandb_server import KEY, Service
 
 HISTORY = [{"step": str(k), "train/loss": str(9 - k), "val/loss": "0.5" if k == 2 else ""} for k in range(4)]
@@ -59,8 +59,8 @@ def identity(folder: Path) -> str:
 def track(folder: Path, history: list[dict[str, str]], *steps: int, **options: Any) -> None:
     """What a run does that has `history` already and makes `steps`."""
     options = {"run": "r", "group": "g", "project": "sft", "mode": "auto"} | options
-    with trackers.tracking():
-        logger = trackers.wandb_logger(folder=folder, history=history, **options)
+    with choose.tracking():
+        logger = wandb_run.wandb_logger(folder=folder, history=history, **options)
         for step in steps:
             logger.log_metrics({"train/loss": float(9 - step)}, step=step)
 
@@ -118,7 +118,7 @@ def test_a_key_is_found_wherever_wandb_finds_one(way: str, tmp_path: Path, monke
         path.write_text(NETRC.format(default) if text == "DEFAULT" else text)
         path.chmod(0o600)
     monkeypatch.setattr(wandb, "init", init)
-    monkeypatch.setattr(trackers, "_fault", lambda *_: None)
+    monkeypatch.setattr(wandb_server, "fault", lambda *_: None)
     with pytest.raises(Asked, match=expected):
         track(tmp_path, [])
 
@@ -178,7 +178,7 @@ def test_run_begins_offline_and_is_online_when_started_again(
 ) -> None:
     import wandb
 
-    monkeypatch.setattr(trackers, "BEGIN", 2)
+    monkeypatch.setattr(wandb_run, "BEGIN", 2)
     if fault == "vanish":
         service.vanish()
     service.fault = fault
@@ -212,7 +212,7 @@ def test_server_that_fails_at_any_moment_holds_up_nothing(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr(trackers, "END", 1)
+    monkeypatch.setattr(wandb_run, "END", 1)
     monkeypatch.setenv("WANDB__FILE_STREAM_TRANSMIT_INTERVAL", "0.01")
     service.fault, service.at = fault, moment
     about = ("logger.entity=team", "logger.tags=[a,b]", "logger.notes=why", "logger.job_type=train")

@@ -39,8 +39,6 @@ from sft.training.launch import find
 from sft.training.settings import check, check_devices, check_gpu, check_inputs, check_targets, say, settle
 
 if TYPE_CHECKING:
-    from lightning.pytorch.loggers import Logger
-
     from sft.training.prepare import Prepared
 
 
@@ -76,7 +74,7 @@ def main(config: DictConfig) -> float | None:
     from sft.training.log import is_main, log
     from sft.training.metrics_file import MetricsFile
     from sft.training.prepare import quiet, setup
-    from sft.training.trackers import tracking
+    from sft.training.trackers.choose import start, tracking
 
     cluster = launch.enter()
     quiet()
@@ -95,7 +93,7 @@ def main(config: DictConfig) -> float | None:
 
     model = prepared.fingerprint(config.data.cache_dir, weights=reads) if is_main() else None
     attempt = run.attempt(settings, prepared.splits.fingerprint, data.num_steps, is_main(), prepared.template, model)
-    with attempt as status, tracking():
+    with attempt as status, tracking() as trackers:
         if is_main():
             write_json(run.folder / "data.json", prepared.splits.ledger)
             write_html(run.folder / "preview.html", prepared)
@@ -112,6 +110,7 @@ def main(config: DictConfig) -> float | None:
         if other_callbacks or begins or not (resume and resume.last):
             if is_main() and config.export:
                 try_export(prepared, run)
+            trackers += start(config, run, file.metrics.rows)
             fit(
                 config,
                 prepared.source,
@@ -119,7 +118,7 @@ def main(config: DictConfig) -> float | None:
                 checkpoints=run.checkpoints,
                 resume=resume,
                 extends=begins is not None,
-                loggers=[file, *trackers(config, run, file.metrics.rows)],
+                loggers=[file, *trackers],
                 facts=facts(config, prepared),
                 cluster=cluster,
             )
@@ -146,15 +145,3 @@ def facts(config: DictConfig, prepared: "Prepared") -> dict[str, object]:
     template = {"template": prepared.template} if prepared.template else {}
     callbacks = OmegaConf.to_container(config.callbacks, resolve=True) if config.get("callbacks") else {}
     return {"seed": config.seed, "stop_token_ids": prepared.stop_token_ids, "callbacks": callbacks, **template}
-
-
-def trackers(config: DictConfig, run: Run, history: list[dict[str, str]]) -> "list[Logger]":
-    """The tracker that `logger=` names, in addition to the metrics.csv of every run."""
-    from hydra.utils import instantiate
-
-    if not config.get("logger"):
-        return []
-    tracker = instantiate(config.logger)
-    group = config.logger.get("group") or config.name
-    resolved = OmegaConf.to_container(config, resolve=True)
-    return [tracker(run=run.folder.name, folder=run.folder, group=group, history=history, config=resolved)]

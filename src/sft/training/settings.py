@@ -42,6 +42,8 @@ def check_schema(config: DictConfig, command: str = "train", typed: Collection[s
     for name in left_over(settings, command, typed):
         group, _, last = name.rpartition(".")
         target = str(OmegaConf.select(config, f"{group}._target_") or "none").rpartition(".")[2]
+        if group == "logger":
+            target = ", ".join(each for each, value in config.logger.items() if isinstance(value, DictConfig)) or "csv"
         with open_dict(config):
             del OmegaConf.select(config, group)[last]
         say(f"note: {name} of the experiment is left out: {group} {target} has no such setting")
