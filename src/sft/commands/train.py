@@ -69,6 +69,7 @@ def main(config: DictConfig) -> float | None:
     from sft.commands.preview import write_html
     from sft.data.ledger import in_one_line
     from sft.ranks import disband
+    from sft.training import answers
     from sft.training.fit import fit
     from sft.training.length import check_schedule, lines
     from sft.training.log import is_main, log
@@ -103,7 +104,7 @@ def main(config: DictConfig) -> float | None:
         for line in lines(config, data):
             log(line)
         file = MetricsFile(run.folder / "metrics.csv")
-        file.resume(0 if begins else data.start_step)
+        file.resume(start := 0 if begins else data.start_step)
         if other_callbacks:
             log(f"it was stopped early at step {data.start_step}, and continues {other_callbacks}")
         # Killed after its last step, only the export is left to do.
@@ -121,6 +122,7 @@ def main(config: DictConfig) -> float | None:
                 loggers=[file, *trackers],
                 facts=facts(config, prepared),
                 cluster=cluster,
+                answers=answers.of(config, prepared, run, start),
             )
             if HydraConfig.get().mode is not RunMode.MULTIRUN:  # there the group is for the next setting, too
                 disband()

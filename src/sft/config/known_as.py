@@ -141,6 +141,9 @@ KNOWN_AS: dict[str, dict[str, str]] = {
         "output_router_logits": "`loss.router_aux`, of each sample by itself",
         "push_to_hub": "`hf upload` of the run's export/",
         "max_new_tokens": "`sft generate max_new_tokens=256`",
+        "predict_with_generate": "`evaluation.samples`, which has a few prompts answered at each validation",
+        "generation_max_length": "`evaluation.max_new_tokens`",
+        "generation_num_beams": "answers are greedy",
     },
     "Axolotl and LLaMA-Factory": {
         "base_model": "`model.path`",
@@ -214,6 +217,9 @@ KNOWN_AS: dict[str, dict[str, str]] = {
         "peft_use_rslora": "`adapter.use_rslora`",
         "peft_init_lora_weights": "`adapter.init`",
         "peft_trainable_token_indices": "`adapter.trainable_tokens`, as texts",
+        "eval_table_size": "`evaluation.samples`",
+        "eval_max_new_tokens": "`evaluation.max_new_tokens`",
+        "do_causal_lm_eval": "`evaluation.scorer`",
     },
     "DeepSpeed's JSON": {
         "train_batch_size": "`global_batch_size`, in packs",

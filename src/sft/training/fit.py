@@ -42,6 +42,7 @@ def fit(
     loggers: list[Logger],
     facts: dict[str, object],
     cluster: ClusterEnvironment | None = None,
+    answers: Callback | None = None,
 ) -> None:
     """Trains to the run's last step, from `resume` on where there is one.
 
@@ -50,6 +51,7 @@ def fit(
         extends: `resume` is a checkpoint of another run, which this one extends.
         facts: about the run, saved in each checkpoint.
         cluster: how the ranks were started; None: Lightning finds out.
+        answers: has the model answer held-out prompts; None: nothing is asked.
     """
     # With deterministic kernels torch would fill what it allocates: GBs of DeepSpeed's buffers in each step.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
@@ -60,6 +62,7 @@ def fit(
     evaluation = config.get("evaluation") or {}
     validation = Validation(checkpoints.parent, facts.get("stop_token_ids") or [], evaluation.get("kl_tokens", 0))  # type: ignore[arg-type]
     averages = [instantiate(config.averaging)] if config.get("averaging") else []
+    asking = [answers] if answers else []
     users_bar = any(isinstance(callback, ProgressBar) for callback in users)
     # Some terminals have no width.
     own_bar = sys.stdout.isatty() and shutil.get_terminal_size((0, 0)).columns > 0 and not users_bar
@@ -81,7 +84,7 @@ def fit(
         trainer = instantiate(config.trainer, _partial_=True)(
             strategy=strategy,
             logger=loggers,
-            callbacks=[early_stopping.MonitoredMetrics(), validation, *averages, *users, metrics],
+            callbacks=[early_stopping.MonitoredMetrics(), validation, *averages, *users, metrics, *asking],
             accumulate_grad_batches=accumulation,
             max_epochs=1,  # the loader goes through all epochs
             val_check_interval=val_every * accumulation,
