@@ -18,8 +18,8 @@ SIGUSR1, SIGTERM and the end of max_time=HOURS:MINUTES:SECONDS save a checkpoint
 command with exit code 75, Ctrl-C with 130; the same command resumes the run. sft preview with the same settings shows
 the samples token by token; sft rehearse tries a cluster's job first.
 
-The run's folder is runs/NAME/: config.yaml, data.json (the rows used and lost), preview.html, metrics.csv, checkpoints/
-and export/, the fine-tuned model.
+The run's folder is runs/NAME/: report.html (what it learned), config.yaml, data.json (the rows used and lost),
+preview.html, metrics.csv, checkpoints/ and export/, the fine-tuned model.
 """
 
 import os
@@ -76,6 +76,7 @@ def main(config: DictConfig) -> float | None:
     from sft.training.log import is_main, log
     from sft.training.metrics import MetricsFile
     from sft.training.prepare import quiet, setup
+    from sft.training.reporting import reported
     from sft.training.trackers import tracking
 
     cluster = launch.enter()
@@ -95,7 +96,7 @@ def main(config: DictConfig) -> float | None:
 
     model = prepared.fingerprint(config.data.cache_dir, weights=reads) if is_main() else None
     attempt = run.attempt(settings, prepared.splits.fingerprint, data.num_steps, is_main(), prepared.template, model)
-    with attempt as status, tracking():
+    with reported(run.folder), attempt as status, tracking():
         if is_main():
             write_json(run.folder / "data.json", prepared.splits.ledger)
             write_html(run.folder / "preview.html", prepared)

@@ -26,6 +26,7 @@ from sft.training.checkpointing import Checkpoints
 from sft.training.datamodule import SFTDataModule
 from sft.training.metrics import StepMetrics
 from sft.training.module import SFTModule
+from sft.training.reporting import Report
 from sft.training.settings import devices_and_nodes, world_size
 from sft.training.strategies import build
 
@@ -60,6 +61,7 @@ def fit(
     users_bar = any(isinstance(callback, ProgressBar) for callback in users)
     # Some terminals have no width.
     own_bar = sys.stdout.isatty() and shutil.get_terminal_size((0, 0)).columns > 0 and not users_bar
+    own = [StepMetrics(own_bar), Report(checkpoints.parent)]
     saving = Checkpoints(
         checkpoints,
         config.checkpoint.save_every or val_every,
@@ -77,7 +79,7 @@ def fit(
         trainer = instantiate(config.trainer, _partial_=True)(
             strategy=strategy,
             logger=loggers,
-            callbacks=[early_stopping.MonitoredMetrics(), *averages, *users, StepMetrics(own_bar)],
+            callbacks=[early_stopping.MonitoredMetrics(), *averages, *users, *own],
             accumulate_grad_batches=accumulation,
             max_epochs=1,  # the loader goes through all epochs
             val_check_interval=val_every * accumulation,
