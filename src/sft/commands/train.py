@@ -18,8 +18,8 @@ SIGUSR1, SIGTERM and the end of max_time=HOURS:MINUTES:SECONDS save a checkpoint
 command with exit code 75, Ctrl-C with 130; the same command resumes the run. sft preview with the same settings shows
 the samples token by token; sft rehearse tries a cluster's job first.
 
-The run's folder is runs/NAME/: config.yaml, data.json (the rows used and lost), preview.html, metrics.csv, checkpoints/
-and export/, the fine-tuned model.
+The run's folder is runs/NAME/: report.html (what it learned), config.yaml, data.json (the rows used and lost),
+preview.html, metrics.csv, checkpoints/ and export/, the fine-tuned model.
 """
 
 import os
@@ -75,7 +75,9 @@ def main(config: DictConfig) -> float | None:
     from sft.training.log import is_main, log
     from sft.training.metrics_file import MetricsFile
     from sft.training.prepare import quiet, setup
-    from sft.training.trackers.choose import start, tracking
+    from sft.training.reporting import reported
+    from sft.training.trackers import choose
+    from sft.training.trackers.choose import tracking
 
     cluster = launch.enter()
     quiet()
@@ -94,7 +96,7 @@ def main(config: DictConfig) -> float | None:
 
     model = prepared.fingerprint(config.data.cache_dir, weights=reads) if is_main() else None
     attempt = run.attempt(settings, prepared.splits.fingerprint, data.num_steps, is_main(), prepared.template, model)
-    with attempt as status, tracking() as trackers:
+    with tracking() as trackers, reported(run.folder), attempt as status:  # trackers get the final report
         if is_main():
             write_json(run.folder / "data.json", prepared.splits.ledger)
             write_html(run.folder / "preview.html", prepared)
@@ -104,14 +106,14 @@ def main(config: DictConfig) -> float | None:
         for line in lines(config, data):
             log(line)
         file = MetricsFile(run.folder / "metrics.csv")
-        file.resume(start := 0 if begins else data.start_step)
+        file.resume(first := 0 if begins else data.start_step)
         if other_callbacks:
             log(f"it was stopped early at step {data.start_step}, and continues {other_callbacks}")
         # Killed after its last step, only the export is left to do.
         if other_callbacks or begins or not (resume and resume.last):
             if is_main() and config.export:
                 try_export(prepared, run)
-            trackers += start(config, run, file.metrics.rows)
+            trackers += choose.start(config, run, file.metrics.rows)
             fit(
                 config,
                 prepared.source,
@@ -122,7 +124,7 @@ def main(config: DictConfig) -> float | None:
                 loggers=[file, *trackers],
                 facts=facts(config, prepared),
                 cluster=cluster,
-                answers=answers.of(config, prepared, run, start),
+                answers=answers.of(config, prepared, run, first),
             )
             if HydraConfig.get().mode is not RunMode.MULTIRUN:  # there the group is for the next setting, too
                 disband()

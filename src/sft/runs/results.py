@@ -36,7 +36,7 @@ class Result:
         return cls(
             name=run.folder.name,
             settings=deciding(run.config),
-            state=state(run),
+            state=state_of(run),
             step=metrics.step,
             num_steps=status.get("num_steps"),
             best=trained.lowest("val/loss"),
@@ -46,7 +46,7 @@ class Result:
         )
 
 
-def state(run: Run) -> str:
+def state_of(run: Run) -> str:
     """The state of a run. One whose process is gone without a trace, as after SIGKILL, has died; of a process on
     another machine only its files can tell."""
     status = run.status
@@ -101,6 +101,7 @@ def summarise(run: Run, metrics: Metrics, chosen: str) -> None:
     print(f"  exported          {chosen}" if run.export.exists() else f"  to export         {chosen}")
     if run.export.exists():
         print(f"  model             {run.export}")
+    print(f"  report            {run.folder / 'report.html'}")
     print(f"  metrics           {run.folder / 'metrics.csv'}")
     print(f"  what was trained  {run.folder / 'preview.html'}, {run.folder / 'data.json'}", flush=True)
     for offline in sorted((run.folder / "wandb").glob("offline-run-*")):

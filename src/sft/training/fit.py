@@ -26,6 +26,7 @@ from sft.training.checkpointing import Checkpoints
 from sft.training.datamodule import SFTDataModule
 from sft.training.metrics import StepMetrics
 from sft.training.module import SFTModule
+from sft.training.reporting import Report
 from sft.training.settings import devices_and_nodes, world_size
 from sft.training.strategies import build
 from sft.training.validation import Validation
@@ -77,6 +78,7 @@ def fit(
         extends,
     )
     metrics = StepMetrics(own_bar, evaluation.get("layers_every", 0))
+    own = [metrics, *asking, Report(checkpoints.parent)]
     rank = rank_zero_only.rank  # type: ignore[attr-defined]
     strategy = build(config.strategy, config.trainer.accelerator)
     try:
@@ -84,7 +86,7 @@ def fit(
         trainer = instantiate(config.trainer, _partial_=True)(
             strategy=strategy,
             logger=loggers,
-            callbacks=[early_stopping.MonitoredMetrics(), validation, *averages, *users, metrics, *asking],
+            callbacks=[early_stopping.MonitoredMetrics(), validation, *averages, *users, *own],
             accumulate_grad_batches=accumulation,
             max_epochs=1,  # the loader goes through all epochs
             val_check_interval=val_every * accumulation,

@@ -1,0 +1,49 @@
+"""The run's report is written again after each validation, and at the end however that comes."""
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import lightning as L
+from lightning.pytorch.callbacks import Callback
+
+from sft.report import page
+from sft.training.log import is_main, log
+
+SHARE = 0.01  # of a run's time that reports may take
+
+
+class Report(Callback):
+    """Writes `report.html` on the first rank, less often where validations are so many that it would take long."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.next = 0.0
+
+    def on_validation_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        start = time.monotonic()
+        if trainer.is_global_zero and start >= self.next:
+            write(self.folder)
+            now = time.monotonic()
+            self.next = now + (now - start) / SHARE
+
+
+def write(folder: Path) -> None:
+    """Writes it if there is a run; whatever prevents it is one line."""
+    if not (folder / "config.yaml").exists():
+        return
+    try:
+        page.write(folder)
+    except Exception as error:  # a report is no reason to end a run
+        log(f"{folder / page.NAME} can't be written: {type(error).__name__}: {' '.join(str(error).split())[:200]}")
+
+
+@contextmanager
+def reported(folder: Path) -> Iterator[None]:
+    """A last report of what is done within, on the first rank."""
+    try:
+        yield
+    finally:
+        if is_main():
+            write(folder)
