@@ -37,6 +37,8 @@ class Event(SlurmJob, total=False):
     job_nodelist: str | None
     ntasks: str | None
     max_requeues: dict[str, int]
+    title: str  # of an alert
+    text: str
 
 
 def job() -> SlurmJob:
