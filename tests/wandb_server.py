@@ -28,6 +28,8 @@ class Service(ThreadingHTTPServer):
         self.lines: dict[str, dict[str, dict[int, str]]] = {}
         """Of each run the lines of each of its files, by their number."""
         self.complete: set[str] = set()
+        self.alerts: list[tuple[str, str, str]] = []
+        """Of each the run's id, title and text."""
         self._connections: list[socket.socket] = []
         self._thread = threading.Thread(target=self.serve_forever, args=(0.05,), daemon=True)
         self._thread.start()
@@ -64,6 +66,9 @@ class Service(ThreadingHTTPServer):
         if "createRunFiles" in query:
             files = [{"name": name, "uploadUrl": f"{self.url}/files/{name}"} for name in variables["files"]]
             return {"createRunFiles": {"runID": variables["run"], "uploadHeaders": [], "files": files}}
+        if "notifyScriptableRunAlert" in query:
+            self.alerts.append((variables["runName"], variables["title"], variables["text"]))
+            return {"notifyScriptableRunAlert": {"success": True}}
         if "serverInfo" in query:
             return {"serverInfo": {"features": []}}
         if "viewer" in query:

@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shutil
+import socket
 import subprocess
 import sys
 import time
@@ -14,8 +15,10 @@ from typing import Any
 import pytest
 
 import offline
+from offline import ANSWER
 from running import Sft
 from sft.errors import UserError
+from sft.runs import answers_file
 from sft.runs.metrics_file import Metrics
 from sft.training.trackers import choose, wandb_run, wandb_server
 from wandb_server import KEY, Service
@@ -236,6 +239,53 @@ def test_server_that_fails_at_any_moment_holds_up_nothing(
     assert "Finished syncing" in synced.stderr
     assert [row["_step"] for row in later.rows(identity(sft.run_folder()))] == [0, 1, 2, 3]
     later.vanish()
+
+
+def test_what_wandb_has_of_a_training(sft: Sft) -> None:
+    settings = ("logger.tags=[a]", "logger.notes=why", "logger.log_model=reference", "optimizer.lr=2e-2")
+    assert sft.train("run=run", "logger=wandb", "max_steps=2", "val_every=1", *settings) == 0
+    folder = sft.run_folder()
+    config = offline.config(folder)
+    assert config["optimizer"]["lr"] == 0.02
+    assert config["data_fingerprint"] == json.loads((folder / "provenance.json").read_text())["data"]
+    assert config["ledger"] == json.loads((folder / "data.json").read_text())
+    assert config["hosts"] == [socket.gethostname()]
+    begun = offline.run(folder)
+    assert (begun["project"], begun["group"], begun["job_type"], begun["tags"]) == ("sft", "sft", "train", ["a"])
+    assert begun["notes"] == "why" and begun["name"] == "run"
+    losses = Metrics.read(folder / "metrics.csv").values("val/loss")
+    assert offline.summary(folder)["val/loss"] == {"min": min(losses), "last": losses[-1]}
+    shown, *weights = offline.artefacts(folder)
+    assert shown["files"].keys() >= {"preview.html", "data.json"} and shown["type"] == "run"
+    kinds = [(each["type"], each["aliases"]) for each in weights]
+    assert kinds[:2] == [("checkpoint", ["latest", "step-1"]), ("checkpoint", ["best", "last", "latest", "step-2"])]
+    assert kinds[2] == ("model", ["best", "last", "latest", "step-2"])
+    place = (folder / "export" / "model.safetensors").absolute().as_uri()
+    assert weights[2]["files"]["model.safetensors"] == place
+    assert "step 2: validation loss" in offline.console(folder)
+
+
+def test_answers_are_a_table_of_all_steps(tmp_path: Path) -> None:
+    (tmp_path / "recipe.json").write_text('{"num_ranks": 2, "hosts": ["n1", "n2"]}')
+    answers_file.append(tmp_path, [ANSWER, {**ANSWER, "step": 1, "answer": "ba"}])
+    with choose.tracking():
+        logger: Any = wandb_run.wandb_logger(
+            run="r", folder=tmp_path, group="g", history=[], project="sft", mode="offline", name="lr=1"
+        )
+        logger.log_metrics({"val/loss": 1.0}, step=0)
+        logger.log_answers(0, [ANSWER])
+        logger.log_answers(1, [{**ANSWER, "step": 1, "answer": "ba"}])
+        (tmp_path / "recipe.json").write_text('{"num_ranks": 4, "hosts": ["n1"]}')
+        logger.log_metrics({"val/loss": 1.0}, step=1)
+        logger.alert("Loss spikes", "it is 9")
+    table = offline.table(tmp_path, "samples")
+    assert table["columns"] == ["step", "prompt", "reference", "base", "answer", "score", "length", "stopped"]
+    assert table["data"][0] == [0, "Reverse ab.", "ba", None, "ab ab", 0.25, 6, True]
+    assert [row[4] for row in table["data"]] == ["ab ab", "ba"]
+    assert offline.config(tmp_path)["recipe"] == {"num_ranks": 4, "hosts": ["n1"]}
+    assert offline.run(tmp_path)["name"] == "lr=1"
+    assert offline.alerts(tmp_path) == [("Loss spikes", "it is 9")]
+    assert not list((tmp_path / "home").rglob("artifacts"))
 
 
 def test_a_run_begun_anew_under_the_same_name_is_another_one(tmp_path: Path, service: Service) -> None:

@@ -1,4 +1,4 @@
-"""Tells people of what needs a look while a run goes on: a line in the log, an event of the run, and an alert of W&B."""
+"""Tells people of what needs a look while a run goes on: a line in the log, an event, and an alert of W&B."""
 
 from collections import deque
 from collections.abc import Mapping

@@ -1,4 +1,4 @@
-"""MLflow: the same names as in metrics.csv. Its client waits for its server in each call, so another thread calls it."""
+"""MLflow: the same names as in metrics.csv. Its client waits for its server, so another thread calls it."""
 
 import logging
 import os

@@ -28,7 +28,10 @@ from sft.training.trackers.wandb_server import line
 BEGIN, END = 6.0, 15.0
 STEP = "trainer/global_step"
 ROWS = 1000  # of the table of answers: the newest
-COLUMNS = ("step", "prompt", "reference", "base", "answer", "score", "length", "stopped")
+COLUMNS = {  # of that table, and what they are called in samples.jsonl
+    **{name: name for name in ("step", "prompt", "reference", "base", "answer", "score")},
+    **{"length": "num_tokens", "stopped": "stopped"},
+}
 
 
 class WandbRun(WandbLogger):
@@ -56,11 +59,7 @@ class WandbRun(WandbLogger):
         if step < self.first:
             return
         earlier = [answer for answer in answers_file.read(self.folder) if answer["step"] < step]
-        rows = [
-            [answer["step"], answer["prompt"], answer["reference"], answer["base"], answer["answer"], answer["score"]]
-            + [answer["num_tokens"], answer["stopped"]]
-            for answer in (*earlier, *answers)
-        ]
+        rows = [[answer[name] for name in COLUMNS.values()] for answer in (*earlier, *answers)]  # type: ignore[literal-required]
         with staging(self.folder):
             self.run.log({"samples": wandb.Table(list(COLUMNS), rows[-ROWS:]), STEP: step}, step=step)
 
