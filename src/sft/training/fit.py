@@ -26,6 +26,7 @@ from sft.training.checkpointing import Checkpoints
 from sft.training.datamodule import SFTDataModule
 from sft.training.metrics import StepMetrics
 from sft.training.module import SFTModule
+from sft.training.recipe import Recipe
 from sft.training.settings import devices_and_nodes, world_size
 from sft.training.strategies import build
 
@@ -70,7 +71,7 @@ def fit(
         facts,
         extends,
     )
-    metrics = StepMetrics(own_bar, (config.get("evaluation") or {}).get("layers_every", 0))
+    own = [StepMetrics(own_bar, config.get("evaluation")), Recipe(config, checkpoints.parent)]
     rank = rank_zero_only.rank  # type: ignore[attr-defined]
     strategy = build(config.strategy, config.trainer.accelerator)
     try:
@@ -78,7 +79,7 @@ def fit(
         trainer = instantiate(config.trainer, _partial_=True)(
             strategy=strategy,
             logger=loggers,
-            callbacks=[early_stopping.MonitoredMetrics(), *averages, *users, metrics],
+            callbacks=[early_stopping.MonitoredMetrics(), *averages, *users, *own],
             accumulate_grad_batches=accumulation,
             max_epochs=1,  # the loader goes through all epochs
             val_check_interval=val_every * accumulation,
