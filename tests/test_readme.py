@@ -54,6 +54,7 @@ BENCHMARKS = {
     "train": ("--no-trl", "--only", "packed", "--threads", "1", "--samples", "8"),
     "data": ("--samples", "1000", "--rows", "200", "--workers", "1"),
     "strategies": ("--only", "ddp"),
+    "tracking": ("--threads", "1"),
 }
 
 
@@ -257,6 +258,8 @@ def test_benchmark(command: str, tmp_path: Path) -> None:
         assert run["losses"][-1] < run["losses"][0]
     elif command == "data":
         assert results["plan"]["num_packs"] == results["plan"]["fewest_packs"]
+    elif command == "tracking":
+        assert results["ratios"].keys() == results["median_ratios"].keys() >= {"tokens_per_second", "wall"}
     else:
         num_bytes = 4 * results["model"]["weights"]
         assert results["strategies"]["ddp"]["bytes_sent"] / num_bytes == pytest.approx(1.0, abs=0.02)

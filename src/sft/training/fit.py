@@ -26,6 +26,7 @@ from sft.training.checkpointing import Checkpoints
 from sft.training.datamodule import SFTDataModule
 from sft.training.metrics import StepMetrics
 from sft.training.module import SFTModule
+from sft.training.recipe import Recipe
 from sft.training.reporting import Report
 from sft.training.settings import devices_and_nodes, world_size
 from sft.training.strategies import build
@@ -61,7 +62,8 @@ def fit(
     users: list[Callback] = list((instantiate(config.callbacks, _convert_="all") or {}).values())
     early_stopping.check(users, bool(data.val))
     evaluation = config.get("evaluation") or {}
-    validation = Validation(checkpoints.parent, facts.get("stop_token_ids") or [], evaluation.get("kl_tokens", 0))  # type: ignore[arg-type]
+    folder = checkpoints.parent
+    validation = Validation(folder, facts.get("stop_token_ids") or [], evaluation.get("kl_tokens", 0))  # type: ignore[arg-type]
     averages = [instantiate(config.averaging)] if config.get("averaging") else []
     asking = [answers] if answers else []
     users_bar = any(isinstance(callback, ProgressBar) for callback in users)
@@ -77,8 +79,7 @@ def fit(
         facts,
         extends,
     )
-    metrics = StepMetrics(own_bar, evaluation.get("layers_every", 0))
-    own = [metrics, *asking, Report(checkpoints.parent)]
+    own = [StepMetrics(own_bar, evaluation), Recipe(config, folder), *asking, Report(folder)]
     rank = rank_zero_only.rank  # type: ignore[attr-defined]
     strategy = build(config.strategy, config.trainer.accelerator)
     try:

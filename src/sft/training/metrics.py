@@ -30,12 +30,12 @@ class StepMetrics(Callback):
     """Measures each optimizer step, gives it to the loggers, and shows it: in a line now and then, or in a progress
     bar on the first rank."""
 
-    def __init__(self, progress_bar: bool = False, layers_every: int = 0) -> None:
+    def __init__(self, progress_bar: bool = False, evaluation: Mapping[str, int] | None = None) -> None:
         self.progress_bar = progress_bar
         self.bar: tqdm[NoReturn] | None = None
         self.last_print, self.fit_start = -math.inf, 0.0
         self.first_step = 0
-        self.speed, self.layers = Speed(), Layers(layers_every)
+        self.speed, self.layers = Speed(), Layers((evaluation or {}).get("layers_every", 0))
         self.is_last_micro_batch = False
         self.groups: dict[str, int] = {}  # places of the optimizer's groups whose learning rates are shown, by column
         self.rates: dict[str, float] = {}  # of the step under way
@@ -148,7 +148,7 @@ class StepMetrics(Callback):
 def _rate_columns(trainer: L.Trainer, module: SFTModule) -> dict[str, int]:
     """Places of the groups whose learning rates are columns: the first and, of `parameters.groups`, those of another.
     A column has letters, digits and ._- of the pattern: not every tracker takes others."""
-    peaks = trainer.lr_scheduler_configs[0].scheduler.base_lrs  # type: ignore[union-attr]
+    peaks = trainer.lr_scheduler_configs[0].scheduler.base_lrs
     columns = {"train/lr": 0}
     for pattern, place in parameters.rates(module.model, module.source.parameters).items():
         name = "train/lr/" + (re.sub(r"[^\w.-]+", "_", pattern).strip("_.") or "all")

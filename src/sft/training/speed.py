@@ -44,7 +44,7 @@ class Speed:
             return torch.tensor(values)
         # Filled in on the device: a copy would wait for it.
         mine = torch.stack([torch.full((), value, device=module.device) for value in values])
-        return trainer.strategy.reduce(mine, reduce_op="max")  # type: ignore[return-value]
+        return trainer.strategy.reduce(mine, reduce_op="max")
 
     def measure(self, plan: Step, data: SFTDataModule, largest: torch.Tensor) -> dict[str, float]:
         """Called after the step's values were read, so that work still queued on a device counts."""
