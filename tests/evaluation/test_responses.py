@@ -34,7 +34,7 @@ LABELS = [[I, 1, 2, STOP, I, I, 4, STOP], [I, I, 5, 6], [I, *[7] * 15, STOP]]
 
 
 def measured(labels: list[int], nll: list[float], stop: list[float]) -> np.ndarray:
-    """Of the supervised tokens; the most probable is the first, third, ... one that comes, and a stop token at stops."""
+    """Of the supervised tokens, of which the first, third, ... are the most probable ones."""
     tokens = [label for label in labels if label != IGNORE]
     assert len(tokens) == len(nll) == len(stop)
     correct = [float(place % 2 == 0) for place in range(len(tokens))]

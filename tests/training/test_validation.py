@@ -2,6 +2,7 @@
 
 import json
 import random
+import shutil
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from runfiles import rows, weights
 from running import Sft
 from sft.data.labels import IGNORE
+from sft.data.step_plan import eval_plan
 from sft.evaluation.base import FixedTokens
 from sft.training.validation import Validation
 
@@ -36,7 +38,9 @@ def chats(sft: Sft) -> tuple[str, ...]:
         path = sft.folder / f"{name}.jsonl"
         path.parent.mkdir(exist_ok=True)
         path.write_text("".join(json.dumps(chat(draw, 1 + number % 5)) + "\n" for number in range(num)))
-    (sft.folder / "text.txt").write_text("A line of text.\n\nAnother one, of more words than fit: " + "word " * 90 + "\n")
+    (sft.folder / "text.txt").write_text(
+        "A line of text.\n\nAnother one, of more words than fit: " + "word " * 90 + "\n"
+    )
     return (
         *(setting for setting in sft.settings if not setting.startswith("data.path")),
         "data=messages",
@@ -88,7 +92,7 @@ def plain_metrics(val: Any, base: Any, now: Any, text: list[list[int]]) -> dict[
     total, num = sum(b - a for b, a, _ in of_samples), sum(n for _, _, n in of_samples)
     squares = sum((b - a - total / num * n) ** 2 for b, a, n in of_samples)
     fixed = [places[int((k + 0.5) * len(places) / 40)] for k in range(40)]
-    of_text = [float(-log_probs(now, ids)[t - 1, ids[t]]) for ids in text for t in range(1, len(ids))]
+    of_text = [float(-row[token]) for ids in text for row, token in zip(log_probs(now, ids)[:-1], ids[1:], strict=True)]
     return {
         "val/accuracy": sum(correct) / len(correct),
         **{f"val/loss_by_{name}": sum(nlls) / len(nlls) for name, nlls in groups.items()},
@@ -126,12 +130,84 @@ def test_every_metric_is_that_of_a_plain_loop(
         expected = plain_metrics(seen[0], base, model, text)
         found = {name: float(row[name]) for name in row if name.startswith("val/")}
         assert found.keys() - {"val/loss", "val/perplexity"} == expected.keys()
-        assert found == pytest.approx(expected | {each: found[each] for each in ("val/loss", "val/perplexity")}, abs=1e-5)
-        assert float(row["val/loss"]) == pytest.approx(found["val/gain"] * -1 + float(measured[0]["val/loss"]), abs=1e-5)
+        assert found == pytest.approx(
+            expected | {each: found[each] for each in ("val/loss", "val/perplexity")}, abs=1e-5
+        )
+        assert float(row["val/loss"]) == pytest.approx(
+            found["val/gain"] * -1 + float(measured[0]["val/loss"]), abs=1e-5
+        )
+    # Two ranks, of which one has an empty batch at the end.
+    plan = eval_plan(seen[0].lengths, max_length=256, packing=True, micro_batch_size=1, world_size=2, rank=1)
+    assert len(plan[-1]) == 0
+    for strategy in ("deepspeed_zero3", "fsdp2"):
+        ranks = (f"strategy={strategy}", "micro_batch_size=1", "run=ranks")
+        ended = sft.ranks(2, "train", *chats, *SETTINGS, *ranks)
+        assert ended.code == 0, ended.output
+        for row, other in zip(measured, rows(sft.run_folder("ranks")), strict=True):
+            assert row.keys() == other.keys()
+            for name in (name for name in row if name.startswith("val/") and row[name]):
+                assert float(other[name]) == pytest.approx(float(row[name]), rel=2e-5, abs=2e-5), (
+                    strategy,
+                    row["step"],
+                    name,
+                )
+        shutil.rmtree(sft.run_folder("ranks"))
     assert (measured[0]["val/kl_base"], measured[0]["val/gain"], measured[0]["val/gain_error"]) == ("0.0", "0.0", "0.0")
     assert float(measured[-1]["val/kl_base"]) > 0.01 and float(measured[-1]["val/gain"]) > 0.05
     # Fixed tokens are those of `FixedTokens`, prompts and responses.
     fixed = FixedTokens.spread(seen[0].lengths, 40)
     of_responses = [seen[0][s][1][p + 1] != IGNORE for s, p in zip(fixed.sample, fixed.position, strict=True)]
     assert 5 < sum(of_responses) < 35
-    assert "step 4: the stop token is the most probable one at the end of only 0% of the resp" in capsys.readouterr().out
+    assert (
+        "step 4: the stop token is the most probable one at the end of only 0% of the resp" in capsys.readouterr().out
+    )
+
+
+def test_a_resumed_run_compares_with_the_model_before_training(
+    sft: Sft, chats: tuple[str, ...], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert sft("train", *chats, *SETTINGS) == 0
+    whole = rows(sft.run_folder())
+    # In the validation after step 2, which the resumed run begins with.
+    signal = f"+callbacks.signal={{_target_: mishaps.InValidation, step: 2, once: {sft.folder / 'once'}}}"
+    assert sft("train", *chats, *SETTINGS, "run=again", signal) == 75
+    shutil.copytree(sft.run_folder("again"), sft.run_folder("lost"))
+    assert sft("train", *chats, *SETTINGS, "run=again") == 0
+    assert rows(sft.run_folder("again")) == whole
+    (sft.run_folder("lost") / "base.safetensors").unlink()
+    capsys.readouterr()
+    assert sft("train", *chats, *SETTINGS, "run=lost") == 0
+    line = "runs/lost/base.safetensors can't be read: nothing is compared with the model before training"
+    assert capsys.readouterr().out.count(line) == 1
+    compared = {"val/gain", "val/gain_error", "val/kl_base", "val/base_tokens_loss"}
+    for row, other in zip(rows(sft.run_folder("lost"))[2:], whole[2:], strict=True):
+        assert {name for name, value in other.items() if value != row[name]} == (compared if row["val/loss"] else set())
+    # One that extends it begins with its weights. What else validates, stops by a metric or is off changes no number.
+    more = ("run=more", "extend.run=run", "max_steps=6", "evaluation.kl_tokens=0")
+    assert sft("train", *chats, *SETTINGS, *more) == 0
+    first, last = rows(sft.run_folder("more"))[0], rows(sft.run_folder("more"))[-1]
+    assert (first["val/loss"], first["val/gain"]) == (whole[-1]["val/loss"], "0.0")
+    assert float(last["val/gain"]) == pytest.approx(float(first["val/loss"]) - float(last["val/loss"]), abs=1e-5)
+    assert "val/kl_base" not in last
+    stops = ("callbacks=early_stopping", "callbacks.early_stopping.monitor=val/kl_base")
+    assert sft("train", *chats, *SETTINGS, "run=average", "averaging=ema", *stops) == 0
+    for row, other in zip(rows(sft.run_folder("average")), whole, strict=True):
+        assert {name: value for name, value in row.items() if name != "val/loss_average"} == other
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "evaluation.text=mine.txt: there is no such file (looked in "),
+        ("", "mine.txt: the file is empty"),
+        ("\n\n", "evaluation.text=mine.txt: mine.txt: it has no rows"),
+    ],
+)
+def test_a_text_that_cannot_be_read_is_refused_before_training(
+    sft: Sft, capsys: pytest.CaptureFixture[str], content: str | None, message: str
+) -> None:
+    if content is not None:
+        Path("mine.txt").write_text(content)
+    assert sft.train("run=run", "evaluation.text=mine.txt") == 2
+    assert message in (error := capsys.readouterr().err) and error.count("\n") == 1
+    assert not sft.run_folder().exists()

@@ -1,8 +1,8 @@
 """The model before training, as each validation compares with it: `base.safetensors` in the run's folder.
 
-    log_probs   float32 [M, V]         log-probabilities over the vocabulary at M fixed tokens; 78 MB of 128 · 152,000
-    fixed       int64 [2, M]           sample and position of each
-    nll         float64 [num_samples]  Σ w · (−log p) of each validation sample
+log_probs   float32 [M, V]         log-probabilities over the vocabulary at M fixed tokens; 78 MB of 128 · 152,000
+fixed       int64 [2, M]           sample and position of each
+nll         float64 [num_samples]  Σ w · (−log p) of each validation sample
 """
 
 import math
@@ -59,7 +59,7 @@ class Base:
         self._file = safe_open(path, "pt")
         self.nll: NDArray[np.float64] = self._file.get_tensor("nll").numpy()
         self.fixed = None
-        if "fixed" in self._file.keys():
+        if "fixed" in set(self._file.keys()):
             self.fixed = FixedTokens(*self._file.get_tensor("fixed").numpy())
 
     @classmethod

@@ -7,7 +7,8 @@ added up over the ranks they hold each response once, and every column is a func
     loss_by_.../G     Σ w · (−log p) / Σ w                       over the supervised tokens of the responses of group G
 
 With p_t the probability of the stop tokens together at a response's token t = 1 ... n, given the reference before it,
-and y_n, the last, a stop token, a model that is stopped by p alone writes token t with probability Π_{s<t} (1 − p_s). So
+and the last token, n, a stop token, a model that keeps to the reference until it stops writes token t with probability
+Π_{s<t} (1 − p_s). So
 
     stop_prob         mean of p_n
     stop_recall       mean of [most probable token at n is a stop token]
@@ -65,7 +66,7 @@ class Responses:
     def by_sample(self, values: NDArray[np.float64]) -> NDArray[np.float64]:
         """The sums of the values [num_responses] of each sample, [num_samples]."""
         num = np.diff(self.first)
-        return np.bincount(np.repeat(np.arange(len(num)), num), values, len(num))
+        return np.bincount(np.repeat(np.arange(len(num)), num), values, len(num)).astype(np.float64)
 
     def add(
         self,

@@ -24,7 +24,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from sft.data.batch import Batch
-from sft.model.head import forward_replaced
+from sft.model.head import forward_replaced, product_dtype
 from sft.model.head import head_is_plain_matrix as head_is_plain_matrix
 
 
@@ -143,11 +143,6 @@ def linear_nll(
     scalar, or [3] as of `nll`; 0, with a graph, where N = 0."""
     dtype = product_dtype(hidden_NC, weight_VC)
     return _LinearNLL.apply(hidden_NC, weight_VC, target_N, token_weight_N, adds, dtype, torch.is_grad_enabled())
-
-
-def product_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
-    device = hidden.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
 
 
 def chunk_rows(hidden: Tensor, num_vocab: int) -> int:

@@ -15,8 +15,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from sft.data.batch import Batch
-from sft.model.head import forward_replaced
-from sft.model.loss import chunk_rows, head_replaced, model_inputs, product_dtype
+from sft.model.head import forward_replaced, product_dtype
+from sft.model.loss import chunk_rows, head_replaced, model_inputs
 
 AtFixed = Callable[[Tensor, Tensor], None]  # takes log-probabilities [R, V], and which of the M they are of [R]
 
@@ -34,8 +34,8 @@ def measured_nll(
     the most probable token is the one that comes, the probability of the stop tokens together, and whether the most
     probable token is a stop token.
 
-    The head is called once a batch, on every rank. With `at_fixed` it also runs at the positions `batch["fixed"]` [M], whose
-    log-probabilities over the vocabulary, float32, are given to it in chunks.
+    The head is called once a batch, on every rank. With `at_fixed` it also runs at the positions `batch["fixed"]` [M],
+    whose log-probabilities over the vocabulary, float32, are given to `at_fixed` in chunks.
     """
     position_N, weight_N = batch["predicting"], batch["weights"]
     target_N, num = batch["labels"][0, position_N + 1], len(position_N)
@@ -71,7 +71,9 @@ def measured_nll(
         # The head's products at the supervised tokens are those that they are without the other positions.
         head = model.get_output_embeddings()
         forward = head.forward
-        apart = forward_replaced(head, lambda hidden: torch.cat([forward(hidden[:, :num]), forward(hidden[:, num:])], 1))
+        apart = forward_replaced(
+            head, lambda hidden: torch.cat([forward(hidden[:, :num]), forward(hidden[:, num:])], 1)
+        )
         with nullcontext() if at_fixed is None else apart:
             logits_NV = model(**inputs, logits_to_keep=positions).logits[0]
         log_probs_NV = logits_NV[:num].float().log_softmax(-1)
@@ -84,9 +86,7 @@ def measured_nll(
     return total, torch.cat(parts, 1) if parts else torch.zeros(4, 0, device=position_N.device)
 
 
-def _of_chunk(
-    logits_RV: Tensor, target_R: Tensor, weight_R: Tensor | None, stop_ids: Tensor
-) -> tuple[Tensor, Tensor]:
+def _of_chunk(logits_RV: Tensor, target_R: Tensor, weight_R: Tensor | None, stop_ids: Tensor) -> tuple[Tensor, Tensor]:
     """Sum of weight · −log p as `loss.linear_nll` makes it, operation for operation, and the chunk's measures."""
     target = target_R[:, None]
     largest, best = logits_RV.max(dim=-1, keepdim=True)

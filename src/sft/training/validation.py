@@ -145,5 +145,5 @@ def _general_loss(trainer: L.Trainer, module: SFTModule) -> float:
         with trainer.precision_plugin.val_step_context():
             sums[0] += nll(module.model, on_device, plain_head=module.plain_head)
         sums[1] += len(batch["predicting"])
-    total, num = trainer.strategy.reduce(sums, reduce_op="sum").tolist()  # type: ignore[union-attr]
+    total, num = trainer.strategy.reduce(sums, reduce_op="sum").tolist()
     return total / num
