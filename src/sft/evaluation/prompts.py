@@ -1,6 +1,6 @@
 """The held-out prompts that are answered while a run trains: which samples, and where in one the answer begins."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice, zip_longest
 
@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from sft.data.labels import IGNORE
 from sft.data.store import Store
 
-TRIED = 100  # samples for each prompt wanted
+TRIED = 100  # samples of a source for each prompt wanted
 
 
 @dataclass(frozen=True)
@@ -32,19 +32,26 @@ def choose(samples: Store, sets: Sequence[NDArray[np.int64]], num: int, max_new_
     """
     sources = samples.source_numbers
     groups = list(sets) or [np.flatnonzero(sources == number) for number in np.unique(sources)]
-    drawn = (group[np.random.default_rng(0).permutation(len(group))] for group in groups)
-    in_turn = (int(sample) for turn in zip_longest(*drawn) for sample in turn if sample is not None)
-    prompts: list[Prompt] = []
     seen: set[int] = set()
-    for sample in islice(in_turn, TRIED * num):
-        ids, labels = samples[sample]
-        span = answer_span(labels, max_new_tokens)
-        if span and (content := int(samples.content[sample])) not in seen and len(prompts) < num:
-            seen.add(content)
-            begin, end = span
-            place = samples.source(sample), samples.row(sample)
-            prompts.append(Prompt(len(prompts), *place, ids[:begin].tolist(), ids[begin:end].tolist()))
-    return prompts
+
+    def spans(group: NDArray[np.int64]) -> Iterator[tuple[int, int, int]]:
+        for sample in group[np.random.default_rng(0).permutation(len(group))[: TRIED * num]].tolist():
+            span = answer_span(samples[sample][1], max_new_tokens)
+            if span and (content := int(samples.content[sample])) not in seen:
+                seen.add(content)
+                yield sample, *span
+
+    in_turn = (found for turn in zip_longest(*map(spans, groups)) for found in turn if found)
+    return [
+        Prompt(
+            number,
+            samples.source(sample),
+            samples.row(sample),
+            samples[sample][0][:begin].tolist(),
+            samples[sample][0][begin:end].tolist(),
+        )
+        for number, (sample, begin, end) in enumerate(islice(in_turn, num))
+    ]
 
 
 def answer_span(labels: NDArray[np.int32], most: int) -> tuple[int, int] | None:
