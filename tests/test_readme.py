@@ -171,7 +171,8 @@ def test_finished_run(
     assert sft(command, *rest, *(["max_new_tokens=4"] if command == "generate" else [])) == 0
     printed = capsys.readouterr().out
     if command == "compare":
-        name = rest[0].replace("runs/gsm8k-*", "NAME") if rest else "NAME"
+        named = [word for word in rest if "=" not in word]
+        name = named[0].replace("runs/gsm8k-*", "NAME") if named else "NAME"
         assert re.search(rf"^{name} +finished +2/2 +\d\.\d{{4}}", printed, re.M)
     elif "file=prompts.txt" in rest:
         assert json.loads(printed)["prompt"] == "Reverse abc."

@@ -43,8 +43,8 @@ def write(folder: Path, num_steps: int = 400, every: int = 50, state: str = "fin
     (folder / "export").mkdir()
     _json(folder / "export" / "verified.json", {"step": at, "num_tokens": 512, "largest_difference": 2.1e-5})
     _metrics(folder / "metrics.csv", num_steps, every, changes.get("seed", 0))
-    _lines(folder / "events.jsonl", _events(num_steps, every, state))
-    _lines(folder / "samples.jsonl", _answers(num_steps, every))
+    lines(folder / "events.jsonl", _events(num_steps, every, state))
+    lines(folder / "samples.jsonl", answers(num_steps, every))
     return folder
 
 
@@ -60,7 +60,7 @@ def _json(path: Path, value: object) -> None:
     _text(path, json.dumps(value))
 
 
-def _lines(path: Path, values: list[dict[str, Any]]) -> None:
+def lines(path: Path, values: list[dict[str, Any]]) -> None:
     _text(path, "".join(json.dumps(value) + "\n" for value in values))
 
 
@@ -233,7 +233,7 @@ def _events(num_steps: int, every: int, state: str) -> list[dict[str, Any]]:
     return events
 
 
-def _answers(num_steps: int, every: int) -> list[dict[str, Any]]:
+def answers(num_steps: int, every: int) -> list[dict[str, Any]]:
     prompts = [
         ("Natalia sold 48 clips in April, and half as many in May. How many?", "48 / 2 = 24\n48 + 24 = 72\n#### 72"),
         ("Translate to Hebrew: peace", "\u05e9\u05dc\u05d5\u05dd"),

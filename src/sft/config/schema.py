@@ -206,7 +206,7 @@ COMMANDS: dict[str, type[Settings]] = {
         max_shard_size=described("a number of bytes, or a size like 500MB", int | Text),
         runs_dir=Text,
     ),
-    "compare": table("Compare", runs=list[Text], output=maybe(Text), runs_dir=Text),
+    "compare": table("Compare", runs=list[Text], output=maybe(Text), html=maybe(Text), runs_dir=Text),
     "runs": table("Runs", run=maybe(Paths), state=maybe(one_of(*STATES.split())), runs_dir=Text),
     "watch": table("Watch", run=maybe(Paths), once=Yes, every=Positive, runs_dir=Text),
 }

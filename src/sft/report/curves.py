@@ -121,7 +121,7 @@ class Plot:
                     mean = {**series, "name": f"{name}, mean of {window:,}", "kind": "line"}
                     self._add(made, mean, steps, trailing_mean(values, window))
                 else:
-                    kind = "dots" if len(values) <= 80 else "line"
+                    kind = "dots" if len(values) <= (25 if column.startswith("train/") else 80) else "line"
                     self._add(made, {**series, "kind": kind}, steps, values)
         self.charts.append(made)
         left = len(columns) - MOST_SERIES

@@ -122,7 +122,7 @@ def _config(path: Path) -> Mapping[str, Any]:
 def _or(otherwise: Any, read: Any) -> Any:
     try:
         return read()
-    except (OSError, ValueError, KeyError, yaml.YAMLError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, yaml.YAMLError):
         return otherwise
 
 

@@ -125,7 +125,7 @@ def timeline(events: Sequence[Event], clean: Any) -> str:
         if not saves:
             return
         first, last = (saves[at].get("step", 0) for at in (0, -1))
-        took = figure(sum(event.get("seconds") or 0.0 for event in saves) / len(saves), 2)
+        took = figure(sum(event.get("seconds") or 0.0 for event in saves) / len(saves), 3)
         many = f"steps {first:,} to {last:,}, {len(saves)} times, {took} s each"
         lines.append(("save", str(saves[0]["time"]), "saved", many if len(saves) > 1 else f"step {first:,}, {took} s"))
         saves.clear()
