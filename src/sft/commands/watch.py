@@ -27,8 +27,9 @@ from omegaconf import DictConfig
 
 from sft.cluster.slurm import QueuedJob, queue_if_known
 from sft.errors import UserError
+from sft.report.overview import table
 from sft.report.progress import Progress, find
-from sft.report.screen import CURVES, SEEN, news, several, view
+from sft.report.screen import CURVES, SEEN, news, view
 from sft.runs import answers_file
 from sft.runs.answers_file import Answer
 from sft.runs.metrics_file import Following
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
     from rich.console import Console, RenderableType
 
 PATIENCE = 3.0  # seconds for Slurm to answer
+SEVERAL = ("run", "state", "step", "training loss", "validation loss", "left")
 WIDTH = 100  # of what is printed where there is no terminal
 ASK_EVERY = 15.0  # seconds between two questions to Slurm, whose controller has others to serve
 
@@ -110,10 +112,11 @@ def follow(watched: Sequence[Watched], console: "Console", every: float) -> int:
     from rich.live import Live
     from rich.text import Text
 
-    def shown() -> "RenderableType":
+    def shown() -> "RenderableType":  # of several those first that go on
         if len(watched) == 1:
             return watched[0].view(console.width, console.height - 2)
-        return several([one.run for one in watched], console.width, console.height - 2)
+        runs = sorted((one.run for one in watched), key=lambda run: run.exit_code is not None)
+        return table(runs[: max(1, console.height - 5)], SEVERAL, console.width, with_bar=True)
 
     def live() -> "RenderableType":
         return Group(shown(), Text("\nCtrl-C ends the watch, not the run", "dim"))
@@ -144,7 +147,7 @@ def report(watched: Sequence[Watched], console: "Console", every: float) -> int:
         read(watched)
         for one, (run, validated) in zip(watched, before, strict=True):
             is_validated = one.metrics.curves["val/loss"].steps[-1:] not in (validated, [])
-            for line in news(run, one.run, is_validated):
+            for line in news(run, one.run, is_validated, time.time()):
                 print(line, flush=True)
     return code(watched) or 0
 

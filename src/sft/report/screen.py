@@ -73,7 +73,7 @@ def headlines(run: Progress, curves: Mapping[str, Curve], width: int) -> list[Te
     first.append("".join(f"  {word}" for word in words if word), "dim")
     lines = [first]
     if run.num_steps:
-        lines += [bar(run, width)]
+        lines.append(progress(run, width))
     seen = [
         form.format(curves[name].values[-1]) for name, form in SEEN.items() if name in curves and curves[name].steps
     ]
@@ -84,34 +84,41 @@ def headlines(run: Progress, curves: Mapping[str, Curve], width: int) -> list[Te
     return lines
 
 
-def bar(run: Progress, width: int) -> Text:
-    """How many of the steps are done, and the time that it took and will take."""
-    share = min(1.0, run.step / run.num_steps) if run.num_steps else 0.0
-    words = f"  {run.step:,}/{run.num_steps or 0:,}  {share:4.0%}"
+def progress(run: Progress, width: int) -> Text:
+    """A bar of the steps, their number, the time that they took and the time that is left."""
+    words = [f"{run.step:,}/{run.num_steps:,}", f"{run.step / (run.num_steps or math.inf):.0%}"]
+    words += [] if math.isnan(run.left) else [f"{clock(run.left)} left"]
     if not math.isnan(run.taken):
-        words += f"  {'' if run.state == 'running' else 'took '}{clock(run.taken)}"
-    if not math.isnan(run.left):
-        words += f", {clock(run.left)} left"
-    room = max(10, width - len(words))
-    done = round(room * share)
-    return Text.assemble(("━" * done, shade(run.state)), ("─" * (room - done), "dim"), words)
+        words.append(f"took {clock(run.taken)}" if run.exit_code == 0 else f"{clock(run.taken)} so far")
+    while len(words) > 1 and 10 + sum(len(word) + 2 for word in words) > width:
+        words.pop()
+    text = "".join(f"  {word}" for word in words)
+    return share(run, max(0, width - len(text))).append(text)
+
+
+def share(run: Progress, width: int) -> Text:
+    """How many of the steps are done, as a bar."""
+    done = round(width * min(1.0, run.step / run.num_steps)) if run.num_steps else 0
+    return Text.assemble(("━" * done, shade(run.state)), ("─" * (width - done), "dim"))
 
 
 def charts(run: Progress, curves: Mapping[str, Curve], width: int) -> list[Text]:
     """First, best and last value of each curve, and its course, all over the same steps."""
-    lines = []
+    wide = width >= 60
+    room = width - (50 if wide else 28)
+    lines = [Text(f"{'':<15}" + (f"{'first':>11}{'best':>11}" if wide else "") + f"{'now':>11}", "dim")]
     for name, (label, form, log) in CURVES.items():
         curve = curves.get(name)
         if not curve or not curve.values:
             continue
-        loss = name.endswith("/loss")
-        first = format(curve.values[0], form) if loss else ""
-        best = format(min(filter(math.isfinite, curve.values), default=math.nan), form) if name == "val/loss" else ""
-        last = format(curve.values[-1], form)
-        course = sparkline(curve, run.step, max(8, width - 50), log)
-        numbers = f"{first:>11}{best:>11}", (f"{last:>11}", "bold"), (f"  {course}", "cyan")
-        lines.append(Text.assemble((f"{label:<15}", "dim"), *numbers))
-    return [Text(f"{'':<15}{'first':>11}{'best':>11}{'now':>11}", "dim"), *lines] if lines else []
+        best = min(filter(math.isfinite, curve.values), default=math.nan)
+        two = [curve.values[0] if name.endswith("/loss") else None, best if name == "val/loss" else None]
+        numbers = "".join(f"{'' if value is None else format(value, form):>11}" for value in two if wide)
+        last = (f"{format(curve.values[-1], form):>11}", "bold")
+        lines.append(Text.assemble((f"{label:<15}", "dim"), numbers, last))
+        if room >= 8:
+            lines[-1].append(f"  {sparkline(curve, run.step, room, log)}", "cyan")
+    return lines if lines[1:] else []
 
 
 def sparkline(curve: Curve, last: int, width: int, log: bool = False) -> str:
@@ -137,36 +144,16 @@ def sparkline(curve: Curve, last: int, width: int, log: bool = False) -> str:
     return shown
 
 
-def several(runs: Sequence[Progress], width: int, height: int) -> Group:
-    """A line each, those that go on first."""
-    runs = sorted(runs, key=lambda run: run.exit_code is not None)
-    names = [plain(run.folder.name) for run in runs]
-    most = max(map(len, names))
-    lines = []
-    for name, run in zip(names, runs, strict=True):
-        losses = [f"{value:.4f}" if not math.isnan(value) else "" for value in (run.loss, run.val_loss)]
-        text = Text.assemble(f"{name:<{most}}  ", (f"{run.state:<11}", shade(run.state)))
-        text.append("".join(f"  {loss:>9}" for loss in losses) + "  ")
-        text.append_text(bar(run, max(30, width - text.cell_len)) if run.num_steps else Text())
-        lines.append(text)
-    head = Text(f"{'':<{most}}  {'':<11}  {'training':>9}  {'validation':>9}", "dim")
-    more = len(lines) - (height - 1)
-    lines = lines if more <= 0 else [*lines[: height - 2], Text(f"{more + 1} more", "dim")]
-    for line in lines:
-        line.truncate(width, overflow="ellipsis")
-    return Group(head, *lines)
-
-
-def news(before: Progress, now: Progress, is_validated: bool) -> list[str]:
+def news(before: Progress, run: Progress, is_validated: bool, now: float) -> list[str]:
     """A line for each event since, for a validation, and for another state."""
-    lines = [f"{plain(now.folder.name)}  {line}" for line in map(str, timeline(now.story[len(before.story) :], 0.0))]
+    lines = [f"{plain(run.folder.name)}  {line}" for line in map(str, timeline(run.story[len(before.story) :], now))]
     if is_validated:
-        losses = f"training loss {now.loss:.4f}  validation loss {now.val_loss:.4f}"
-        left = "" if math.isnan(now.left) else f"  {clock(now.left)} left"
-        lines.append(f"{plain(now.folder.name)}  step {now.step}/{now.num_steps}  {losses}{left}")
-    if now.state != before.state:
-        why = f": {plain(now.error)}" if now.error else ""
-        lines.append(f"{plain(now.folder.name)}  {now.state} at step {now.step}{why}")
+        losses = f"training loss {run.loss:.4f}  validation loss {run.val_loss:.4f}"
+        left = "" if math.isnan(run.left) else f"  {clock(run.left)} left"
+        lines.append(f"{plain(run.folder.name)}  step {run.step}/{run.num_steps}  {losses}{left}")
+    if run.state != before.state:
+        why = f": {plain(' '.join(run.error.split()))}" if run.error else ""
+        lines.append(f"{plain(run.folder.name)}  {run.state} at step {run.step}{why}")
     return lines
 
 
@@ -184,13 +171,13 @@ def timeline(story: Sequence[Event], now: float) -> list[Text]:
     """A line an event, of saves only the last."""
     saves = [at for at, event in enumerate(story) if event["event"] == "save"]
     events = [event for at, event in enumerate(story) if at not in saves[:-1]]
-    return [
-        Text.assemble(
-            (moment(event["time"], now), "dim"),
-            (f"  {plain(event['event']):<8}  {plain(details(event))}", EVENT_SHADES.get(event["event"], "")),
-        )
-        for event in events
-    ]
+    times = [moment(event["time"], now) for event in events]
+    most = max(map(len, times), default=0)
+    shown = []
+    for time, event in zip(times, events, strict=True):
+        text = f"  {plain(event['event']):<8}  {plain(details(event))}"
+        shown.append(Text.assemble((f"{time:<{most}}", "dim"), (text, EVENT_SHADES.get(event["event"], ""))))
+    return shown
 
 
 def moment(time: str, now: float) -> str:
