@@ -23,11 +23,13 @@ from sft.training.trackers.wandb_server import line, within
 
 # Seconds for which MLflow may hold up a run: to begin its run (a database of its own takes a few), and to end it.
 BEGIN, END = 30.0, 15.0
-QUIET = {  # its client would retry for minutes, and count who uses it
-    "MLFLOW_HTTP_REQUEST_TIMEOUT": "5",
+QUIET = {  # its client would retry for minutes, print, and count who uses it
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "MLFLOW_LOGGING_LEVEL": "ERROR",
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
+    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
 }
 
 
