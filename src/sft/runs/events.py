@@ -39,8 +39,6 @@ class Event(SlurmJob, total=False):
     title: str  # of an alert
     text: str
     max_requeues: dict[str, int]
-    title: str  # of an alert
-    text: str
 
 
 def job() -> SlurmJob:
