@@ -62,7 +62,7 @@ def test_killed_and_started_again(
     assert not list((sft.folder / "cache").glob("**/.building*"))
     assert sorted(path.name for path in folder.iterdir()) == [
         "checkpoints", "config.yaml", "data.json", "events.jsonl", "export", "metrics.csv", "preview.html",
-        "provenance.json", "status.json",
+        "provenance.json", "recipe.json", "status.json",
     ]  # fmt: skip
 
 

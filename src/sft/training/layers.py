@@ -68,12 +68,12 @@ class Layers:
                 sums[due.index(group), place] += norm.double() ** 2
         self.before = []
         if self.failed:
-            sums += torch.nan
+            sums += torch.inf
         of_all = trainer.strategy.reduce(sums, reduce_op="sum")
         assert isinstance(of_all, Tensor)
         columns: dict[str, float] = {}
         for group, (weight, update) in zip(due, of_all.sqrt().tolist(), strict=True):
-            if math.isnan(weight):  # on all ranks
+            if math.isinf(weight):  # on all ranks
                 log("layers: a rank lacks the memory to measure them, so they aren't: evaluation.layers_every=0")
                 self.every = 0
                 return {}
