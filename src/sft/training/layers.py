@@ -5,6 +5,7 @@ pass, when the activations are gone, and the optimizer's step it takes a copy of
 quarter of them, which the ranks share among them however they share the weights. Other steps cost nothing.
 """
 
+import math
 from itertools import pairwise
 
 import lightning as L
@@ -67,16 +68,17 @@ class Layers:
                 sums[due.index(group), place] += norm.double() ** 2
         self.before = []
         if self.failed:
-            sums += torch.nan
+            sums += torch.inf
         of_all = trainer.strategy.reduce(sums, reduce_op="sum")
         assert isinstance(of_all, Tensor)
         columns: dict[str, float] = {}
         for group, (weight, update) in zip(due, of_all.sqrt().tolist(), strict=True):
+            if math.isinf(weight):  # on all ranks
+                log("layers: a rank lacks the memory to measure them, so they aren't: evaluation.layers_every=0")
+                self.every = 0
+                return {}
             columns |= {f"train/weight_norm/{group}": weight}
             columns |= {f"train/update_ratio/{group}": update / weight} if weight else {}
-        if of_all.isnan().any():  # on all ranks
-            log("layers: a rank lacks the memory to measure them, so they aren't: evaluation.layers_every=0")
-            self.every, columns = 0, {}
         return columns
 
 

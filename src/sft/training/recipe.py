@@ -46,7 +46,10 @@ class Recipe(Callback):
         if not trainer.is_global_zero:
             return
         try:
-            write_json(self.path, {**of_run(trainer, module), "hosts": hosts, "changed": changed(self.config)})
+            write_json(
+                self.path,
+                {**of_run(trainer, module), "hosts": list(dict.fromkeys(hosts)), "changed": changed(self.config)},
+            )
         except Exception as error:  # a record ends no run
             log(f"{self.path} isn't written: {type(error).__name__}: {' '.join(str(error).split())[:200]}")
 
