@@ -100,7 +100,7 @@ class Validation(Callback):
         try:
             base_file.write(self.folder, of_samples, done.fixed, log_probs)
         except OSError as error:
-            log(f"{self.folder / base_file.NAME} can't be written ({error}): nothing will be compared with the model")
+            log(f"{self.folder / base_file.NAME} can't be written ({error}): no model is compared with it")
 
 
 def _sources(val: object) -> dict[str, NDArray[np.bool_]]:
