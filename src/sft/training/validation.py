@@ -74,7 +74,7 @@ class Validation(Callback):
         of_samples = responses.by_sample(sums[:, 0])
         if trainer.sanity_checking:
             self._write(trainer, done, of_samples)
-        if trainer.sanity_checking or self.base is not None:
+        if metrics and (trainer.sanity_checking or self.base is not None):  # there are tokens that weigh something
             before = self.base.nll if self.base is not None else of_samples
             metrics["val/gain"], error = gain(before, of_samples, responses.by_sample(responses.weight))
             metrics |= {} if error is None else {"val/gain_error": error}
