@@ -90,6 +90,7 @@ def project(sft: Sft, model_folder: Path, data_file: Path) -> Sft:
         (sft.folder / "gsm8k" / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     for name in ("my", "more"):
         shutil.copy(data_file, sft.folder / f"{name}.jsonl")
+    (sft.folder / "general.txt").write_text("Graz lies on the Mur.\nA day has 24 hours.\n")
     save_adapter(sft.folder / "my-adapter", model_folder)
     shutil.copytree(model_folder, sft.folder / "runs" / "demo-base" / "export")
     for name in ("train", "test"):

@@ -7,6 +7,7 @@ import pytest
 
 from sft.data.labels import IGNORE
 from sft.evaluation.base import FixedTokens, gain
+from sft.evaluation.general_text import Pieces
 from sft.evaluation.responses import Responses, columns, stop_trouble
 
 STOP = 9
@@ -103,6 +104,18 @@ def test_without_stop_tokens_nothing_is_measured_of_them() -> None:
     sums = np.zeros((1, 6))
     responses.add(sums, np.array([0]), measured([I, 1, 2], [1, 1], [0, 0]), None)
     assert columns(responses, sums, {}) == {"val/accuracy": 0.5}
+
+
+def test_where_nothing_weighs_anything_there_are_no_columns() -> None:
+    responses = Responses.of(Samples([[I, 1, STOP]], [[0, 0, 0]]), [STOP])
+    assert columns(responses, np.zeros((1, 6)), {}) == {}
+
+
+def test_long_samples_of_text_are_cut_into_pieces_that_predict_all_but_their_first_token() -> None:
+    pieces = Pieces(Samples([[1, 2, 3, 4, 5, 6, 7], [8, 9], [1, 2, 3, 4]]), 3)
+    assert [pieces[i][0].tolist() for i in range(len(pieces))] == [[1, 2, 3], [4, 5, 6], [8, 9], [1, 2, 3]]
+    assert [pieces[i][1].tolist() for i in (0, 1, 2)] == [[I, 2, 3], [I, 5, 6], [I, 9]]
+    assert pieces.lengths.tolist() == [3, 3, 2, 3]
 
 
 def test_fixed_tokens_are_spread_and_found_in_batches() -> None:

@@ -30,8 +30,8 @@ def test_the_loss_is_the_same_to_the_bit_and_tokens_are_as_of_single_samples(
     batch["fixed"] = torch.tensor([0, 1, 5, 40, 41, *range(43, 60)])
     kept: dict[int, torch.Tensor] = {}
 
-    def at_fixed(log_probs: torch.Tensor, which: torch.Tensor) -> None:
-        kept.update(zip(which.tolist(), log_probs, strict=True))
+    def at_fixed(log_probs: torch.Tensor, first: int) -> None:
+        kept.update(enumerate(log_probs, first))
 
     with torch.no_grad(), torch.autocast("cpu", dtype, enabled=dtype is not None):
         expected = nll(model, batch, plain_head=plain_head)

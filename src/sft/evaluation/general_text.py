@@ -60,9 +60,12 @@ def read(
         max_lost=1.0,
     )
     try:
-        samples = Pieces(whole.store([Source(path)], tokenizer, wait=wait, log=log), settings.max_length)
+        store = whole.store([Source(path)], tokenizer, wait=wait, log=log)
     except UserError as error:
         raise UserError(f"evaluation.text={path}: {error}") from error
+    if num_lost := sum(counts["rows_lost"] for counts in store.counts):
+        log(f"evaluation.text={path}: {num_lost:,} of its rows can't be read, and are left out")
+    samples = Pieces(store, settings.max_length)
     if not len(samples):
         raise UserError(f"evaluation.text={path}: it holds no text of two tokens or more: name another file")
     return samples

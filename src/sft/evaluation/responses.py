@@ -94,7 +94,7 @@ def columns(
 ) -> dict[str, float]:
     """The metrics of a pass, from the sums over all ranks. `sources` [num_samples each]: the samples of each source.
 
-    Which columns there are is a function of the samples alone.
+    Which columns there are is a function of the samples alone; none where no token weighs anything.
     """
     if not responses.weight.sum() > 0:
         return {}

@@ -30,7 +30,8 @@ class ValidationPass:
         fixed: FixedTokens | None,
         base: Base | None,
     ) -> None:
-        self.lengths, self.responses, self.stop_ids = samples.lengths, responses, list(stop_ids)
+        self.lengths, self.responses = samples.lengths, responses
+        self.stop_ids = torch.tensor(list(stop_ids), dtype=torch.int64)
         self.fixed, self.base = fixed, base
         self.sums = np.zeros((len(responses.length), NUM_SUMS))
         self.of_fixed = np.zeros((len(fixed.sample) if fixed else 0, 2))  # −log p, and KL(base ‖ now)
@@ -39,8 +40,7 @@ class ValidationPass:
 
     def step(self, model: PreTrainedModel, batch: Batch, plain_head: bool) -> Tensor:
         """The batch's sum of weight · −log p, as `loss.nll`."""
-        device = batch["input_ids"].device
-        stop_ids = torch.tensor(self.stop_ids, dtype=torch.int64, device=device)
+        self.stop_ids = stop_ids = self.stop_ids.to(batch["input_ids"].device)
         at_fixed: list[tuple[NDArray[np.int64], Tensor]] = []
         if self.fixed is None:
             total, measured = measured_nll(model, batch, stop_ids, plain_head=plain_head)
@@ -48,9 +48,9 @@ class ValidationPass:
             numbers = self.fixed.of_batch(batch["samples"], self.lengths)[0]
             target_M = batch["input_ids"][0, batch["fixed"] + 1]
 
-            def keep(log_probs_RV: Tensor, which_R: Tensor) -> None:
-                of_rows = numbers[which_R.numpy()]
-                nll_R = -log_probs_RV.gather(1, target_M[which_R.to(device), None])[:, 0].double()
+            def keep(log_probs_RV: Tensor, first: int) -> None:
+                rows = slice(first, first + len(log_probs_RV))
+                of_rows, nll_R = numbers[rows], -log_probs_RV.gather(1, target_M[rows, None])[:, 0].double()
                 at_fixed.append((of_rows, torch.stack([nll_R, self._kl(log_probs_RV, of_rows)], 1)))
 
             total, measured = measured_nll(model, batch, stop_ids, plain_head=plain_head, at_fixed=keep)
@@ -64,7 +64,9 @@ class ValidationPass:
         if self.base is None:
             self.log_probs |= dict(zip(numbers.tolist(), now_RV.cpu().numpy(), strict=True))
             return torch.zeros(len(now_RV), dtype=torch.float64, device=now_RV.device)
-        base_RV = torch.stack([self.base.log_probs(number) for number in numbers.tolist()]).to(now_RV.device)
+        base_RV = torch.stack([self.base.log_probs(number) for number in numbers.tolist()])
+        pinned = base_RV.pin_memory() if now_RV.is_cuda else base_RV  # or the copy waits for all that is queued
+        base_RV = pinned.to(now_RV.device, non_blocking=now_RV.is_cuda)
         terms = base_RV.exp() * (base_RV - now_RV)
         return terms.where(base_RV.isfinite(), 0.0).sum(-1, dtype=torch.float64)  # p log p is 0 where p is
 

@@ -7,7 +7,7 @@ Shape suffixes: N supervised tokens, M fixed positions besides, R rows of a chun
 """
 
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +18,7 @@ from sft.data.batch import Batch
 from sft.model.head import forward_replaced, product_dtype
 from sft.model.loss import chunk_rows, head_replaced, model_inputs
 
-AtFixed = Callable[[Tensor, Tensor], None]  # takes log-probabilities [R, V], and which of the M they are of [R]
+AtFixed = Callable[[Tensor, int], None]  # takes log-probabilities [R, V], and which of the M the first is of
 
 
 @torch.no_grad()
@@ -62,19 +62,19 @@ def measured_nll(
             for start in range(num, len(hidden_NC), rows):
                 log_probs = logits(hidden_NC[start : start + rows]).log_softmax(-1)
                 assert at_fixed is not None
-                at_fixed(log_probs, torch.arange(start - num, start - num + len(log_probs)))
+                at_fixed(log_probs, start - num)
             return sum_of_all
 
         with head_replaced(model, function):
             total = model(**inputs, logits_to_keep=positions).logits
     else:
         # The head's products at the supervised tokens are those that they are without the other positions.
-        head = model.get_output_embeddings()
-        forward = head.forward
-        apart = forward_replaced(
-            head, lambda hidden: torch.cat([forward(hidden[:, :num]), forward(hidden[:, num:])], 1)
-        )
-        with nullcontext() if at_fixed is None else apart:
+        apart: AbstractContextManager[None] = nullcontext()
+        if at_fixed is not None and (head := model.get_output_embeddings()) is not None:
+            forward = head.forward
+            parts_of = lambda hidden: (forward(hidden[:, :num]), forward(hidden[:, num:]))  # noqa: E731
+            apart = forward_replaced(head, lambda hidden: torch.cat(parts_of(hidden), dim=1))
+        with apart:
             logits_NV = model(**inputs, logits_to_keep=positions).logits[0]
         log_probs_NV = logits_NV[:num].float().log_softmax(-1)
         nll_N = F.nll_loss(log_probs_NV, target_N, reduction="none")
@@ -82,7 +82,7 @@ def measured_nll(
         best_N, stop_N = log_probs_NV.argmax(-1), log_probs_NV[:, stop_ids].exp().sum(-1)
         parts.append(_stacked(nll_N, best_N, target_N, stop_N, stop_ids))
         if at_fixed is not None and len(logits_NV) > num:
-            at_fixed(logits_NV[num:].float().log_softmax(-1), torch.arange(len(logits_NV) - num))
+            at_fixed(logits_NV[num:].float().log_softmax(-1), 0)
     return total, torch.cat(parts, 1) if parts else torch.zeros(4, 0, device=position_N.device)
 
 

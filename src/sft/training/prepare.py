@@ -118,6 +118,9 @@ def setup(
     template = template_settings(source.template, tokenizer, run, is_main())
     splits = data_config.datasets(tokenizer, seed=config.seed, template=template, wait=not is_main(), log=log)
     text = (config.get("evaluation") or {}).get("text")
+    if text and splits.val is None:
+        log("note: evaluation.text is measured at each validation, and without validation samples there is none")
+        text = None
     data = SFTDataModule(
         splits.train,
         splits.val,

@@ -74,7 +74,7 @@ class Validation(Callback):
         of_samples = responses.by_sample(sums[:, 0])
         if trainer.sanity_checking:
             self._write(trainer, done, of_samples)
-        if trainer.sanity_checking or self.base is not None:
+        if metrics and (trainer.sanity_checking or self.base is not None):  # there are tokens that weigh something
             before = self.base.nll if self.base is not None else of_samples
             metrics["val/gain"], error = gain(before, of_samples, responses.by_sample(responses.weight))
             metrics |= {} if error is None else {"val/gain_error": error}
@@ -100,7 +100,7 @@ class Validation(Callback):
         try:
             base_file.write(self.folder, of_samples, done.fixed, log_probs)
         except OSError as error:
-            log(f"{self.folder / base_file.NAME} can't be written ({error}): nothing will be compared with the model")
+            log(f"{self.folder / base_file.NAME} can't be written ({error}): no model is compared with it")
 
 
 def _sources(val: object) -> dict[str, NDArray[np.bool_]]:
