@@ -172,6 +172,10 @@ def test_finished_run(
     if command == "compare":
         name = rest[0].replace("runs/gsm8k-*", "NAME") if rest else "NAME"
         assert re.search(rf"^{name} +finished +2/2 +\d\.\d{{4}}", printed, re.M)
+    elif command == "runs":
+        assert re.search(r"^NAME +finished +2/2 ", printed, re.M)
+    elif command == "watch":
+        assert re.search(r"^\w+  finished  on .*\n━+  2/2  100%  took ", printed)
     elif "file=prompts.txt" in rest:
         assert json.loads(printed)["prompt"] == "Reverse abc."
     elif command == "generate":

@@ -66,12 +66,13 @@ class Progress:
         start = next((event for event in reversed(story) if event["event"] == "start"), None)
         of_this = of_run(folder, story, jobs or ())
         job = next((job for job in of_this if job.state != "PENDING"), of_this[0] if of_this else None)
+        known = _with_job(found, job, story)
         running, num_steps = found == "running", status.get("num_steps")
         marked = _seconds(status["time"]) if "time" in status else changed
         return cls(
             folder,
-            state=_with_job(found, job, story),
-            error=status.get("error"),
+            state=known,
+            error=status.get("error") if known == "failed" else None,
             step=metrics.step,
             num_steps=num_steps,
             loss=metrics.last("train/loss"),
@@ -113,12 +114,15 @@ def left(start: Event | None, metrics: Metrics, num_steps: int, changed: float, 
 
 def _with_job(found: str, job: QueuedJob | None, story: Sequence[Event]) -> str:
     """The state that files say, with what the queue knows better."""
-    if job is None or found == "finished":
-        return found if job is None or job.state != "PENDING" else "queued"
+    last = story[-1] if story else None
+    if job is None or (found == "finished" and job.state != "PENDING"):
+        return found
     if job.state == "PENDING":
         # Where a node was lost, the files still say that the run goes on.
-        return "queued" if found != "running" or story[-1].get("job") == job.number else found
-    return "starting" if found == "new" or (story and story[-1]["event"] == "job") else found
+        return "queued" if found != "running" or (last and last.get("job") == job.number) else found
+    if last and last["event"] == "requeue":
+        return "queued"
+    return "starting" if found == "new" or (last and last["event"] == "job") else found
 
 
 def _exit_code(found: str, job: QueuedJob | None, story: Sequence[Event], knows_queue: bool, age: float) -> int | None:
