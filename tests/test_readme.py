@@ -175,6 +175,10 @@ def test_finished_run(
         named = [word for word in rest if "=" not in word]
         name = named[0].replace("runs/gsm8k-*", "NAME") if named else "NAME"
         assert re.search(rf"^{name} +finished +2/2 +\d\.\d{{4}}", printed, re.M)
+    elif command == "runs":
+        assert re.search(r"^NAME +finished +2/2 ", printed, re.M)
+    elif command == "watch":
+        assert re.search(r"^\w+  finished  on .*\n━+  2/2  100%  took ", printed)
     elif "file=prompts.txt" in rest:
         assert json.loads(printed)["prompt"] == "Reverse abc."
     elif command == "generate":

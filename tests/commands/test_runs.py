@@ -59,7 +59,7 @@ failed failed: E: [disk] on fire
 
 def test_all_runs_the_newest_first(runs: Sft, capsys: pytest.CaptureFixture[str]) -> None:
     assert runs("runs") == 0
-    assert "".join(f"{line.rstrip()}\n" for line in capsys.readouterr().out.splitlines()) == TABLE[1:]
+    assert [line.rstrip() for line in capsys.readouterr().out.splitlines()] == TABLE.splitlines()[1:]
 
 
 def test_some_runs(runs: Sft, capsys: pytest.CaptureFixture[str]) -> None:

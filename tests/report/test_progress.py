@@ -96,6 +96,7 @@ FAILED, FINISHED = {"state": "failed", "error": "E: why"}, {"state": "finished"}
         (RUNNING, [SUBMIT, (9, "start", {})], [WAITS], "running", None),  # by hand, though a job waits
         (ENDED, [START, SIGNAL], [RUNS], "interrupted", None),  # the batch script hasn't requeued it yet
         (ENDED, [START, SIGNAL, REQUEUE], [WAITS], "queued", None),
+        (ENDED, [START, SIGNAL, REQUEUE], [RUNS], "queued", None),
         (ENDED, [START, SIGNAL, REQUEUE, BEGUN], [RUNS], "starting", None),
         (ENDED, [START, SIGNAL, REQUEUE], None, "interrupted", None),
         (ENDED, [START, SIGNAL], None, "interrupted", None),

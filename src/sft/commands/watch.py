@@ -86,14 +86,14 @@ class Watched:
 
     def read(self) -> None:
         """Looks again. Slurm isn't asked about a run whose files say that it is running."""
-        self.run = Progress.read(self.folder, self.queue.known)
-        if self.run.state != "running":
-            self.run = Progress.read(self.folder, self.queue.jobs())
         with suppress(OSError, ValueError, LookupError, TypeError):  # broken files
             self.metrics.read()
             changed = (self.folder / "samples.jsonl").stat().st_mtime
             if changed != self.answers_changed:
                 self.answer, self.answers_changed = first_of_last(self.folder), changed
+        self.run = Progress.read(self.folder, self.queue.known)
+        if self.run.state != "running":
+            self.run = Progress.read(self.folder, self.queue.jobs())
 
     def view(self, width: int, height: int) -> "RenderableType":
         return view(self.run, self.metrics.curves, self.answer, width, height, time.time())

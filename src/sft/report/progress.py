@@ -3,6 +3,7 @@
 import math
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
 from fnmatch import fnmatch
@@ -52,7 +53,7 @@ class Progress:
         try:
             return cls._read(folder, jobs, time.time() if now is None else now)
         except (OSError, ValueError, TypeError, KeyError, AttributeError, yaml.YAMLError) as error:
-            return cls(folder, "unreadable", _fault(folder, error))
+            return cls(folder, "unreadable", _fault(folder, error), changed=_changed(folder))
 
     @classmethod
     def _read(cls, folder: Path, jobs: Sequence[QueuedJob] | None, now: float) -> "Progress":
@@ -61,21 +62,22 @@ class Progress:
         ]
         run = Run(folder)
         status, metrics, found = run.status, end(folder / "metrics.csv", "val/loss"), state_of(run)
-        changed = max((path.stat().st_mtime for name in FILES if (path := folder / name).exists()), default=math.nan)
+        changed = _changed(folder)
         start = next((event for event in reversed(story) if event["event"] == "start"), None)
         of_this = of_run(folder, story, jobs or ())
         job = next((job for job in of_this if job.state != "PENDING"), of_this[0] if of_this else None)
+        known = _with_job(found, job, story)
         running, num_steps = found == "running", status.get("num_steps")
         marked = _seconds(status["time"]) if "time" in status else changed
         return cls(
             folder,
-            state=_with_job(found, job, story),
-            error=status.get("error"),
+            state=known,
+            error=status.get("error") if known == "failed" else None,
             step=metrics.step,
             num_steps=num_steps,
             loss=metrics.last("train/loss"),
             val_loss=metrics.last("val/loss"),
-            hosts=tuple(start.get("hosts") or ()) if start else (status["host"],) if "host" in status else (),
+            hosts=tuple((start or {"hosts": []}).get("hosts") or ([status["host"]] if "host" in status else [])),
             job=job.number if job else next((event["job"] for event in reversed(story) if "job" in event), None),
             waits=job.reason if job and job.state == "PENDING" else None,
             began=marked,
@@ -112,12 +114,15 @@ def left(start: Event | None, metrics: Metrics, num_steps: int, changed: float, 
 
 def _with_job(found: str, job: QueuedJob | None, story: Sequence[Event]) -> str:
     """The state that files say, with what the queue knows better."""
-    if job is None or found == "finished":
-        return found if job is None or job.state != "PENDING" else "queued"
+    last = story[-1] if story else None
+    if job is None or (found == "finished" and job.state != "PENDING"):
+        return found
     if job.state == "PENDING":
         # Where a node was lost, the files still say that the run goes on.
-        return "queued" if found != "running" or story[-1].get("job") == job.number else found
-    return "starting" if found == "new" or (story and story[-1]["event"] == "job") else found
+        return "queued" if found != "running" or (last and last.get("job") == job.number) else found
+    if last and last["event"] == "requeue":
+        return "queued"
+    return "starting" if found == "new" or (last and last["event"] == "job") else found
 
 
 def _exit_code(found: str, job: QueuedJob | None, story: Sequence[Event], knows_queue: bool, age: float) -> int | None:
@@ -129,13 +134,21 @@ def _exit_code(found: str, job: QueuedJob | None, story: Sequence[Event], knows_
     return None if found != "finished" and not knows_queue and undecided else EXIT_CODES[found]
 
 
+def _changed(folder: Path) -> float:
+    """When one of its files last was, since the epoch; NaN without any."""
+    times = []
+    for name in FILES:
+        with suppress(OSError):
+            times.append((folder / name).stat().st_mtime)
+    return max(times, default=math.nan)
+
+
 def _fault(folder: Path, error: Exception) -> str:
-    try:
-        Run(folder).status.get("state")
-    except (ValueError, AttributeError):
-        return "status.json is empty or cut"
-    except OSError:
-        pass
+    with suppress(OSError):
+        try:
+            Run(folder).status.get("state")
+        except (ValueError, AttributeError):
+            return "status.json is empty or cut"
     return " ".join(f"{type(error).__name__}: {error}".split())[:200]
 
 

@@ -148,9 +148,10 @@ def news(before: Progress, run: Progress, is_validated: bool, now: float) -> lis
     """A line for each event since, for a validation, and for another state."""
     lines = [f"{plain(run.folder.name)}  {line}" for line in map(str, timeline(run.story[len(before.story) :], now))]
     if is_validated:
-        losses = f"training loss {run.loss:.4f}  validation loss {run.val_loss:.4f}"
-        left = "" if math.isnan(run.left) else f"  {clock(run.left)} left"
-        lines.append(f"{plain(run.folder.name)}  step {run.step}/{run.num_steps}  {losses}{left}")
+        figures = {"training loss": run.loss, "validation loss": run.val_loss}
+        words = [f"{name} {value:.4f}" for name, value in figures.items() if not math.isnan(value)]
+        words += [] if math.isnan(run.left) else [f"{clock(run.left)} left"]
+        lines.append("  ".join([plain(run.folder.name), f"step {run.step}/{run.num_steps}", *words]))
     if run.state != before.state:
         why = f": {plain(' '.join(run.error.split()))}" if run.error else ""
         lines.append(f"{plain(run.folder.name)}  {run.state} at step {run.step}{why}")
@@ -192,6 +193,8 @@ def details(event: Event) -> str:
     seconds = f"in {event['seconds']:.1f} s" if "seconds" in event else ""
     hosts = f"on {', '.join(event['hosts'])}" if event.get("hosts") else ""
     ranks = f"{event['num_ranks']} ranks" if event.get("num_ranks", 1) > 1 else ""
-    job = f"job {event['job']}" if event["event"] in ("submit", "job") and "job" in event else ""
+    job = f"job {event['job']}" if event["event"] == "submit" and "job" in event else ""
+    if event["event"] == "job":
+        job = f"{event.get('job')}, restart {event.get('restart', 0)}, on {event.get('job_nodelist')}"
     text = ": ".join(str(event[key]) for key in ("title", "signal", "cause", "text", "error", "why") if event.get(key))
     return ", ".join(word for word in (step, seconds, hosts, ranks, job, text) if word)
