@@ -21,7 +21,7 @@ AXES = {
     "tokens": ("tokens", "train/tokens", 1.0),
     "supervised": ("supervised tokens", "train/supervised_tokens", 1.0),
     "epoch": ("epochs", "train/epoch", 1.0),
-    "hours": ("hours of training", "train/seconds", 3600.0),
+    "hours": ("hours of training steps", "train/seconds", 3600.0),  # summed up
 }
 
 
@@ -46,8 +46,7 @@ GROUPS: dict[str, tuple[Chart, ...]] = {
     ),
     "Stopping": (
         Chart("Stop token", ("val/stop_prob", "val/stop_recall", "val/stop_early", "answers/stopped")),
-        Chart("Expected length", ("val/expected_length",)),
-        Chart("Length over the reference's", ("answers/length_ratio",)),
+        Chart("Length over the reference's", ("val/expected_length", "answers/length_ratio")),
     ),
     "Forgetting": (
         Chart("KL to the base model", ("val/kl_base",)),
@@ -67,11 +66,12 @@ GROUPS: dict[str, tuple[Chart, ...]] = {
         Chart("MFU", ("train/mfu",)),
         Chart("Peak memory", ("train/memory_peak",)),
         Chart("Waiting for data", ("train/data_wait",)),
+        Chart("Time of a step", ("train/seconds",)),
         Chart("Fill of the packs and supervised share", ("train/pack_fill", "train/supervised_share")),
     ),
 }
 OTHER = "Other metrics"
-NO_CURVES = ("step", "train/tokens", "train/supervised_tokens", "train/epoch", "train/seconds")
+NO_CURVES = ("step", "train/tokens", "train/supervised_tokens", "train/epoch")
 
 
 def assigned(columns: Sequence[str]) -> dict[str, list[tuple[Chart, list[str]]]]:
@@ -162,6 +162,8 @@ class Plot:
         axes: dict[str, list[int] | list[float | None]] = {"step": steps}
         for key, (_, column, unit) in AXES.items():
             known, values = folder.points(column)
+            if key == "hours":
+                values = np.cumsum(values)
             if len(known):  # step 0, before training, has no row of training
                 known, values = np.append(0.0, known), np.append(0.0, values)
                 axes[key] = [rounded(value, 7) for value in (np.interp(steps, known, values) / unit).tolist()]
@@ -191,16 +193,17 @@ def spread(values: NDArray[np.float64], buckets: int) -> NDArray[np.int64]:
     the first and the last of all. Every point where there are no more than that."""
     if len(values) <= 2 * buckets + 2:
         return np.arange(len(values))
-    borders = np.linspace(0, len(values), buckets + 1).astype(np.int64)[:-1]
-    finite = np.where(np.isfinite(values), values, np.nan)
-    kept = {0, len(values) - 1}
-    for start, end in zip(borders, [*borders[1:], len(values)], strict=True):
-        bucket = finite[start:end]
-        if not np.isnan(bucket).all():
-            kept |= {int(start + np.nanargmin(bucket)), int(start + np.nanargmax(bucket))}
-        if np.isnan(bucket).any():
-            kept.add(int(start + np.isnan(bucket).argmax()))  # a gap, too, is something to be seen
-    return np.array(sorted(kept), np.int64)
+    size = -(-len(values) // buckets)
+    padded = np.full(size * buckets, np.nan)
+    padded[: len(values)] = values
+    rows = padded.reshape(buckets, size)
+    finite, first = np.isfinite(rows), size * np.arange(buckets)
+    some = finite.any(1)
+    lowest = (first + np.where(finite, rows, np.inf).argmin(1))[some]
+    highest = (first + np.where(finite, rows, -np.inf).argmax(1))[some]
+    gaps = (first + finite.argmin(1))[~finite.all(1)]  # they, too, are something to be seen
+    kept = np.unique(np.concatenate([[0, len(values) - 1], lowest, highest, gaps]))
+    return kept[kept < len(values)]
 
 
 def trailing_mean(values: NDArray[np.float64], window: int) -> NDArray[np.float64]:

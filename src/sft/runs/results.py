@@ -38,7 +38,7 @@ class Result:
         return cls(
             name=run.folder.name,
             settings=deciding(run.config),
-            state=state_of(run),
+            state=state(run),
             step=metrics.step,
             num_steps=status.get("num_steps"),
             best=trained.lowest("val/loss"),
@@ -49,22 +49,22 @@ class Result:
         )
 
 
-def state_of(run: Run) -> str:
+def state(run: Run) -> str:
     """The state of a run. One whose process is gone without a trace, as after SIGKILL, has died; of a process on
     another machine only its files can tell."""
     status = run.status
-    state = status.get("state", "new")
-    if state != "running" or "pid" not in status:
-        return state
+    said = status.get("state", "new")
+    if said != "running" or "pid" not in status:
+        return said
     if status["host"] == socket.gethostname() and status["process"]:
-        return state if live_process(status["pid"]) == status["process"] else "died"
+        return said if live_process(status["pid"]) == status["process"] else "died"
     files = [run.folder / name for name in ("status.json", "metrics.csv", "events.jsonl")]
     silent = time.time() - max(file.stat().st_mtime for file in files if file.exists())
     longest = (run.config.get("cluster") or {}).get("hang_after") or HANG_AFTER
-    return f"silent {_duration(silent)}" if silent > longest + SLACK else state
+    return f"silent {duration(silent)}" if silent > longest + SLACK else said
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
     for unit, length in (("d", 86_400), ("h", 3_600)):
         if seconds >= 1.5 * length:
             return f"{seconds / length:.0f} {unit}"
