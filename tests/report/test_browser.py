@@ -88,7 +88,7 @@ def test_a_report_in_a_browser(sft: Sft, browser: Any) -> None:
     assert not find(".chart .tip").is_displayed()
     mouse(22).perform()  # the middle of the steps
     tip = find(".chart .tip").text.splitlines()
-    assert tip[:2] == ["steps 15", "train/loss"]
+    assert tip[:2] == ["step 15", "train/loss"]
     with Path("runs/run/metrics.csv").open(newline="") as file:
         loss = list(csv.DictReader(file))[15]["train/loss"]
     assert float(tip[2]) == pytest.approx(float(loss), rel=1e-4)
