@@ -16,14 +16,7 @@ from sft.runs.metric import find
 POINTS = 60_000  # of all series together
 MOST_MARKS = 30  # of a run
 MOST_SERIES = 12  # of a chart; its palette has 8 colours and 2 dashes
-SMOOTHED = (
-    "train/loss",
-    "train/grad_norm",
-    "train/grad_norm_clipped",
-    "train/tokens_per_second",
-    "train/mfu",
-    "train/data_wait",
-)
+SMOOTHED = ("loss", "grad_norm", "grad_norm_clipped", "tokens_per_second", "mfu", "data_wait", "seconds")  # of train/
 # By what the steps can be replaced on the x-axis: its label, the column, and by what that is divided.
 AXES = {
     "tokens": ("tokens", "train/tokens", 1.0),
@@ -125,7 +118,7 @@ class Plot:
                 name, colour = (folder.name, run) if several else (label, at)
                 series = {"name": name, "run": run, "colour": colour}
                 window = len(values) // 50
-                if column in SMOOTHED and window > 1:
+                if column.removeprefix("train/") in SMOOTHED and window > 1:
                     self._add(made, {**series, "kind": "raw"}, steps, values)
                     mean = {**series, "name": f"{name}, mean of {window:,}", "kind": "line"}
                     self._add(made, mean, steps, trailing_mean(values, window))
