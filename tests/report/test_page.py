@@ -12,6 +12,7 @@ import pytest
 
 import whole_run
 from sft.report import page
+from sft.report.answers import cut, spaced
 from sft.report.curves import Plot, spread, trailing_mean
 from sft.report.folder import Folder, read_columns
 from sft.report.headline import sentence
@@ -52,7 +53,7 @@ def test_a_whole_run(whole: Path) -> None:
     assert [of["id"] for name, of in elements.found if name == "section"] == SECTIONS
     for said in (
         "Validation loss fell from 1.92 to 0.4202 nats a token (−78.1 % ± 0.6 %) in 400 steps. "
-        "Its answer is better than the base model's on 4 of 4 held-out prompts: mean score 1.00 after 0.10.",
+        "Its answer is better than the base model's on 4 of 4 held-out prompts (mean score 1.00, base 0.10).",
         "The model stops where its references stop.",
         "12 overlong",
         "433 samples of training are held out for validation",
@@ -213,6 +214,13 @@ def test_attempts_and_what_ended_them(whole: Path) -> None:
         (200, 203, 4, 200.0, "lost"),
         (200, 400, 8, 700.0, "finished"),
     ]
+
+
+def test_texts_are_cut_and_their_line_ends_seen() -> None:
+    assert [cut(text, 5) for text in ("\n\na\nb\n", "", None, "abcdefg", "ab\x00")] == [
+        *("↵↵a\nb… (1 more characters)", "", "", "abcde… (2 more characters)", "ab[U+0000]"),
+    ]
+    assert spaced([0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10], 5, always=9) == [0, 3, 7, 9, 10]
 
 
 def test_numbers_in_words() -> None:

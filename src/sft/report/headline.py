@@ -67,7 +67,7 @@ def _sentences(folder: Folder) -> Iterator[str]:
         base = sum(answer["base_score"] or 0 for answer in compared) / len(compared)
         now = sum(answer["score"] for answer in compared) / len(compared)
         prompts = f"{better} of {len(compared)} held-out prompts"
-        yield f"Its answer is better than the base model's on {prompts}: mean score {now:.2f} after {base:.2f}."
+        yield f"Its answer is better than the base model's on {prompts} (mean score {now:.2f}, base {base:.2f})."
     if len(losses) > 3 and after is not None:
         best = int(losses.argmin())
         if losses[best] < 0.98 * after and steps[best] != step:
@@ -82,7 +82,7 @@ def tiles(folder: Folder) -> list[tuple[str, str, str]]:
     def tile(name: str, column: str, form: str = "", remark: str = "") -> None:
         value = folder.last(column, step)
         if value is not None:
-            shown = percent(value) if form == "%" else figure(value)
+            shown = percent(value) if form == "%" else figure(value, 3 if column == "answers/score" else 4)
             found.append((name, shown, remark))
 
     first = folder.first("val/loss")
