@@ -12,6 +12,7 @@ import pytest
 
 import whole_run
 from sft.report import page
+from sft.report.answers import cut, spaced
 from sft.report.curves import Plot, spread, trailing_mean
 from sft.report.folder import Folder, read_columns
 from sft.report.headline import sentence
@@ -51,9 +52,8 @@ def test_a_whole_run(whole: Path) -> None:
     elements = written(whole)
     assert [of["id"] for name, of in elements.found if name == "section"] == SECTIONS
     for said in (
-        "Validation loss fell from 1.92 to 0.4202 nats a token (−78.1 %) in 400 steps.",
-        "It is 1.5 ± 0.012 nats a token better than the base model on the held-out samples.",
-        "better than the base model's on 4 of 4 (mean score 0.10 before, 1.00 now)",
+        "Validation loss fell from 1.92 to 0.4202 nats a token (−78.1 % ± 0.6 %) in 400 steps. "
+        "Its answer is better than the base model's on 4 of 4 held-out prompts (mean score 1.00, base 0.10).",
         "The model stops where its references stop.",
         "12 overlong",
         "433 samples of training are held out for validation",
@@ -145,7 +145,7 @@ def test_a_failed_run_says_why(tmp_path: Path) -> None:
         ("0,,\n", "Nothing is measured yet."),
         ("0,,2.0\n", "Validation loss is 2 nats a token before training."),
         ("0,,2.0\n1,1.9,\n2,1.8,1.0\n", "Validation loss fell from 2 to 1 nats a token (−50.0 %) in 2 steps."),
-        ("0,,2.0\n1,1.9,3.0\n", "Validation loss rose from 2 to 3 nats a token (50.0 %) in 1 steps."),
+        ("0,,2.0\n1,1.9,3.0\n", "Validation loss rose from 2 to 3 nats a token (50.0 %) in 1 step."),
         ("1,3.0,\n2,1.5,\n", "Training loss went from 3 to 1.5 nats a token; nothing was held out."),
         (
             "0,,2.0\n1,1.9,1.0\n2,1.8,1.5\n3,1.8,1.8\n",
@@ -158,6 +158,14 @@ def test_a_failed_run_says_why(tmp_path: Path) -> None:
 def test_headline(rows: str, said: str, tmp_path: Path) -> None:
     (tmp_path / "metrics.csv").write_text("step,train/loss,val/loss\n" + rows)
     assert sentence(Folder.read(tmp_path)) == said
+
+
+def test_headline_of_a_run_whose_base_is_another_models(tmp_path: Path) -> None:
+    (tmp_path / "metrics.csv").write_text("step,val/loss,val/gain,val/gain_error\n5,2.0,,\n9,1.0,-0.25,0.0125\n")
+    assert sentence(Folder.read(tmp_path)) == (
+        "Validation loss fell from 2 to 1 nats a token (−50.0 %) in 4 steps. "
+        "It is 0.25 ± 0.013 nats a token worse than the base model on held-out samples."
+    )
 
 
 def test_columns_are_read_like_the_csv_module_reads_them(tmp_path: Path) -> None:
@@ -193,6 +201,10 @@ def test_every_point_has_its_place_on_each_axis(whole: Path) -> None:
     assert [run["tokens"][at] for at in series["x"]][:3] == [0.0, 1_605_000.0, 3_210_000.0]
     assert [run["hours"][at] for at in series["x"]][-1] == pytest.approx(1200 / 3600)
     assert series["y"][0] == 1.92
+    assert [(run["step"][at], text) for at, text in run["marks"]] == [
+        (200, "resumed after step 200"),
+        (203, "step 203: The loss spikes"),
+    ]
 
 
 def test_attempts_and_what_ended_them(whole: Path) -> None:
@@ -202,6 +214,13 @@ def test_attempts_and_what_ended_them(whole: Path) -> None:
         (200, 203, 4, 200.0, "lost"),
         (200, 400, 8, 700.0, "finished"),
     ]
+
+
+def test_texts_are_cut_and_their_line_ends_seen() -> None:
+    assert [cut(text, 5) for text in ("\n\na\nb\n", "", None, "abcdefg", "ab\x00")] == [
+        *("↵↵a\nb… (1 more characters)", "", "", "abcde… (2 more characters)", "ab[U+0000]"),
+    ]
+    assert spaced([0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10], 5, always=9) == [0, 3, 7, 9, 10]
 
 
 def test_numbers_in_words() -> None:

@@ -16,8 +16,8 @@ def test_the_report_is_written_again_and_says_how_it_ended(
 ) -> None:
     said, original = [], page.write
 
-    def write(folder: Path) -> None:
-        original(folder)
+    def write(folder: Path, status: dict[str, object] | None = None) -> None:
+        original(folder, status=status)
         text = (folder / "report.html").read_text()
         said.append(text.partition('<b class="badge')[2].partition("</b>")[0].partition(">")[2])
 
@@ -27,21 +27,21 @@ def test_the_report_is_written_again_and_says_how_it_ended(
     assert sft.train(*SETTINGS, *time_is_up) == 75
     assert said == ["running", "running", "interrupted"]
     assert sft.train(*SETTINGS) == 0
-    assert said[3:] == ["running", "running", "finished"]
+    assert said[3:] == ["running", "running", "finished", "finished"]
     assert "  report            runs/run/report.html\n" in capsys.readouterr().out
 
 
 def test_reports_take_little_of_the_time_and_one_that_can_not_be_written_is_one_line(
     sft: Sft, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def write(folder: Path) -> None:
+    def write(folder: Path, status: dict[str, object] | None = None) -> None:
         raise OSError("no space left on device")
 
     monkeypatch.setattr(page, "write", write)
     monkeypatch.setattr(reporting, "SHARE", 1e-9)
     assert sft.train(*SETTINGS) == 0
     line = "runs/run/report.html can't be written: OSError: no space left on device\n"
-    assert capsys.readouterr().out.count(line) == 2  # after the first validation and at the end
+    assert capsys.readouterr().out.count(line) == 3  # the first, and two at the end
 
 
 def test_where_there_is_no_run_there_is_no_report(tmp_path: Path) -> None:

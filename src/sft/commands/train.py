@@ -96,7 +96,8 @@ def main(config: DictConfig) -> float | None:
 
     model = prepared.fingerprint(config.data.cache_dir, weights=reads) if is_main() else None
     attempt = run.attempt(settings, prepared.splits.fingerprint, data.num_steps, is_main(), prepared.template, model)
-    with tracking() as trackers, reported(run.folder), attempt as status:  # trackers get the final report
+    # Trackers get the final report.
+    with tracking() as trackers, reported(run.folder) as report, attempt as status:
         if is_main():
             write_json(run.folder / "data.json", prepared.splits.ledger)
             write_html(run.folder / "preview.html", prepared)
@@ -138,6 +139,7 @@ def main(config: DictConfig) -> float | None:
         if is_main() and config.checkpoint.drop_optimizer:
             for checkpoint in checkpoints.complete(run.checkpoints):
                 drop_optimizer(checkpoint)
+        report(status)
     if not is_main():
         return None
     summarise(run, file.metrics, said(run, chosen, file.metrics))

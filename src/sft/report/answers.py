@@ -1,5 +1,6 @@
 """The same held-out prompts before and after: base model, reference and the answer at each step."""
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -70,7 +71,8 @@ def facts(answer: Answer) -> str:
 
 
 def cut(text: str | None, most: int) -> str:
-    text = text or ""
+    """At most so many characters; line ends before and after everything else have a sign, or nobody saw them."""
+    text = re.sub(r"\A\n+|\n+\Z", lambda ends: "\u21b5" * len(ends[0]), text or "")
     return visible(text if len(text) <= most else f"{text[:most]}… ({len(text) - most:,} more characters)")
 
 

@@ -111,6 +111,12 @@ function draw(chart) {
   const clipped = svg("clipPath", { id: clip }, drawing);
   svg("rect", { x: box.left - 4, y: 0, width: box.right - box.left + 8, height: box.bottom + 4 }, clipped);
   const area = svg("g", { "clip-path": `url(#${clip})` }, drawing);
+  // Where a run resumed or an alert was, of a page of one run.
+  for (const [at, text] of DATA.runs.length === 1 ? DATA.runs[0].marks : []) {
+    const place = x(DATA.runs[0][STATE.axis][at]);
+    const mark = svg("path", { class: "mark", d: `M${place} ${box.top}V${box.bottom}` }, area);
+    svg("title", {}, mark, text);
+  }
   for (const curve of visible) {
     const style = `s${curve.colour % 8}${curve.colour > 7 ? " dashed" : ""}`;
     let path = "", pen = "M";
@@ -125,6 +131,11 @@ function draw(chart) {
     if (curve.kind === "dots")
       for (const [px, py] of curve.points)
         if (py !== null) svg("circle", { class: `dot ${style}`, cx: x(px), cy: y(py), r: 3 }, area);
+    curve.points.forEach(([px, py], at) => {
+      const error = curve.error?.[at];
+      const low = STATE.log ? Math.max(py - error, py / 10) : py - error;
+      if (error && py !== null) svg("path", { class: `curve ${style}`, d: `M${x(px)} ${y(low)}V${y(py + error)}` }, area);
+    });
   }
   Object.assign(chart, { drawing, all, visible, box, x, y, left, right, width });
   figure.querySelector("svg")?.remove();
@@ -162,7 +173,8 @@ function point(chart, value) {
   for (const [curve, at] of known) {
     const row = html("div", `s${curve.colour % 8}`, tip);
     html("span", "", row, curve.name + (at[0] === here ? "" : ` (at ${format(at[0], 7)})`));
-    html("b", "", row, format(at[1], 5));
+    const error = curve.error?.[curve.points.indexOf(at)];
+    html("b", "", row, format(at[1], 5) + (error ? ` \u00b1 ${format(error, 2)}` : ""));
     svg("circle", { class: `dot s${curve.colour % 8}`, cx: x(at[0]), cy: y(at[1]), r: 4 }, chart.mark);
   }
   tip.hidden = false;

@@ -6,6 +6,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from sft.config.check import shown
 from sft.report import curves, page
 from sft.report.answers import MOST_PROMPTS, cut, facts
@@ -112,7 +114,7 @@ def marked(values: Sequence[float | None], best: Callable[[list[float]], float] 
 
 def median(folder: Folder, column: str) -> float | None:
     _, values = folder.points(column)
-    return float(sorted(values)[len(values) // 2]) if len(values) else None
+    return float(np.median(values)) if len(values) else None
 
 
 def ordered(folders: Sequence[Folder]) -> list[str]:

@@ -10,18 +10,19 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sft.report.folder import Folder
-from sft.report.html import escaped
+from sft.report.html import escaped, visible
 from sft.runs.metric import find
 
 POINTS = 60_000  # of all series together
+MOST_MARKS = 30  # of a run
 MOST_SERIES = 12  # of a chart; its palette has 8 colours and 2 dashes
-SMOOTHED = ("train/loss", "train/grad_norm", "train/tokens_per_second", "train/mfu", "train/data_wait")
+SMOOTHED = ("loss", "grad_norm", "grad_norm_clipped", "tokens_per_second", "mfu", "data_wait", "seconds")  # of train/
 # By what the steps can be replaced on the x-axis: its label, the column, and by what that is divided.
 AXES = {
     "tokens": ("tokens", "train/tokens", 1.0),
     "supervised": ("supervised tokens", "train/supervised_tokens", 1.0),
     "epoch": ("epochs", "train/epoch", 1.0),
-    "hours": ("hours of training", "train/seconds", 3600.0),
+    "hours": ("hours of training steps", "train/seconds", 3600.0),  # summed up
 }
 
 
@@ -42,12 +43,11 @@ GROUPS: dict[str, tuple[Chart, ...]] = {
         Chart("Score of the answers", ("answers/score", "answers/base_score", "answers/exact")),
         Chart("Token accuracy", ("val/accuracy",)),
         Chart("Perplexity", ("val/perplexity",)),
-        Chart("Gain over the base", ("val/gain", "val/gain_error")),
+        Chart("Gain over the base, ± standard error", ("val/gain",)),
     ),
     "Stopping": (
         Chart("Stop token", ("val/stop_prob", "val/stop_recall", "val/stop_early", "answers/stopped")),
-        Chart("Expected length", ("val/expected_length",)),
-        Chart("Length over the reference's", ("answers/length_ratio",)),
+        Chart("Length over the reference's", ("val/expected_length", "answers/length_ratio")),
     ),
     "Forgetting": (
         Chart("KL to the base model", ("val/kl_base",)),
@@ -56,7 +56,7 @@ GROUPS: dict[str, tuple[Chart, ...]] = {
     "Optimization": (
         Chart("Learning rate", ("train/lr", "train/lr/*")),
         Chart("Gradient norm", ("train/grad_norm", "train/grad_norm_clipped")),
-        Chart("Clipped steps", ("train/clipped_share", "train/clipped")),
+        Chart("Clipped steps", ("train/clipped_share",)),
         Chart("Relative update by layers", ("train/update_ratio/*",)),
         Chart("Norm of the weights by layers", ("train/weight_norm/*",)),
         Chart("Added to the loss", ("train/label_smoothing", "train/z_loss", "train/router_aux")),
@@ -67,11 +67,13 @@ GROUPS: dict[str, tuple[Chart, ...]] = {
         Chart("MFU", ("train/mfu",)),
         Chart("Peak memory", ("train/memory_peak",)),
         Chart("Waiting for data", ("train/data_wait",)),
+        Chart("Time of a step", ("train/seconds",)),
         Chart("Fill of the packs and supervised share", ("train/pack_fill", "train/supervised_share")),
     ),
 }
 OTHER = "Other metrics"
-NO_CURVES = ("step", "train/tokens", "train/supervised_tokens", "train/epoch", "train/seconds")
+NO_CURVES = ("step", "train/tokens", "train/supervised_tokens", "train/epoch", "train/clipped", "val/gain_error")
+ERRORS = {"val/gain": "val/gain_error"}
 
 
 def assigned(columns: Sequence[str]) -> dict[str, list[tuple[Chart, list[str]]]]:
@@ -116,11 +118,13 @@ class Plot:
                 name, colour = (folder.name, run) if several else (label, at)
                 series = {"name": name, "run": run, "colour": colour}
                 window = len(values) // 50
-                if column in SMOOTHED and window > 1:
+                if column.removeprefix("train/") in SMOOTHED and window > 1:
                     self._add(made, {**series, "kind": "raw"}, steps, values)
                     mean = {**series, "name": f"{name}, mean of {window:,}", "kind": "line"}
                     self._add(made, mean, steps, trailing_mean(values, window))
                 else:
+                    if error := ERRORS.get(column):
+                        series["error"] = dict(zip(*(part.tolist() for part in folder.points(error)), strict=True))
                     kind = "dots" if len(values) <= (25 if column.startswith("train/") else 80) else "line"
                     self._add(made, {**series, "kind": kind}, steps, values)
         self.charts.append(made)
@@ -143,7 +147,8 @@ class Plot:
         """For charts.js. A point's x is the place of its step in the run's list of steps; the other axes have a value
         for each of those steps, too, so that every point is exact by each."""
         buckets = max(20, POINTS // (2 * max(1, len(self.series))))
-        used: list[set[int]] = [set() for _ in self.folders]
+        marks = [_marks(folder) for folder in self.folders]
+        used: list[set[int]] = [set(of_run) for of_run in marks]
         thinned = []
         for series, run, steps, values in self.series:
             kept = spread(values, buckets)
@@ -152,20 +157,38 @@ class Plot:
         runs = [self._axes(folder, sorted(steps)) for folder, steps in zip(self.folders, used, strict=True)]
         places = [{step: at for at, step in enumerate(run["step"])} for run in runs]
         for series, run, steps, values in thinned:
+            if "error" in series:
+                series["error"] = [rounded(series["error"].get(step, math.nan)) for step in steps.tolist()]
             series["x"] = [places[run][int(step)] for step in steps]
             series["y"] = [rounded(value) for value in values.tolist()]
         shared = [key for key in AXES if all(key in run for run in runs)]
-        axes = [["step", "steps"], *([key, AXES[key][0]] for key in shared)]
+        axes = [["step", "step"], *([key, AXES[key][0]] for key in shared)]
+        for axes_of_run, of_run, place in zip(runs, marks, places, strict=True):
+            axes_of_run["marks"] = [[place[step], text] for step, text in of_run.items()]
         return {"axes": axes, "runs": runs, "charts": self.charts}
 
-    def _axes(self, folder: Folder, steps: list[int]) -> dict[str, list[int] | list[float | None]]:
-        axes: dict[str, list[int] | list[float | None]] = {"step": steps}
+    def _axes(self, folder: Folder, steps: list[int]) -> dict[str, Any]:
+        axes: dict[str, Any] = {"step": steps}
         for key, (_, column, unit) in AXES.items():
             known, values = folder.points(column)
+            if key == "hours":
+                values = np.cumsum(values)
             if len(known):  # step 0, before training, has no row of training
                 known, values = np.append(0.0, known), np.append(0.0, values)
                 axes[key] = [rounded(value, 7) for value in (np.interp(steps, known, values) / unit).tolist()]
         return axes
+
+
+def _marks(folder: Folder) -> dict[int, str]:
+    """Steps after which something happened that a curve may show."""
+    found: dict[int, str] = {}
+    for event in folder.events:
+        step = event.get("step")
+        if isinstance(step, int) and event["event"] == "start" and step:
+            found[step] = f"resumed after step {step:,}"
+        elif isinstance(step, int) and event["event"] == "alert":
+            found[step] = f"step {step:,}: {visible(event.get('title') or 'alert')}"
+    return dict(list(found.items())[-MOST_MARKS:])
 
 
 def page(plot: Plot, groups: Mapping[str, list[tuple[Chart, list[str]]]]) -> str:
@@ -191,16 +214,17 @@ def spread(values: NDArray[np.float64], buckets: int) -> NDArray[np.int64]:
     the first and the last of all. Every point where there are no more than that."""
     if len(values) <= 2 * buckets + 2:
         return np.arange(len(values))
-    borders = np.linspace(0, len(values), buckets + 1).astype(np.int64)[:-1]
-    finite = np.where(np.isfinite(values), values, np.nan)
-    kept = {0, len(values) - 1}
-    for start, end in zip(borders, [*borders[1:], len(values)], strict=True):
-        bucket = finite[start:end]
-        if not np.isnan(bucket).all():
-            kept |= {int(start + np.nanargmin(bucket)), int(start + np.nanargmax(bucket))}
-        if np.isnan(bucket).any():
-            kept.add(int(start + np.isnan(bucket).argmax()))  # a gap, too, is something to be seen
-    return np.array(sorted(kept), np.int64)
+    size = -(-len(values) // buckets)
+    padded = np.full(size * buckets, np.nan)
+    padded[: len(values)] = values
+    rows = padded.reshape(buckets, size)
+    finite, first = np.isfinite(rows), size * np.arange(buckets)
+    some = finite.any(1)
+    lowest = (first + np.where(finite, rows, np.inf).argmin(1))[some]
+    highest = (first + np.where(finite, rows, -np.inf).argmax(1))[some]
+    gaps = (first + finite.argmin(1))[~finite.all(1)]  # they, too, are something to be seen
+    kept = np.unique(np.concatenate([[0, len(values) - 1], lowest, highest, gaps]))
+    return kept[kept < len(values)]
 
 
 def trailing_mean(values: NDArray[np.float64], window: int) -> NDArray[np.float64]:

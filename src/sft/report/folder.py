@@ -1,6 +1,5 @@
 """What a report is made of: the files of a run's folder, any of which may be missing, cut short or of older code."""
 
-import io
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,7 +13,7 @@ from numpy.typing import NDArray
 from sft.runs import answers_file, events
 from sft.runs.answers_file import Answer
 from sft.runs.events import Event
-from sft.runs.results import state_of
+from sft.runs.results import state
 from sft.runs.run import Run
 
 Columns = dict[str, NDArray[np.float64]]  # of metrics.csv: a value a row, NaN where nothing was measured
@@ -37,12 +36,13 @@ class Folder:
     answers: list[Answer]  # oldest first
 
     @classmethod
-    def read(cls, folder: Path) -> "Folder":
-        run = Run(folder)
+    def read(cls, folder: Path, status: Mapping[str, Any] | None = None) -> "Folder":
+        """`status`: what will be in status.json and is not yet."""
+        run, ahead = Run(folder), status or {}
         return cls(
             run=run,
-            state=_or("new", lambda: state_of(run)),
-            status=_json(folder / "status.json"),
+            state=ahead.get("state") or _or("new", lambda: state(run)),
+            status={**_json(folder / "status.json"), **ahead},
             config=_config(folder / "config.yaml"),
             provenance=_json(folder / "provenance.json"),
             ledger=_json(folder / "data.json"),
@@ -91,18 +91,18 @@ def read_columns(path: Path) -> Columns:
 
     pyarrow takes a second for the rows of a million steps, for which the csv module takes ten.
     """
-    from pyarrow import csv, float64
+    from pyarrow import BufferReader, csv, float64, py_buffer
 
     try:
         written = path.read_bytes()
     except FileNotFoundError:
         written = b""
-    complete, end, _ = written.rpartition(b"\n")
-    names = complete.partition(b"\n")[0].decode(errors="replace").split(",")
-    if not end or "step" not in names or b"\n" not in complete:
+    names = written[: written.find(b"\n") + 1].decode(errors="replace").rstrip().split(",")
+    complete = memoryview(written)[: written.rfind(b"\n") + 1]
+    if "step" not in names or written.count(b"\n", 0, 100_000) < 2:
         return {"step": np.empty(0)}
     table = csv.read_csv(
-        io.BytesIO(complete + end),
+        BufferReader(py_buffer(complete)),
         parse_options=csv.ParseOptions(invalid_row_handler=lambda row: "skip"),
         convert_options=csv.ConvertOptions(column_types=dict.fromkeys(names, float64()), null_values=[""]),
     )

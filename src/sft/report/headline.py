@@ -3,6 +3,8 @@
 import math
 from collections.abc import Iterator
 
+import numpy as np
+
 from sft.report.folder import Folder
 from sft.report.html import duration, escaped, figure, percent
 from sft.report.story import Attempt, attempts
@@ -37,31 +39,35 @@ def _sentences(folder: Folder) -> Iterator[str]:
     step = chosen_step(folder)
     before, after = folder.first("val/loss"), folder.last("val/loss", step)
     steps, losses = folder.points("val/loss")
+    gain, error = folder.last("val/gain", step), folder.last("val/gain_error", step)
+    known = gain is not None and math.isfinite(gain)
     if before is not None and after is not None and len(steps) > 1 and step != steps[0]:
+        # An extended run's first loss is not that of its base, nor is an average's.
+        same = known and math.isclose(before - after, gain or 0.0, abs_tol=0.01 * before)
+        sure = f" ± {percent(error / before)}" if same and error is not None else ""
+        known = known and not same
+        change = f" ({percent(after / before - 1)}{sure})" if before > 0 and math.isfinite(after) else ""
         fell = "fell" if after < before else "rose" if after > before else "stayed"
-        change = f" ({percent(after / before - 1)})" if before > 0 and math.isfinite(after) else ""
+        num = int(step or 0) - int(steps[0])
         to = f"from {figure(before)} to {figure(after)} nats a token{change}"
-        yield f"Validation loss {fell} {to} in {int(step or 0) - int(steps[0]):,} steps."
+        yield f"Validation loss {fell} {to} in {num:,} step{'s' * (num != 1)}."
     elif before is not None:
         yield f"Validation loss is {figure(before)} nats a token before training."
     elif len(trained := folder.points("train/loss")[1]) > 1:
         part = max(1, len(trained) // 20)
         start, end = float(trained[:part].mean()), float(trained[-part:].mean())
         yield f"Training loss went from {figure(start)} to {figure(end)} nats a token; nothing was held out."
-    gain, error = folder.last("val/gain", step), folder.last("val/gain_error", step)
-    if gain is not None and math.isfinite(gain):
+    if known:
         sure = f" ± {figure(error, 2)}" if error is not None else ""
-        than = "better" if gain >= 0 else "worse"
-        yield f"It is {figure(abs(gain), 3)}{sure} nats a token {than} than the base model on the held-out samples."
+        than = "better" if (gain or 0.0) >= 0 else "worse"
+        yield f"It is {figure(abs(gain or 0.0), 3)}{sure} nats a token {than} than the base model on held-out samples."
     compared = [answer for answer in newest(folder) if answer["base_score"] is not None]
-    if compared:
+    if compared and step:
         better = sum(answer["score"] > (answer["base_score"] or 0) for answer in compared)
         base = sum(answer["base_score"] or 0 for answer in compared) / len(compared)
         now = sum(answer["score"] for answer in compared) / len(compared)
-        yield (
-            f"Its answers to held-out prompts are better than the base model's on {better} of {len(compared)} "
-            f"(mean score {base:.2f} before, {now:.2f} now)."
-        )
+        prompts = f"{better} of {len(compared)} held-out prompts"
+        yield f"Its answer is better than the base model's on {prompts} (mean score {now:.2f}, base {base:.2f})."
     if len(losses) > 3 and after is not None:
         best = int(losses.argmin())
         if losses[best] < 0.98 * after and steps[best] != step:
@@ -76,7 +82,7 @@ def tiles(folder: Folder) -> list[tuple[str, str, str]]:
     def tile(name: str, column: str, form: str = "", remark: str = "") -> None:
         value = folder.last(column, step)
         if value is not None:
-            shown = percent(value) if form == "%" else figure(value)
+            shown = percent(value) if form == "%" else figure(value, 3 if column == "answers/score" else 4)
             found.append((name, shown, remark))
 
     first = folder.first("val/loss")
@@ -90,7 +96,7 @@ def tiles(folder: Folder) -> list[tuple[str, str, str]]:
     tile("KL to the base", "val/kl_base", remark="nats a token")
     _, speeds = folder.points("train/tokens_per_second")
     if len(speeds):
-        found.append(("throughput", figure(float(sorted(speeds)[len(speeds) // 2]), 3), "tokens/s, median step"))
+        found.append(("throughput", figure(float(np.median(speeds)), 3), "tokens/s, median step"))
     return found
 
 

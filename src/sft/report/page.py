@@ -23,9 +23,9 @@ NAME = "report.html"
 MOST_VALIDATIONS = 60  # rows of the table
 
 
-def write(folder: Path, path: Path | None = None) -> None:
-    """Writes the report of a run's folder, into it unless `path` is another place."""
-    write_text(path or folder / NAME, report(Folder.read(folder), time.time()))
+def write(folder: Path, path: Path | None = None, status: Mapping[str, Any] | None = None) -> None:
+    """Writes the report of a run's folder, into it unless `path` is another place. `status`: as in `Folder.read`."""
+    write_text(path or folder / NAME, report(Folder.read(folder, status), time.time()))
 
 
 def report(folder: Folder, written: float) -> str:

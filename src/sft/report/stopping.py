@@ -4,9 +4,8 @@ from sft.report.folder import Folder
 from sft.report.headline import chosen_step
 from sft.report.html import escaped, figure, pairs, percent
 
-RECALL = 0.5  # of the ends, below which a model runs on
-EARLY = 0.5  # probability of having stopped before the end, above which answers are too short
-SHORT, LONG = 0.7, 1.5  # length over the reference's
+LEAST_RECALL, LEAST_LENGTH = 0.5, 0.8  # as of the warning in training
+SHORT, LONG = 0.6, 1.6  # length of the answers over the references'
 
 
 def stopping(folder: Folder) -> str:
@@ -19,29 +18,29 @@ def stopping(folder: Folder) -> str:
     if all(value is None for value in (recall, prob, early, stopped, ratio, expected)):
         return ""
     faults = []
-    if recall is not None and recall < RECALL:
+    if recall is not None and recall < LEAST_RECALL:
         faults.append(
-            f"At only {percent(recall)} of the references' ends the stop token is the most likely one: answers run on. "
-            "Train longer, and check that the stop token is supervised (sft preview)."
+            f"The stop token is the most probable one at the end of only {percent(recall, 0)} of the references, so "
+            "answers run on: look whether responses end in it in preview.html, and train longer or at a higher "
+            "optimizer.lr."
         )
-    if early is not None and early > EARLY:
+    if expected is not None and expected < LEAST_LENGTH:
         faults.append(
-            f"With probability {figure(early, 2)} it would stop before the reference ends: answers are too short."
+            f"Answers are expected to stop after {percent(expected, 0)} of a reference's length: look whether the "
+            "responses of training are shorter than those of validation."
         )
-    if stopped is not None and stopped < RECALL:
-        faults.append(f"Only {percent(stopped)} of the answers ended by themselves; the others were cut.")
-    if ratio is not None and ratio < SHORT:
-        faults.append(f"Answers are {figure(ratio, 2)} times as long as the references.")
-    if ratio is not None and ratio > LONG:
-        faults.append(f"Answers are {figure(ratio, 2)} times as long as the references.")
+    if stopped is not None and stopped < LEAST_RECALL:
+        faults.append(f"Only {percent(stopped, 0)} of the answers ended by themselves; the others were cut.")
+    if ratio is not None and not SHORT <= ratio <= LONG:
+        faults.append(f"Answers are {figure(ratio, 2)} times as long as their references.")
     good = "The model stops where its references stop."
     verdict = f'<p class="verdict {"bad" if faults else "good"}">{"<br>".join(map(escaped, faults)) or good}</p>'
     items = [
         ("stop token most likely at the true end", percent(recall) if recall is not None else ""),
         ("its mean probability there", figure(prob, 3) if prob is not None else ""),
         ("probability of stopping before", figure(early, 3) if early is not None else ""),
-        ("expected length", figure(expected, 3) if expected is not None else ""),
+        ("expected length over the reference's", figure(expected, 3) if expected is not None else ""),
         ("answers that stopped by themselves", percent(stopped) if stopped is not None else ""),
-        ("length over the reference's", figure(ratio, 3) if ratio is not None else ""),
+        ("answers' length over the references'", figure(ratio, 3) if ratio is not None else ""),
     ]
     return verdict + pairs(items)

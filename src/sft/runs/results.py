@@ -38,7 +38,7 @@ class Result:
         return cls(
             name=run.folder.name,
             settings=deciding(run.config),
-            state=state_of(run),
+            state=state(run),
             step=metrics.step,
             num_steps=status.get("num_steps"),
             best=trained.lowest("val/loss"),
@@ -49,7 +49,7 @@ class Result:
         )
 
 
-def state_of(run: Run) -> str:
+def state(run: Run) -> str:
     """The state of a run. One whose process is gone without a trace, as after SIGKILL, has died; of a process on
     another machine only its files can tell."""
     status = run.status

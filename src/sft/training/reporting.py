@@ -1,9 +1,10 @@
 """The run's report is written again after each validation, and at the end however that comes."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import lightning as L
 from lightning.pytorch.callbacks import Callback
@@ -29,21 +30,27 @@ class Report(Callback):
             self.next = now + (now - start) / SHARE
 
 
-def write(folder: Path) -> None:
-    """Writes it if there is a run; whatever prevents it is one line."""
+def write(folder: Path, status: Mapping[str, Any] | None = None) -> None:
+    """Writes it if there is a run; whatever prevents it is one line. `status`: what status.json will say."""
     if not (folder / "config.yaml").exists():
         return
     try:
-        page.write(folder)
+        page.write(folder, status=status)
     except Exception as error:  # a report is no reason to end a run
         log(f"{folder / page.NAME} can't be written: {type(error).__name__}: {' '.join(str(error).split())[:200]}")
 
 
 @contextmanager
-def reported(folder: Path) -> Iterator[None]:
-    """A last report of what is done within, on the first rank."""
+def reported(folder: Path) -> Iterator[Callable[[Mapping[str, Any]], None]]:
+    """A last report of what is done within, on the first rank. What is yielded writes that of a finished run, with
+    what its status will say, before trackers take the run's files."""
+
+    def finished(status: Mapping[str, Any]) -> None:
+        if is_main():
+            write(folder, {"state": "finished", **status})
+
     try:
-        yield
+        yield finished
     finally:
         if is_main():
             write(folder)
