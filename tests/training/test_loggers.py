@@ -201,7 +201,12 @@ def test_mlflow_has_each_step_once_and_all_else_of_a_run(
     assert [(point.step, point.value) for point in points] == [(0, 9.0), (1, 8.0), (2, 7.0), (3, 6.0)]
     assert run.data.metrics["train/lr/_norm_"] == 1.0
     assert (run.data.params["optimizer.lr"], run.data.tags["changed.optimizer.lr"]) == ("1.0", "2.0")
-    assert (run.info.run_name, run.info.status, run.data.tags["group"], run.data.tags["a"]) == ("lr=1", "FINISHED", "g", "")
+    assert (run.info.run_name, run.info.status, run.data.tags["group"], run.data.tags["a"]) == (
+        "lr=1",
+        "FINISHED",
+        "g",
+        "",
+    )
     stored = {each.path for each in client.list_artifacts(run.info.run_id)}
     assert stored == {"config.json", "preview.html", "samples.json"}
     answers = client.load_table(run.info.experiment_id, "samples.json", [run.info.run_id])
