@@ -22,8 +22,8 @@ from running import Sft
 from sft.config import CONF
 from sft.errors import UserError
 from sft.runs import answers_file
-from sft.runs.metrics_file import Metrics
 from sft.runs.metric import timings
+from sft.runs.metrics_file import Metrics
 from sft.training.trackers import choose, wandb_files, wandb_run, wandb_server
 from sft.training.trackers.guard import guarded
 from wandb_server import KEY, Service
