@@ -10,17 +10,22 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import yaml
 
 import offline
 from offline import ANSWER
 from running import Sft
+from sft.config import CONF
 from sft.errors import UserError
 from sft.runs import answers_file
+from sft.runs.metric import timings
 from sft.runs.metrics_file import Metrics
-from sft.training.trackers import choose, wandb_run, wandb_server
+from sft.training.trackers import choose, wandb_files, wandb_run, wandb_server
+from sft.training.trackers.guard import guarded
 from wandb_server import KEY, Service
 
 HISTORY = [{"step": str(k), "train/loss": str(9 - k), "val/loss": "0.5" if k == 2 else ""} for k in range(4)]
@@ -202,6 +207,15 @@ def test_run_begins_offline_and_is_online_when_started_again(
     assert f"W&B run {service.url}" in capsys.readouterr().out
 
 
+def made(folder: Path) -> tuple[list[dict[str, str]], bytes]:
+    """The figures of a run that don't depend on the machine, and its last weights."""
+    metrics = Metrics.read(folder / "metrics.csv")
+    ignored = timings(metrics.columns)
+    rows = [{name: value for name, value in row.items() if name not in ignored} for row in metrics.rows]
+    *_, last = sorted((folder / "checkpoints").glob("*/*.safetensors"))
+    return rows, last.read_bytes()
+
+
 @pytest.mark.parametrize(
     ("moment", "fault"),
     [("createRunFiles", "hang"), (r"_step\":1,", "vanish"), (r"_step\":3,", "hang"), (r"_step\":3,", "vanish")],
@@ -229,6 +243,9 @@ def test_server_that_fails_at_any_moment_holds_up_nothing(
     run = service.buckets[identity(sft.run_folder())]
     assert (run["entity"], run["tags"], run["notes"], run["jobType"]) == ("team", ["a", "b"], "why", "train")
     assert run["groupName"] == ("several" if group else "sft")
+    if (moment, fault) == (r"_step\":1,", "vanish"):
+        assert sft.train("run=plain", *SHORT[2:]) == 0
+        assert made(sft.run_folder()) == made(sft.run_folder("plain"))
     assert json.loads(run["config"])["optimizer"]["value"]["lr"] == 0.01
 
     service.vanish()
@@ -239,6 +256,43 @@ def test_server_that_fails_at_any_moment_holds_up_nothing(
     assert "Finished syncing" in synced.stderr
     assert [row["_step"] for row in later.rows(identity(sft.run_folder()))] == [0, 1, 2, 3]
     later.vanish()
+
+
+@pytest.mark.parametrize(
+    ("moment", "fault", "lost"),
+    [
+        ("samples:latest", "hang", "W&B gets no more answers until the run is resumed"),
+        ("files:latest", "hang", "wandb failed; the run continues without it"),
+        ("CreateArtifact (", 500, ""),  # wandb's own process retries, and the end waits no longer
+        ("CreateArtifactFiles", "reset", ""),
+    ],
+)
+def test_answers_and_artefacts_wait_for_no_server(
+    moment: str,
+    fault: str | int,
+    lost: str,
+    tmp_path: Path,
+    service: Service,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    for module, name in ((wandb_run, "END"), (wandb_server, "ANSWER"), (wandb_files, "SEND")):
+        monkeypatch.setattr(module, name, 1)
+    monkeypatch.setattr(wandb_run, "BEGIN", 3)
+    service.fault, service.at = fault, moment
+    (tmp_path / "preview.html").write_text("shown")
+    begun = time.monotonic()
+    with choose.tracking() as trackers:
+        run = wandb_run.wandb_logger(run="r", folder=tmp_path, group="g", history=[], project="sft", mode="auto")
+        logger: Any = guarded(run, "wandb")
+        trackers.append(logger)
+        for step in range(3):
+            logger.log_metrics({"train/loss": 1.0}, step)
+            logger.log_answers(step, [{**ANSWER, "step": step}])
+    assert time.monotonic() - begun < 12
+    _, *lines = capsys.readouterr().out.splitlines()  # the first has the address
+    assert any(line.startswith(lost) for line in lines) and "W&B hasn't got all of this run" in lines[-1]
+    assert len(lines) <= 3
 
 
 def test_what_wandb_has_of_a_training(sft: Sft) -> None:
@@ -327,3 +381,44 @@ def test_a_process_of_wandb_that_is_shared_writes_to_the_runs_folder(
     ended = sft.process("train", *sft.settings, *SHORT)
     assert ended.code == 0, ended.output
     assert kept(sft.run_folder()) == 1
+
+
+@pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning")  # wandb's, of the sweep's settings
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_an_agent_of_a_sweep_trains_runs_that_belong_to_it(
+    sft: Sft, tmp_path: Path, service: Service, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """W&B's own agent makes the command of the sweep's file and of what the sweep has chosen."""
+    import wandb
+    from wandb import wandb_agent
+
+    sweep = yaml.safe_load((CONF / "wandb_sweep.yaml").read_text())
+    assert sweep["metric"] == {"name": "val/loss", "goal": "minimize"}
+    made: list[tuple[list[str], dict[str, str]]] = []
+
+    def start(command: list[str], env: dict[str, str], **_: Any) -> Any:
+        made.append((command, env))
+        return SimpleNamespace()
+
+    monkeypatch.setattr(wandb_agent, "AgentProcess", start)
+    monkeypatch.setenv("WANDB_SWEEP_ID", "s1")
+    monkeypatch.setenv("WANDB_PROJECT", "sft")  # as the agent sets them
+    monkeypatch.setenv("WANDB_ENTITY", "me")
+    monkeypatch.setenv("WANDB_DIR", str(tmp_path))
+    agent = wandb_agent.Agent(None, None)
+    agent._sweep_command = sweep["command"]
+    for number in range(2):
+        chosen = {"optimizer.lr": {"value": 0.000123456}, "seed": {"value": 1}}
+        wandb.teardown()  # each is a process of its own
+        agent._command_run({"run_id": f"trial{number}", "program": sweep["program"], "args": chosen})
+        (program, command, *settings), environment = made[-1]
+        assert (program, command) == ("sft", "train")
+        for name in ("WANDB_RUN_ID", "WANDB_SWEEP_PARAM_PATH"):
+            monkeypatch.setenv(name, environment[name])
+        own = [setting for setting in settings if not setting.startswith("experiment=")]
+        assert sft.train("max_steps=2", "val_every=1", *own) == 0
+        run = service.buckets[f"trial{number}"]
+        assert (run["sweep"], run["displayName"]) == ("s1", "lr=0.0001235 seed=1")
+        assert [row["_step"] for row in service.rows(f"trial{number}")] == [0, 1, 2]
+        assert all("val/loss" in row for row in service.rows(f"trial{number}"))
+    assert "is finished: nothing to do" in capsys.readouterr().out  # the second has the same settings

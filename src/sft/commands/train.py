@@ -31,6 +31,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from sft.runs import signals
 from sft.runs.files import write_json
+from sft.runs.metrics_file import Metrics
 from sft.runs.results import Result, after, summarise
 from sft.runs.run import Run
 from sft.runs.stopped import lifted
@@ -57,6 +58,8 @@ def main(config: DictConfig) -> float | None:
         print(f"{run.folder} is finished: nothing to do (another run: run=NAME; anew: remove the folder)")
         if "stopped_early" in run.status:
             print(f"  it ended {after(run)}\n  without that callback, or with more patience, it continues")
+        if "WANDB_SWEEP_ID" in os.environ:
+            repeat(config, run)
         return Result.read(run).last
 
     check_inputs(config)
@@ -144,6 +147,14 @@ def main(config: DictConfig) -> float | None:
         return None
     summarise(run, file.metrics, said(run, chosen, file.metrics))
     return Result.read(run).last
+
+
+def repeat(config: DictConfig, run: Run) -> None:
+    """Gives a finished run's figures to the W&B run that an agent's sweep has for the same settings."""
+    from sft.training.trackers.choose import start, tracking
+
+    with tracking() as trackers:
+        trackers += start(config, run, Metrics.read(run.folder / "metrics.csv").rows)
 
 
 def facts(config: DictConfig, prepared: "Prepared") -> dict[str, object]:

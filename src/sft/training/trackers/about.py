@@ -5,7 +5,7 @@ import os
 import shlex
 import socket
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +14,8 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 
 from sft.config import arguments
-from sft.errors import UserError
 
+PLACE = ("trainer.num_nodes", "trainer.devices")  # the batch script's own
 LARGEST = 100_000  # bytes of a ledger in a tracker's configuration
 
 
@@ -59,24 +59,27 @@ def _varied() -> list[tuple[str, str]]:
     if file := os.environ.get("WANDB_SWEEP_PARAM_PATH"):
         chosen = yaml.safe_load(Path(file).read_text())
         return [(name, _short(given["value"])) for name, given in chosen.items() if isinstance(given, dict)]
-    typed: Iterable[str] | None = None
-    if HydraConfig.initialized() and HydraConfig.get().mode is RunMode.MULTIRUN:
-        typed = _settings(sys.argv[2:])
-    elif sweep := os.environ.get("SFT_SWEEP"):
-        typed = _settings(["-m", *shlex.split(sweep)])
-    if typed is None:
+    if not HydraConfig.initialized():
         return []
-    fixed = set(typed)
-    overrides = [override for override in HydraConfig.get().overrides.task if override not in fixed]
-    given = [override.lstrip("+").partition("=") for override in overrides]
-    return [(name, _short(value)) for name, _, value in given if not name.startswith(("trainer.", "runs_dir"))]
+    if HydraConfig.get().mode is RunMode.MULTIRUN:
+        fixed = _fixed(sys.argv[2:])
+    elif sweep := os.environ.get("SFT_SWEEP"):
+        fixed = _fixed(["-m", *shlex.split(sweep)])
+    else:
+        return []
+    given = [override.lstrip("+").partition("=") for override in HydraConfig.get().overrides.task]
+    return [(name, _short(value)) for name, _, value in given if fixed is not None and name not in fixed]
 
 
-def _settings(typed: list[str]) -> list[str] | None:
+def _fixed(typed: list[str]) -> set[str] | None:
+    """Names of the settings that are the same for all runs of a sweep; None where the sweep wasn't typed here."""
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+
     try:
-        return arguments.parse("train", typed).settings
-    except UserError:  # it was typed otherwise: in a process of a job
+        settings = OverridesParser.create().parse_overrides(arguments.parse("train", typed).settings)
+    except Exception:  # of another program's arguments
         return None
+    return {*(each.key_or_group for each in settings if not each.is_sweep_override()), *PLACE}
 
 
 def _short(value: object) -> str:

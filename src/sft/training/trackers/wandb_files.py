@@ -14,6 +14,7 @@ from sft.errors import UserError
 from sft.training.trackers import wandb_server
 
 SHOWN = ("preview.html", "data.json", "report.html", "samples.jsonl", "recipe.json", "events.jsonl")
+SEND = 10.0  # seconds in which wandb must take an artefact
 UPLOAD = 1800.0  # seconds for the upload of weights, while the server answers
 MODES = ("none", "reference", "upload")
 PLACES = ("WANDB_DATA_DIR", "WANDB_CACHE_DIR")
@@ -31,13 +32,15 @@ class Files:
     def log(self, run: Any, step: int) -> None:
         import wandb
 
+        if self.online and (fault := wandb_server.fault(self.settings, self.key)):
+            raise RuntimeError(fault)
         with staging(self.folder):
             shown = [self.folder / name for name in SHOWN if (self.folder / name).is_file()]
             artefact = wandb.Artifact(_name(run.id, "files"), type="run", metadata={"step": step})
             for file in shown:
                 artefact.add_file(str(file), skip_cache=True)  # a copy: the folder's own is written again
             if shown:
-                run.log_artifact(artefact, aliases=[f"step-{step}"])
+                self._send(run, artefact, [f"step-{step}"])
             if self.model != "none":
                 for kind, path, aliases in self._weights():
                     self._log_weights(run, wandb.Artifact(_name(run.id, kind), type=kind), path, aliases)
@@ -57,13 +60,17 @@ class Files:
         if verified.is_file():
             yield "model", verified.parent, aliases(json.loads(verified.read_text()).get("step"))
 
+    def _send(self, run: Any, artefact: Any, aliases: list[str]) -> Any:
+        """Gives it to wandb, which asks its server about it in this call."""
+        return wandb_server.bounded(SEND, lambda: run.log_artifact(artefact, aliases=aliases))
+
     def _log_weights(self, run: Any, artefact: Any, path: Path, aliases: list[str]) -> None:
         if self.model == "reference":
             artefact.add_reference(path.absolute().as_uri(), checksum=True)
-            run.log_artifact(artefact, aliases=aliases)
+            self._send(run, artefact, aliases)
             return
         artefact.add_dir(str(path), policy="immutable", skip_cache=True)
-        logged = run.log_artifact(artefact, aliases=aliases)
+        logged = self._send(run, artefact, aliases)
         end = time.monotonic() + UPLOAD
         while self.online:
             try:

@@ -22,7 +22,7 @@ from sft.runs.signals import shielded
 from sft.training.log import log
 from sft.training.trackers import about, wandb_server
 from sft.training.trackers.wandb_files import Files, staging
-from sft.training.trackers.wandb_server import line
+from sft.training.trackers.wandb_server import bounded, line
 
 # Seconds for which W&B may hold up a run: to begin its run once it has answered, and to end it.
 BEGIN, END = 6.0, 15.0
@@ -41,7 +41,7 @@ class WandbRun(WandbLogger):
         super().__init__(experiment=experiment)
         self.run, self.folder, self.config, self.files = experiment, folder, config, files
         self.first, self.last = experiment.starting_step, 0
-        self.begun, self.looks = time.time(), 10
+        self.begun, self.looks, self.tables = time.time(), 10, True
 
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
@@ -56,12 +56,17 @@ class WandbRun(WandbLogger):
         """A table of all answers so far. W&B keeps the tables of earlier steps, too."""
         import wandb
 
-        if step < self.first:
+        if step < self.first or not self.tables:
             return
         earlier = [answer for answer in answers_file.read(self.folder) if answer["step"] < step]
         rows = [[answer[name] for name in COLUMNS.values()] for answer in (*earlier, *answers)]  # type: ignore[literal-required]
-        with staging(self.folder):
-            self.run.log({"samples": wandb.Table(list(COLUMNS), rows[-ROWS:]), STEP: step}, step=step)
+        table = wandb.Table(list(COLUMNS), rows[-ROWS:])
+        try:
+            with staging(self.folder):  # wandb asks its server about a table, in this call
+                bounded(BEGIN, lambda: self.run.log({"samples": table, STEP: step}, step=step))
+        except TimeoutError as error:
+            self.tables = False
+            log(f"W&B gets no more answers until the run is resumed: {line(error)}")
 
     @rank_zero_only
     def log_files(self) -> None:

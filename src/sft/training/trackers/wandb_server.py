@@ -8,12 +8,13 @@ from contextlib import suppress
 from http.client import HTTPException
 from ssl import SSLCertVerificationError
 from threading import Thread
-from typing import Any
+from typing import Any, TypeVar
 from urllib.error import HTTPError
 from urllib.request import ProxyHandler, Request, build_opener
 
 from sft.runs.signals import shielded
 
+T, U = TypeVar("T"), TypeVar("U")
 ANSWER = 3.0  # seconds for which the server may hold up a run until it answers at all
 
 
@@ -79,13 +80,33 @@ def leave() -> None:
     within(ANSWER, teardown, None)
 
 
-def within(seconds: float, call: Callable[[], str | None], otherwise: str | None) -> str | None:
+def within(seconds: float, call: Callable[[], T], otherwise: U) -> T | U:
     """What `call` returns, or `otherwise` if it takes longer: looking up a host's name has no timeout."""
-    returned: list[str | None] = []
-    thread = Thread(target=lambda: returned.append(call()), daemon=True)
+    try:
+        return bounded(seconds, call)
+    except TimeoutError:
+        return otherwise
+
+
+def bounded(seconds: float, call: Callable[[], T]) -> T:
+    """What `call` returns or raises; TimeoutError if it takes longer. It then goes on in its thread."""
+    returned: list[T] = []
+    raised: list[Exception] = []
+
+    def run() -> None:
+        try:
+            returned.append(call())
+        except Exception as error:
+            raised.append(error)
+
+    thread = Thread(target=run, daemon=True)
     thread.start()
     thread.join(seconds)
-    return returned[0] if returned else otherwise
+    if raised:
+        raise raised[0]
+    if not returned:
+        raise TimeoutError(f"no answer in {seconds:g} seconds")
+    return returned[0]
 
 
 def line(error: BaseException) -> str:
