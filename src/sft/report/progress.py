@@ -16,7 +16,7 @@ from sft.cluster.slurm import COMMENT, QueuedJob, of_run
 from sft.runs import events
 from sft.runs.events import Event
 from sft.runs.metrics_file import Metrics, end
-from sft.runs.results import state_of
+from sft.runs.results import state
 from sft.runs.run import Run
 
 FILES = ("status.json", "metrics.csv", "events.jsonl", "config.yaml")
@@ -61,7 +61,7 @@ class Progress:
             event for event in events.read(folder) if isinstance(event, dict) and {"time", "event"} <= event.keys()
         ]
         run = Run(folder)
-        status, metrics, found = run.status, end(folder / "metrics.csv", "val/loss"), state_of(run)
+        status, metrics, found = run.status, end(folder / "metrics.csv", "val/loss"), state(run)
         changed = _changed(folder)
         start = next((event for event in reversed(story) if event["event"] == "start"), None)
         of_this = of_run(folder, story, jobs or ())
