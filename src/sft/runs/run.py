@@ -23,7 +23,6 @@ from sft.runs.identity import TODAY, Config, deciding, identity
 from sft.runs.provenance import now
 from sft.runs.signals import Interrupted
 
-
 LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # the same in a tenth of the time, where PyYAML has it
 
 
