@@ -14,6 +14,7 @@ from sft.errors import UserError
 from sft.report.progress import Progress, find
 from sft.runs.run import live_process
 
+Story = list[tuple[float, str, dict[str, Any]]]
 NOON = datetime(2026, 3, 1, 12, tzinfo=UTC).timestamp()
 HERE = {"host": socket.gethostname(), "pid": os.getpid(), "process": live_process(os.getpid())}
 GONE = HERE | {"process": "another boot"}
@@ -23,9 +24,7 @@ def at(seconds: float) -> str:
     return datetime.fromtimestamp(NOON + seconds, UTC).isoformat()
 
 
-def make(
-    folder: Path, status: dict[str, Any] | None, story: list[tuple[float, str, dict[str, Any]]], rows: str
-) -> Path:
+def make(folder: Path, status: dict[str, Any] | None, story: Story, rows: str) -> Path:
     """A run's folder whose files were last changed 10 s before noon + 1000 s."""
     folder.mkdir(parents=True)
     (folder / "config.yaml").write_text("{}")
@@ -39,7 +38,7 @@ def make(
     return folder
 
 
-STORY = [
+STORY: Story = [
     (0, "start", {"step": 0, "hosts": ["n1", "n2"], "num_ranks": 2}),
     (100, "save", {"step": 100, "seconds": 2.0}),
     (110, "signal", {"step": 100}),

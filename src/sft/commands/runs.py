@@ -52,9 +52,8 @@ def show(runs: Iterable[Progress], console: "Console | None" = None) -> None:
         if not console.is_terminal:  # a log has no width
             console.width = 240
     runs = sorted(runs, key=lambda run: math.inf if math.isnan(run.changed) else run.changed, reverse=True)
-    room, console.width = console.width, 10_000  # a cut number is useless
-    console.print(table(runs, [name for name in COLUMNS if name != "training loss"], room))
-    console.width = room
+    shown = [name for name in COLUMNS if name != "training loss"]
+    console.print(table(runs, shown, console.width), soft_wrap=True)
     for run in runs:
         if run.error:
             text = f"{run.folder.name} {run.state}: {' '.join(run.error.split())[:300]}"

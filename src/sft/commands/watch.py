@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 PATIENCE = 3.0  # seconds for Slurm to answer
 SEVERAL = ("run", "state", "step", "training loss", "validation loss", "left")
 WIDTH = 100  # of what is printed where there is no terminal
-ASK_EVERY = 15.0  # seconds between two questions to Slurm, whose controller has others to serve
+ASK_EVERY = 10.0  # seconds between two questions to Slurm, whose controller has others to serve
 
 
 def main(config: DictConfig) -> None:

@@ -4,9 +4,8 @@ import math
 import time
 from collections.abc import Callable, Sequence
 
-from rich import box
 from rich.cells import cell_len
-from rich.table import Table
+from rich.console import Group
 from rich.text import Text
 
 from sft.cluster.time_limit import clock
@@ -33,25 +32,28 @@ BETWEEN = 3  # characters
 LEAST, MOST = 10, 40  # characters of a bar
 
 
-def table(runs: Sequence[Progress], columns: Sequence[str], width: int, with_bar: bool = False) -> Table:
+def table(runs: Sequence[Progress], columns: Sequence[str], width: int, with_bar: bool = False) -> Group:
     """Those of the columns that fit; at their end, with what is left of the width, a bar of the steps."""
     cells = {name: [COLUMNS[name](run) for run in runs] for name in columns}
     cells = {name: values for name, values in cells.items() if any(values)}
-    takes = {name: max(map(cell_len, (name, *values))) + BETWEEN for name, values in cells.items()}
+    takes = {name: max(map(cell_len, (name, *values))) for name, values in cells.items()}
     for name in FIRST_TO_GO:
-        if sum(takes.values()) - BETWEEN > width:
+        if sum(takes.values()) + BETWEEN * (len(takes) - 1) > width:
             takes.pop(name, None)
-    made = Table(box=box.SIMPLE_HEAD, header_style="none", show_edge=False, pad_edge=False)
-    for name in takes:
-        made.add_column(name, justify="left" if name in ("run", "state", "host") else "right", no_wrap=True)
-    room = min(MOST, width - sum(takes.values()))
-    has_bar = with_bar and room >= LEAST
-    if has_bar:
-        made.add_column("", no_wrap=True)
+    room = min(MOST, width - sum(takes.values()) - BETWEEN * len(takes)) if with_bar else 0
+    rows = []
     for at, run in enumerate(runs):
-        row = [Text(cells[name][at], shade(run.state) if name == "state" else "") for name in takes]
-        made.add_row(*row, *([share(run, room)] if has_bar else []))
-    return made
+        row = [Text(_padded(name, cells[name][at], takes[name])) for name in takes]
+        row[list(takes).index("state")].stylize(shade(run.state))
+        rows.append(Text(" " * BETWEEN).join([*row, *([share(run, room)] if room >= LEAST else [])]))
+    head = (" " * BETWEEN).join(_padded(name, name, takes[name]) for name in takes)
+    rule = "─" * max(len(head), *(row.cell_len for row in rows))
+    return Group(Text(head), Text(rule), *rows)
+
+
+def _padded(column: str, text: str, width: int) -> str:
+    pad = " " * (width - cell_len(text))
+    return text + pad if column in ("run", "state", "host") else pad + text
 
 
 def _clock(seconds: float) -> str:

@@ -73,10 +73,7 @@ def end(path: Path, wanted: str) -> Metrics:
             lines = _whole(file.read(size - start))
             if start > len(first):
                 lines = lines[1:]  # the first is the end of one
-            rows = [
-                {name: value.decode(errors="replace") for name, value in zip(columns, row, strict=True)}
-                for row in _rows(lines, len(columns))
-            ]
+            rows = [dict(zip(columns, row, strict=True)) for row in _rows(lines, len(columns))]
             if start == len(first) or length >= MOST or any(row.get(wanted) for row in rows):
                 return Metrics(columns, rows)
             length *= 4
@@ -167,5 +164,6 @@ def _whole(block: bytes) -> list[bytes]:
     return lines if not lines or lines[-1].endswith(b"\n") else lines[:-1]
 
 
-def _rows(lines: Iterable[bytes], width: int) -> Iterator[list[bytes]]:
-    return (row for row in (line.rstrip().split(b",") for line in lines) if len(row) == width)
+def _rows(lines: list[bytes], width: int) -> Iterator[list[str]]:
+    text = b"".join(lines).decode(errors="replace")
+    return (row for row in (line.split(",") for line in text.split("\n")) if len(row) == width)
