@@ -46,7 +46,7 @@ def measure(options: Namespace) -> dict[str, Any]:
         key: [on[key] / off[key] for on, off in zip(runs["on"], runs["off"], strict=True)] for key in runs["on"][0]
     }
     medians = {name: {key: statistics.median(run[key] for run in runs[name]) for key in ratios} for name in NAMES}
-    result = {"runs": runs, "ratios": ratios, "medians": medians}
+    result: dict[str, Any] = {"runs": runs, "ratios": ratios, "medians": medians}
     result["median_ratios"] = {key: statistics.median(each) for key, each in ratios.items()}
     rows = [[name, *(f"{value:,.{0 if value > 99 else 2}f}" for value in medians[name].values())] for name in NAMES]
     rows.append(["on / off, median of pairs", *(f"{ratio:.3f}" for ratio in result["median_ratios"].values())])
@@ -114,16 +114,17 @@ def train(folder: Path, options: Namespace, settings: tuple[str, ...]) -> Run:
     with (runs / "run" / "metrics.csv").open(newline="") as file:
         tokens = [float(row["train/tokens"]) for row in csv.DictReader(file) if row["train/tokens"]]
     intervals = [(end[0] - begin[0], end[1] - begin[1]) for begin, end in pairwise(json.loads(ends.read_text()))]
-    plain, validated = [], []
+    plain: list[tuple[float, ...]] = []  # tokens, seconds, seconds of all cores
+    validated: list[tuple[float, ...]] = []
     # Of each step from the second on, the interval that ends with it; a validation lies in that of the step after it.
-    for step, (num, interval) in enumerate(zip(np.diff(tokens), intervals, strict=True), start=2):
+    for step, (num, interval) in enumerate(zip(np.diff(tokens).tolist(), intervals, strict=True), start=2):
         if step > options.warmup:
-            (validated if (step - 1) % options.val_every == 0 else plain).append((float(num), *interval))
-    num, seconds, cpu = map(sum, zip(*plain, strict=True))
+            (validated if (step - 1) % options.val_every == 0 else plain).append((num, *interval))
+    total, seconds, cpu = map(sum, zip(*plain, strict=True))
     return {
-        "tokens_per_second": num / seconds,
+        "tokens_per_second": total / seconds,
         "median_step": statistics.median(each / wall for each, wall, _ in plain),
-        "tokens_per_cpu_second": num / cpu,
+        "tokens_per_cpu_second": total / cpu,
         "validations": sum(each[1] for each in validated) - len(validated) * seconds / len(plain),
         "wall": wall,
     }

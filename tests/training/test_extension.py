@@ -9,7 +9,7 @@ from running import Sft
 from sft.checkpoint.checkpoint import complete
 from sft.runs.run import Run
 
-SETTINGS = ("val_every=2", "export=false", "averaging=ema", "averaging.decay=0.5")
+SETTINGS = ("val_every=2", "export=false", "averaging=ema", "averaging.decay=0.5", "evaluation.layers_every=1")
 CONSTANT = ("schedule=constant", "schedule.warmup=0")
 EXTEND = ("extend.run=run", "run=longer")
 TIME_IS_UP = ("+callbacks.up={_target_: mishaps.TimeIsUp, step: 8}", "max_time=100:00:00")

@@ -7,6 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
+from transformers import MambaConfig, MambaForCausalLM
 
 import settings
 from conftest import tiny_llama
@@ -25,6 +26,9 @@ def test_groups_are_by_depth() -> None:
     tied = by_depth(tiny_llama())
     assert tied["model.embed_tokens.weight"] == "embeddings" and tied["model.norm.weight"] == "rest"
     assert tied["model.layers.1.input_layernorm.weight"] == "layers.1"
+    # Its class names a part of a layer, too, as what isn't to be split.
+    state_space = MambaForCausalLM(MambaConfig(vocab_size=264, hidden_size=32, num_hidden_layers=2, state_size=4))
+    assert set(by_depth(state_space).values()) == {"embeddings", "layers.0", "layers.1", "rest"}
     adapted = tiny_llama()
     settings.adapter().add(adapted)
     assert set(by_depth(adapted).values()) == {"layers.0", "layers.1"}

@@ -55,7 +55,7 @@ METRICS = (
     Metric(
         "train/clipped_share",
         "share",
-        "clipped steps / steps, both since the run's start; an extended run counts its own",
+        "clipped steps / steps so far, those of a run that this one extends with them",
         "training/metrics.py",
     ),
     Metric(

@@ -86,7 +86,8 @@ def by_depth(model: nn.Module) -> dict[str, str]:
     """The group of each trained parameter, by name, in the order of the model: embeddings, layers.0-7 and so on, head,
     and rest, such as the last norm."""
     of_layers = {id(layer) for layer in decoder_layers(model)}
-    names = [name for name, module in model.named_modules() if id(module) in of_layers]
+    named = [name for name, module in model.named_modules() if id(module) in of_layers]
+    names = [name for name in named if not any(name.startswith(f"{outer}.") for outer in named)]
     bounds = sorted({round(len(names) * depth / NUM_DEPTHS) for depth in range(NUM_DEPTHS + 1)})
     groups = {
         f"layers.{first}" + (f"-{end - 1}" if end - first > 1 else ""): names[first:end]

@@ -12,6 +12,7 @@ import torch
 from sft.data.step_plan import Step
 from sft.model.flops import Flops, of_model, peak
 from sft.training.datamodule import SFTDataModule
+from sft.training.log import log
 from sft.training.module import SFTModule
 
 GIB = 2**30
@@ -27,7 +28,10 @@ class Speed:
 
     def begin_fit(self, trainer: L.Trainer, module: SFTModule) -> None:
         if rate := device_peak(module.device, str(trainer.precision)):
-            self.flops, self.peak = of_model(module.model), rate * trainer.world_size
+            try:
+                self.flops, self.peak = of_model(module.model), rate * trainer.world_size
+            except Exception as error:  # of a model unlike others: a figure ends no run
+                log(f"no train/mfu: {type(error).__name__}: {' '.join(str(error).split())[:200]}")
         self.waited = trainer.datamodule.seconds_waited  # type: ignore[attr-defined]
 
     def begin_step(self, data: SFTDataModule) -> None:
