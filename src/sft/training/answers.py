@@ -70,40 +70,54 @@ class Answers(Callback):
             return
         begun = time.perf_counter()
         try:
-            parts = together(partial(self._mine, trainer, module))
+            parts = together(partial(self._given, trainer, module))
         except Exception as error:  # on all ranks at once
-            self._fail(error)
-            return
-        if trainer.is_global_zero and not any(is_cut for _, is_cut in parts):
+            self.off = True
+            log(f"no more answers to held-out prompts in this run, which continues ({in_a_line(error)})")
+        if self.off:  # what was under way is let go by now
+            torch.cuda.empty_cache()
+        elif trainer.is_global_zero and not any(is_cut for _, is_cut in parts):
             try:
                 self._record(trainer, module, dict(one for given, _ in parts for one in given), begun)
             except Exception as error:  # a full disk, a tracker
-                self._fail(error)
+                log(f"step {trainer.global_step}: answers to held-out prompts are lost ({in_a_line(error)})")
 
-    def _mine(self, trainer: L.Trainer, module: SFTModule) -> tuple[list[Given], bool]:
-        """This rank's answers, and whether a signal has cut them."""
+    def _given(self, trainer: L.Trainer, module: SFTModule) -> tuple[list[Given], bool]:
+        """This rank's answers, and whether a signal has cut one."""
         num_ranks, given = trainer.world_size, []
+        is_sharded = num_ranks > 1 and placement(trainer.strategy).sharding is not None
         batches = self._batches(num_ranks)
         limit = getattr(module.model.config.get_text_config(), "max_position_embeddings", None) or sys.maxsize
         end = time.monotonic() + self.seconds
-        with answering(module.model), trainer.precision_plugin.forward_context():
-            for number, batch in enumerate(batches):
-                mine, width = batch[trainer.global_rank :: num_ranks], len(batch[0].ids)
-                mine += batch[-1:] * (-(-len(batch) // num_ranks) - len(mine))  # as many as the others have
-                now = time.monotonic()
-                ids = answer(
-                    module.model,
-                    [prompt.ids for prompt in mine],
-                    max_new_tokens=min(self.max_new_tokens, limit - width),
-                    pad=self.pad,
-                    stops=self.stops,
-                    width=width,
-                    device=module.device,
-                    synced=num_ranks > 1 and placement(trainer.strategy).sharding is not None,
-                    is_over=partial(_is_over, now + (end - now) / (len(batches) - number)),
+        try:
+            with answering(module.model), trainer.precision_plugin.forward_context():
+                for number, batch in enumerate(batches):
+                    mine, width = batch[trainer.global_rank :: num_ranks], len(batch[0].ids)
+                    mine += batch[-1:] * (-(-len(batch) // num_ranks) - len(mine))  # as many as the others have
+                    now = time.monotonic()
+                    ids = answer(
+                        module.model,
+                        [prompt.ids for prompt in mine],
+                        max_new_tokens=min(self.max_new_tokens, limit - width),
+                        pad=self.pad,
+                        stops=self.stops,
+                        width=width,
+                        device=module.device,
+                        synced=is_sharded,
+                        is_over=partial(_is_over, now + (end - now) / (len(batches) - number)),
+                    )
+                    given += [(prompt.number, of_prompt) for prompt, of_prompt in zip(mine, ids, strict=True)]
+        except Exception as error:
+            if is_sharded and not trainer.is_global_zero:  # the others may wait for this rank, and say nothing
+                print(
+                    f"rank {trainer.global_rank}: answering held-out prompts failed ({in_a_line(error)}); if the run "
+                    "hangs now, resume it with evaluation.samples=0",
+                    file=sys.stderr,
+                    flush=True,
                 )
-                given += [(prompt.number, of_prompt) for prompt, of_prompt in zip(mine, ids, strict=True)]
-        return given, signals.received() != 0
+            raise
+        ended = (len(ids) == self.max_new_tokens or ids[-1] in self.stops for _, ids in given)
+        return given, signals.received() != 0 and not all(ended)
 
     def _batches(self, num_ranks: int) -> list[list[Prompt]]:
         """Those of all ranks, the longest prompts first."""
@@ -111,13 +125,6 @@ class Answers(Callback):
         longest = len(in_order[0].ids) + self.max_new_tokens
         size = max(1, self.tokens_at_once // longest) * num_ranks
         return [in_order[first : first + size] for first in range(0, len(in_order), size)]
-
-    def _fail(self, error: Exception) -> None:
-        self.off = True
-        if isinstance(error, torch.OutOfMemoryError):
-            torch.cuda.empty_cache()
-        said = " ".join(f"{type(error).__name__}: {error}".split())[:LONGEST_LINE]
-        log(f"no more answers to held-out prompts in this run, which continues ({said})")
 
     def _record(self, trainer: L.Trainer, module: SFTModule, given: Mapping[int, list[int]], begun: float) -> None:
         step = trainer.global_step
@@ -168,8 +175,7 @@ class Answers(Callback):
         try:
             return float(self.scorer(text, reference))
         except Exception as error:  # of the user's own code
-            said = " ".join(f"{type(error).__name__}: {error}".split())[:LONGEST_LINE]
-            log(f"evaluation.scorer failed, so that answers are scored by exact match from here on ({said})")
+            log(f"evaluation.scorer failed, so answers are scored by exact match from here on ({in_a_line(error)})")
             self.scorer = scorers.exact
             return scorers.exact(text, reference)
 
@@ -257,7 +263,11 @@ def shown(answers: Sequence[Answer], with_now: bool) -> Iterator[str]:
                 place = each["number"] + 1 if name == "prompt" else ""
                 line = Text(f"{place:>3} {name:<9}  {printable(text)}")
                 line.truncate(width - 1, overflow="ellipsis")
-                yield line.plain
+                yield line.plain.rstrip()
+
+
+def in_a_line(error: Exception) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())[:LONGEST_LINE]
 
 
 def printable(text: str) -> str:
