@@ -13,6 +13,7 @@ from transformers import MistralConfig, MistralForCausalLM
 
 from runfiles import final_files, rows
 from running import Sft
+from sft.evaluation import scorers
 from sft.runs import answers_file
 from sft.runs.answers_file import Answer
 from sft.training import answers
@@ -184,14 +185,14 @@ def test_a_scorer_of_ones_own(sft: Sft, capsys: pytest.CaptureFixture[str]) -> N
 
 def test_the_measures_of_a_validation() -> None:
     cut: Answer = {**MADE, "answer": "b", "score": 0.25, "num_tokens": 8, "num_reference_tokens": 40, "stopped": False}
-    assert answers.measures([MADE, cut]) == {
+    assert scorers.measures([MADE, cut]) == {
         "answers/score": 0.5,
         "answers/exact": 0.5,
         "answers/base_score": 0.25,
         "answers/stopped": 0.5,
         "answers/length_ratio": 11 / 12,
     }
-    assert "answers/base_score" not in answers.measures([{**MADE, "base_score": None}])
+    assert "answers/base_score" not in scorers.measures([{**MADE, "base_score": None}])
 
 
 def test_what_is_shown_is_on_one_line_that_a_terminal_does_not_obey() -> None:

@@ -15,12 +15,11 @@ from lightning.pytorch.callbacks import Callback
 from omegaconf import DictConfig
 from rich.text import Text
 
-from sft.data.chat_template import PROBE, ChatTemplate
-from sft.data.conversation import Message
+from sft.data.chat_template import ChatTemplate
 from sft.errors import UserError
 from sft.evaluation import scorers
 from sft.evaluation.generation import answer, answering, decode
-from sft.evaluation.prompts import Prompt, choose
+from sft.evaluation.prompts import Prompt, choose, question
 from sft.export.folder import generation_config
 from sft.ranks import together
 from sft.runs import answers_file, signals, watchdog
@@ -130,7 +129,7 @@ class Answers(Callback):
         step = trainer.global_step
         answers = [self._answer(prompt, given[prompt.number], step, trainer.sanity_checking) for prompt in self.prompts]
         answers_file.append(self.folder, answers)
-        metrics = measures(answers)
+        metrics = scorers.measures(answers)
         for logger in trainer.loggers:
             logger.log_metrics(metrics, step=step)
             if hasattr(logger, "log_answers"):
@@ -218,39 +217,6 @@ def of(config: DictConfig, prepared: Prepared, run: Run, start_step: int) -> Ans
         stops=generation.eos_token_id,
         pad=generation.pad_token_id,
     )
-
-
-def measures(answers: Sequence[Answer]) -> dict[str, float]:
-    """The columns of a validation's row."""
-    num = len(answers)
-    bases = [each["base_score"] for each in answers if each["base_score"] is not None]
-    # Of an answer that was cut, its reference counts as far as the answer reaches.
-    references = [
-        each["num_reference_tokens"] if each["stopped"] else min(each["num_tokens"], each["num_reference_tokens"])
-        for each in answers
-    ]
-    return {
-        "answers/score": sum(each["score"] for each in answers) / num,
-        "answers/exact": sum(scorers.exact(each["answer"], each["reference"]) for each in answers) / num,
-        **({"answers/base_score": sum(bases) / len(bases)} if bases else {}),
-        "answers/stopped": sum(each["stopped"] for each in answers) / num,
-        "answers/length_ratio": sum(each["num_tokens"] for each in answers) / sum(references),
-    }
-
-
-def question(chat: ChatTemplate, ids: list[int]) -> str:
-    """A prompt for a reader: what the user asks, if that is all that it holds besides the template's words."""
-    if not chat.source:
-        return str(chat.tokenizer.decode(ids, skip_special_tokens=True))
-    whole = str(chat.tokenizer.decode(ids))
-    asked: list[Message] = [{"role": "user", "content": PROBE}]
-    try:
-        before, _, after = chat.render(asked, add_generation_prompt=True).partition(PROBE)
-    except UserError:  # BadRow: the template wants more
-        return whole
-    inner = whole.removeprefix(before).removesuffix(after)
-    is_single = len(inner) == len(whole) - len(before) - len(after) and not chat.special_text.search(inner)
-    return inner if is_single else whole
 
 
 def shown(answers: Sequence[Answer], with_now: bool) -> Iterator[str]:
