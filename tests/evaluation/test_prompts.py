@@ -8,9 +8,8 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from sft.data.chat_template import ChatTemplate
-from sft.evaluation.prompts import answer_span, choose
+from sft.evaluation.prompts import answer_span, choose, question
 from sft.evaluation.scorers import exact, final_number, similarity
-from sft.training.answers import question
 
 
 @pytest.mark.parametrize(

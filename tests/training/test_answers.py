@@ -13,6 +13,7 @@ from transformers import MistralConfig, MistralForCausalLM
 
 from runfiles import final_files, rows
 from running import Sft
+from sft.evaluation import scorers
 from sft.runs import answers_file
 from sft.runs.answers_file import Answer
 from sft.training import answers
@@ -53,7 +54,11 @@ def windows(sft: Sft, model_folder: Path) -> str:
     return f"model.path={folder}"
 
 
-@pytest.mark.parametrize("settings", [NOISE, ("adapter=lora", *NOISE)], ids=["all weights", "lora"])
+@pytest.mark.parametrize(
+    "settings",
+    [NOISE, ("adapter=lora", "model.gradient_checkpointing=true", *NOISE)],
+    ids=["all weights", "lora"],
+)
 def test_training_does_not_notice_them(sft: Sft, windows: str, settings: tuple[str, ...]) -> None:
     for name, asked in {"off": (), "on": ON}.items():
         assert sft.train(f"run={name}", *SETTINGS, windows, *settings, *asked) == 0
@@ -120,12 +125,29 @@ def test_what_fails_is_a_line_and_the_run_continues(
     assert rows(sft.run_folder())[-1]["step"] == "6"
 
 
+def test_a_full_disk_costs_the_answers_of_one_validation(
+    sft: Sft, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    append = answers_file.append
+
+    def full(folder: Path, made: list[Answer]) -> None:
+        if made[0]["step"] == 2:
+            raise OSError(28, "No space left on device")
+        append(folder, made)
+
+    monkeypatch.setattr(answers_file, "append", full)
+    assert sft.train("run=run", *SETTINGS, *ON) == 0
+    said = "step 2: answers to held-out prompts are lost (OSError: [Errno 28] No space left on device)\n"
+    assert capsys.readouterr().out.count(said) == 1
+    assert {each["step"] for each in answers_file.read(sft.run_folder())} == {0, 4, 6}
+
+
 def test_a_signal_during_them_leaves_those_of_this_validation_out(sft: Sft, monkeypatch: pytest.MonkeyPatch) -> None:
     given = answers.answer
     lengths: list[int] = []
 
     def signalled(*args: Any, **kwargs: Any) -> list[list[int]]:
-        if len(lengths) == 1:
+        if len(lengths) == 2:
             os.kill(os.getpid(), signal.SIGUSR1)
         made = given(*args, **kwargs)
         lengths.append(max(map(len, made)))
@@ -133,9 +155,9 @@ def test_a_signal_during_them_leaves_those_of_this_validation_out(sft: Sft, monk
 
     monkeypatch.setattr(answers, "answer", signalled)
     assert sft.train("run=run", *SETTINGS, *ON) == 75
-    assert lengths == [12, 1]
+    assert lengths[::2] == [12, 1]
     assert sft.train("run=run", *SETTINGS, *ON) == 0
-    assert {each["step"] for each in answers_file.read(sft.run_folder())} == {0, 4, 6}
+    assert {each["step"] for each in answers_file.read(sft.run_folder())} == {0, 2, 6}
 
 
 def test_no_time_cuts_them_and_no_validation_asks_none(sft: Sft) -> None:
@@ -155,7 +177,7 @@ def test_a_scorer_of_ones_own(sft: Sft, capsys: pytest.CaptureFixture[str]) -> N
         (0.05, 0.05),
     }
     assert sft.train("run=raises", *settings, "evaluation.scorer._target_=math.sqrt") == 0
-    said = "evaluation.scorer failed, so that answers are scored by exact match from here on (TypeError: math.sqrt() "
+    said = "evaluation.scorer failed, so answers are scored by exact match from here on (TypeError: math.sqrt() "
     assert capsys.readouterr().out.count(said) == 1
     assert sft.train("run=none", *settings, "evaluation.scorer={_target_: math.sqrt, _partial_: false}") == 2
     assert "sft: evaluation.scorer: " in capsys.readouterr().err
@@ -163,14 +185,14 @@ def test_a_scorer_of_ones_own(sft: Sft, capsys: pytest.CaptureFixture[str]) -> N
 
 def test_the_measures_of_a_validation() -> None:
     cut: Answer = {**MADE, "answer": "b", "score": 0.25, "num_tokens": 8, "num_reference_tokens": 40, "stopped": False}
-    assert answers.measures([MADE, cut]) == {
+    assert scorers.measures([MADE, cut]) == {
         "answers/score": 0.5,
         "answers/exact": 0.5,
         "answers/base_score": 0.25,
         "answers/stopped": 0.5,
         "answers/length_ratio": 11 / 12,
     }
-    assert "answers/base_score" not in answers.measures([{**MADE, "base_score": None}])
+    assert "answers/base_score" not in scorers.measures([{**MADE, "base_score": None}])
 
 
 def test_what_is_shown_is_on_one_line_that_a_terminal_does_not_obey() -> None:

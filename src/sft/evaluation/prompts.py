@@ -7,8 +7,11 @@ from itertools import islice, zip_longest
 import numpy as np
 from numpy.typing import NDArray
 
+from sft.data.chat_template import PROBE, ChatTemplate
+from sft.data.conversation import Message
 from sft.data.labels import IGNORE
 from sft.data.store import Store
+from sft.errors import UserError
 
 TRIED = 100  # samples of a source for each prompt wanted
 
@@ -68,3 +71,18 @@ def answer_span(labels: NDArray[np.int32], most: int) -> tuple[int, int] | None:
         begin = max(1, end // 4)
         end = min(end, begin + most)
     return (begin, end) if end - begin > 1 else None
+
+
+def question(chat: ChatTemplate, ids: list[int]) -> str:
+    """A prompt for a reader: what the user asks, if that is all that it holds besides the template's words."""
+    if not chat.source:
+        return str(chat.tokenizer.decode(ids, skip_special_tokens=True))
+    whole = str(chat.tokenizer.decode(ids))
+    asked: list[Message] = [{"role": "user", "content": PROBE}]
+    try:
+        before, _, after = chat.render(asked, add_generation_prompt=True).partition(PROBE)
+    except UserError:  # BadRow: the template wants more
+        return whole
+    inner = whole.removeprefix(before).removesuffix(after)
+    is_single = len(inner) == len(whole) - len(before) - len(after) and not chat.special_text.search(inner)
+    return inner if is_single else whole

@@ -4,7 +4,10 @@
 """
 
 import re
+from collections.abc import Sequence
 from difflib import SequenceMatcher
+
+from sft.runs.answers_file import Answer
 
 NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
 
@@ -29,3 +32,21 @@ def final_number(answer: str, reference: str) -> float:
 
 def _value(number: str) -> float:
     return float(number.replace(",", ""))
+
+
+def measures(answers: Sequence[Answer]) -> dict[str, float]:
+    """The columns of a validation, by name; sft/runs/metric.py has their formulas."""
+    num = len(answers)
+    bases = [each["base_score"] for each in answers if each["base_score"] is not None]
+    # Of an answer that was cut, its reference counts as far as the answer reaches.
+    references = [
+        each["num_reference_tokens"] if each["stopped"] else min(each["num_tokens"], each["num_reference_tokens"])
+        for each in answers
+    ]
+    return {
+        "answers/score": sum(each["score"] for each in answers) / num,
+        "answers/exact": sum(exact(each["answer"], each["reference"]) for each in answers) / num,
+        **({"answers/base_score": sum(bases) / len(bases)} if bases else {}),
+        "answers/stopped": sum(each["stopped"] for each in answers) / num,
+        "answers/length_ratio": sum(each["num_tokens"] for each in answers) / sum(references),
+    }

@@ -229,29 +229,29 @@ METRICS = (
         "answers/score",
         "0 to 1",
         "mean over the held-out prompts of `evaluation.scorer` of (answer, reference)",
-        "training/answers.py",
+        "evaluation/scorers.py",
         "max",
     ),
     Metric(
         "answers/exact",
         "share",
         "answers that are the reference, but for space around them / answers",
-        "training/answers.py",
+        "evaluation/scorers.py",
         "max",
     ),
     Metric(
         "answers/base_score",
         "0 to 1",
         "answers/score of the model before training, on the same prompts",
-        "training/answers.py",
+        "evaluation/scorers.py",
     ),
-    Metric("answers/stopped", "share", "answers that end with a stop token / answers", "training/answers.py", "max"),
+    Metric("answers/stopped", "share", "answers that end with a stop token / answers", "evaluation/scorers.py", "max"),
     Metric(
         "answers/length_ratio",
         "ratio",
         "Σ tokens of the answers / Σ tokens of their references; of an answer that was cut, its reference counts as "
         "far as the answer reaches",
-        "training/answers.py",
+        "evaluation/scorers.py",
     ),
 )
 

@@ -15,12 +15,11 @@ from lightning.pytorch.callbacks import Callback
 from omegaconf import DictConfig
 from rich.text import Text
 
-from sft.data.chat_template import PROBE, ChatTemplate
-from sft.data.conversation import Message
+from sft.data.chat_template import ChatTemplate
 from sft.errors import UserError
 from sft.evaluation import scorers
 from sft.evaluation.generation import answer, answering, decode
-from sft.evaluation.prompts import Prompt, choose
+from sft.evaluation.prompts import Prompt, choose, question
 from sft.export.folder import generation_config
 from sft.ranks import together
 from sft.runs import answers_file, signals, watchdog
@@ -70,40 +69,54 @@ class Answers(Callback):
             return
         begun = time.perf_counter()
         try:
-            parts = together(partial(self._mine, trainer, module))
+            parts = together(partial(self._given, trainer, module))
         except Exception as error:  # on all ranks at once
-            self._fail(error)
-            return
-        if trainer.is_global_zero and not any(is_cut for _, is_cut in parts):
+            self.off = True
+            log(f"no more answers to held-out prompts in this run, which continues ({in_a_line(error)})")
+        if self.off:  # what was under way is let go by now
+            torch.cuda.empty_cache()
+        elif trainer.is_global_zero and not any(is_cut for _, is_cut in parts):
             try:
                 self._record(trainer, module, dict(one for given, _ in parts for one in given), begun)
             except Exception as error:  # a full disk, a tracker
-                self._fail(error)
+                log(f"step {trainer.global_step}: answers to held-out prompts are lost ({in_a_line(error)})")
 
-    def _mine(self, trainer: L.Trainer, module: SFTModule) -> tuple[list[Given], bool]:
-        """This rank's answers, and whether a signal has cut them."""
+    def _given(self, trainer: L.Trainer, module: SFTModule) -> tuple[list[Given], bool]:
+        """This rank's answers, and whether a signal has cut one."""
         num_ranks, given = trainer.world_size, []
+        is_sharded = num_ranks > 1 and placement(trainer.strategy).sharding is not None
         batches = self._batches(num_ranks)
         limit = getattr(module.model.config.get_text_config(), "max_position_embeddings", None) or sys.maxsize
         end = time.monotonic() + self.seconds
-        with answering(module.model), trainer.precision_plugin.forward_context():
-            for number, batch in enumerate(batches):
-                mine, width = batch[trainer.global_rank :: num_ranks], len(batch[0].ids)
-                mine += batch[-1:] * (-(-len(batch) // num_ranks) - len(mine))  # as many as the others have
-                now = time.monotonic()
-                ids = answer(
-                    module.model,
-                    [prompt.ids for prompt in mine],
-                    max_new_tokens=min(self.max_new_tokens, limit - width),
-                    pad=self.pad,
-                    stops=self.stops,
-                    width=width,
-                    device=module.device,
-                    synced=num_ranks > 1 and placement(trainer.strategy).sharding is not None,
-                    is_over=partial(_is_over, now + (end - now) / (len(batches) - number)),
+        try:
+            with answering(module.model), trainer.precision_plugin.forward_context():
+                for number, batch in enumerate(batches):
+                    mine, width = batch[trainer.global_rank :: num_ranks], len(batch[0].ids)
+                    mine += batch[-1:] * (-(-len(batch) // num_ranks) - len(mine))  # as many as the others have
+                    now = time.monotonic()
+                    ids = answer(
+                        module.model,
+                        [prompt.ids for prompt in mine],
+                        max_new_tokens=min(self.max_new_tokens, limit - width),
+                        pad=self.pad,
+                        stops=self.stops,
+                        width=width,
+                        device=module.device,
+                        synced=is_sharded,
+                        is_over=partial(_is_over, now + (end - now) / (len(batches) - number)),
+                    )
+                    given += [(prompt.number, of_prompt) for prompt, of_prompt in zip(mine, ids, strict=True)]
+        except Exception as error:
+            if is_sharded and not trainer.is_global_zero:  # the others may wait for this rank, and say nothing
+                print(
+                    f"rank {trainer.global_rank}: answering held-out prompts failed ({in_a_line(error)}); if the run "
+                    "hangs now, resume it with evaluation.samples=0",
+                    file=sys.stderr,
+                    flush=True,
                 )
-                given += [(prompt.number, of_prompt) for prompt, of_prompt in zip(mine, ids, strict=True)]
-        return given, signals.received() != 0
+            raise
+        ended = (len(ids) == self.max_new_tokens or ids[-1] in self.stops for _, ids in given)
+        return given, signals.received() != 0 and not all(ended)
 
     def _batches(self, num_ranks: int) -> list[list[Prompt]]:
         """Those of all ranks, the longest prompts first."""
@@ -112,18 +125,11 @@ class Answers(Callback):
         size = max(1, self.tokens_at_once // longest) * num_ranks
         return [in_order[first : first + size] for first in range(0, len(in_order), size)]
 
-    def _fail(self, error: Exception) -> None:
-        self.off = True
-        if isinstance(error, torch.OutOfMemoryError):
-            torch.cuda.empty_cache()
-        said = " ".join(f"{type(error).__name__}: {error}".split())[:LONGEST_LINE]
-        log(f"no more answers to held-out prompts in this run, which continues ({said})")
-
     def _record(self, trainer: L.Trainer, module: SFTModule, given: Mapping[int, list[int]], begun: float) -> None:
         step = trainer.global_step
         answers = [self._answer(prompt, given[prompt.number], step, trainer.sanity_checking) for prompt in self.prompts]
         answers_file.append(self.folder, answers)
-        metrics = measures(answers)
+        metrics = scorers.measures(answers)
         for logger in trainer.loggers:
             logger.log_metrics(metrics, step=step)
             if hasattr(logger, "log_answers"):
@@ -168,8 +174,7 @@ class Answers(Callback):
         try:
             return float(self.scorer(text, reference))
         except Exception as error:  # of the user's own code
-            said = " ".join(f"{type(error).__name__}: {error}".split())[:LONGEST_LINE]
-            log(f"evaluation.scorer failed, so that answers are scored by exact match from here on ({said})")
+            log(f"evaluation.scorer failed, so answers are scored by exact match from here on ({in_a_line(error)})")
             self.scorer = scorers.exact
             return scorers.exact(text, reference)
 
@@ -214,39 +219,6 @@ def of(config: DictConfig, prepared: Prepared, run: Run, start_step: int) -> Ans
     )
 
 
-def measures(answers: Sequence[Answer]) -> dict[str, float]:
-    """The columns of a validation's row."""
-    num = len(answers)
-    bases = [each["base_score"] for each in answers if each["base_score"] is not None]
-    # Of an answer that was cut, its reference counts as far as the answer reaches.
-    references = [
-        each["num_reference_tokens"] if each["stopped"] else min(each["num_tokens"], each["num_reference_tokens"])
-        for each in answers
-    ]
-    return {
-        "answers/score": sum(each["score"] for each in answers) / num,
-        "answers/exact": sum(scorers.exact(each["answer"], each["reference"]) for each in answers) / num,
-        **({"answers/base_score": sum(bases) / len(bases)} if bases else {}),
-        "answers/stopped": sum(each["stopped"] for each in answers) / num,
-        "answers/length_ratio": sum(each["num_tokens"] for each in answers) / sum(references),
-    }
-
-
-def question(chat: ChatTemplate, ids: list[int]) -> str:
-    """A prompt for a reader: what the user asks, if that is all that it holds besides the template's words."""
-    if not chat.source:
-        return str(chat.tokenizer.decode(ids, skip_special_tokens=True))
-    whole = str(chat.tokenizer.decode(ids))
-    asked: list[Message] = [{"role": "user", "content": PROBE}]
-    try:
-        before, _, after = chat.render(asked, add_generation_prompt=True).partition(PROBE)
-    except UserError:  # BadRow: the template wants more
-        return whole
-    inner = whole.removeprefix(before).removesuffix(after)
-    is_single = len(inner) == len(whole) - len(before) - len(after) and not chat.special_text.search(inner)
-    return inner if is_single else whole
-
-
 def shown(answers: Sequence[Answer], with_now: bool) -> Iterator[str]:
     """Lines of the log, cut to the terminal where there is one."""
     width = (shutil.get_terminal_size().columns if sys.stdout.isatty() else 0) or LONGEST_LINE
@@ -257,7 +229,11 @@ def shown(answers: Sequence[Answer], with_now: bool) -> Iterator[str]:
                 place = each["number"] + 1 if name == "prompt" else ""
                 line = Text(f"{place:>3} {name:<9}  {printable(text)}")
                 line.truncate(width - 1, overflow="ellipsis")
-                yield line.plain
+                yield line.plain.rstrip()
+
+
+def in_a_line(error: Exception) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())[:LONGEST_LINE]
 
 
 def printable(text: str) -> str:
