@@ -54,6 +54,8 @@ def settings(line: str) -> list[str]:
         ("export demo checkpoint=best", ['run="demo"', "checkpoint=best"]),
         ("score demo data=new.jsonl", ['run="demo"', "path=new.jsonl"]),
         ("compare a b output=x.csv", ["output=x.csv", 'runs=["a","b"]']),
+        ("runs gsm8k-* state=failed", ["state=failed", 'run=["gsm8k-*"]']),
+        ("watch a", ['run=["a"]']),
         ("generate demo --prompt 'a, b = {c}'", ['run="demo"', 'prompt="a, b = {c}"']),
         ("generate demo --prompt=-5", ['run="demo"', 'prompt="-5"']),
         ("generate demo -p x", ['run="demo"', 'prompt="x"']),
@@ -110,8 +112,9 @@ READ = "a number is written like 1e-4, a list like [a,b], and a text with other 
             "schedule=null chooses nothing: choose constant, cosine, linear, warmup_stable_decay",
         ),
         (
-            "train logger=[wandb,tensorboard]",
-            "logger=[wandb,tensorboard]: there is one logger at a time: choose csv, tensorboard, wandb",
+            "train strategy=[ddp,fsdp2]",
+            "strategy=[ddp,fsdp2]: there is one strategy at a time: choose ddp, deepspeed_zero1, deepspeed_zero2, "
+            "deepspeed_zero2_offload, deepspeed_zero3, deepspeed_zero3_offload, deepspeed_zeropp, fsdp2, single",
         ),
         ("train data=text,messages", "data=text,messages has several values: add -m to train with each of them"),
         (

@@ -3,7 +3,10 @@
 `evaluation.scorer._target_` names one of these, or one of your own.
 """
 
+import re
 from difflib import SequenceMatcher
+
+NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
 
 
 def exact(answer: str, reference: str) -> float:
@@ -14,3 +17,15 @@ def exact(answer: str, reference: str) -> float:
 def similarity(answer: str, reference: str) -> float:
     """Twice the number of characters that match in order, over the number of both (`difflib.SequenceMatcher.ratio`)."""
     return SequenceMatcher(None, answer.strip(), reference.strip(), autojunk=False).ratio()
+
+
+def final_number(answer: str, reference: str) -> float:
+    """1 if the last number of both is the same, as in GSM8K; where the reference has none, 1 if both are the same."""
+    ours, theirs = (NUMBER.findall(text) for text in (answer, reference))
+    if not theirs:
+        return exact(answer, reference)
+    return float(bool(ours) and _value(ours[-1]) == _value(theirs[-1]))
+
+
+def _value(number: str) -> float:
+    return float(number.replace(",", ""))

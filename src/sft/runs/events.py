@@ -36,6 +36,8 @@ class Event(SlurmJob, total=False):
     settings: list[str]  # of sft train
     job_nodelist: str | None
     ntasks: str | None
+    title: str  # of an alert
+    text: str
     max_requeues: dict[str, int]
 
 
