@@ -1,5 +1,6 @@
 """The report of a run: at each validation and at the end, however that comes; nothing that it does ends the run."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -44,6 +45,9 @@ def test_reports_take_little_of_the_time_and_one_that_can_not_be_written_is_one_
     assert capsys.readouterr().out.count(line) == 3  # the first, and two at the end
 
 
-def test_where_there_is_no_run_there_is_no_report(tmp_path: Path) -> None:
+@pytest.mark.parametrize("pid", [None, 1])
+def test_another_process_run_and_what_is_no_run_have_no_report_of_ours(pid: int | None, tmp_path: Path) -> None:
+    if pid:
+        (tmp_path / "status.json").write_text(json.dumps({"state": "running", "pid": pid}))
     reporting.write(tmp_path)
-    assert list(tmp_path.iterdir()) == []
+    assert not (tmp_path / "report.html").exists()

@@ -76,8 +76,7 @@ function draw(chart) {
   const width = figure.clientWidth - 24, height = figure.classList.contains("wide") ? 300 : 210;
   if (width < 60) return;
   const all = curves(chart.spec), visible = all.filter((curve) => !curve.hidden);
-  const everyX = all.flatMap((curve) => curve.points.map((point) => point[0]));
-  let [left, right] = STATE.zoom || range(everyX);
+  let [left, right] = STATE.zoom || range(DATA.runs.flatMap((run) => run[STATE.axis])); // the same in all charts
   if (!(right > left)) [left, right] = [left - 0.5, left + 0.5];
   const inside = visible.flatMap((curve) => {
     const near = curve.points.filter(([x, y]) => x >= left && x <= right && y !== null);

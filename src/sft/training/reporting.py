@@ -1,5 +1,6 @@
 """The run's report is written again after each validation, and at the end however that comes."""
 
+import os
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -10,6 +11,7 @@ import lightning as L
 from lightning.pytorch.callbacks import Callback
 
 from sft.report import page
+from sft.runs.run import Run
 from sft.training.log import is_main, log
 
 SHARE = 0.01  # of a run's time that reports may take
@@ -31,11 +33,10 @@ class Report(Callback):
 
 
 def write(folder: Path, status: Mapping[str, Any] | None = None) -> None:
-    """Writes it if there is a run; whatever prevents it is one line. `status`: what status.json will say."""
-    if not (folder / "config.yaml").exists():
-        return
+    """Writes it if the run is this process's; whatever prevents it is one line. `status`: what status.json will say."""
     try:
-        page.write(folder, status=status)
+        if Run(folder).status.get("pid") == os.getpid():  # else there is none, or another process is training it
+            page.write(folder, status=status)
     except Exception as error:  # a report is no reason to end a run
         log(f"{folder / page.NAME} can't be written: {type(error).__name__}: {' '.join(str(error).split())[:200]}")
 
