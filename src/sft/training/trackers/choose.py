@@ -20,15 +20,15 @@ from sft.training.trackers import about
 from sft.training.trackers.alerts import Alerts
 from sft.training.trackers.guard import guarded
 from sft.training.trackers.nodes import Nodes
-from sft.training.trackers.wandb_server import line
+from sft.training.trackers.waiting import line
 
 
 def start(config: DictConfig, run: Run, history: list[dict[str, str]]) -> list[Logger]:
     """The trackers, those of the user's own too: a logger, or with `_partial_: true` a function that gets what our own
     get, as far as it has parameters for it. None of them raises anything from here on."""
     settings: Any = OmegaConf.to_container(config, resolve=True)
-    node, made = settings.get("logger") or {}, instantiate(config.get("logger"), _convert_="all") or {}
-    several = {"logger": made} if "_target_" in node else made
+    node, made = settings.get("logger") or {}, instantiate(config.get("logger"), _convert_="all")
+    several: dict[str, Any] = {"logger": made} if "_target_" in node else made or {}
     shared = {} if "_target_" in node else {name: value for name, value in node.items() if not _is_logger(value)}
     told = {
         **shared,

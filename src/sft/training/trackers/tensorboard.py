@@ -42,7 +42,7 @@ class TensorBoard(TensorBoardLogger):
     @rank_zero_only
     def log_answers(self, step: int, answers: list[Answer]) -> None:
         for answer in answers:
-            text = "".join(f"**{part}**\n\n    {_indented(answer[part])}\n\n" for part in ("prompt", "reference"))  # type: ignore[literal-required]
+            text = "".join(f"**{part}**\n\n    {_indented(answer[part])}\n\n" for part in ("prompt", "reference"))
             text += f"**answer** (score {answer['score']:.2f})\n\n    {_indented(answer['answer'])}\n"
             self.experiment.add_text(f"samples/{answer['number']}", text, step)
 

@@ -21,8 +21,8 @@ from sft.runs.metric import METRICS
 from sft.runs.signals import shielded
 from sft.training.log import log
 from sft.training.trackers import about, wandb_server
+from sft.training.trackers.waiting import bounded, line
 from sft.training.trackers.wandb_files import Files, staging
-from sft.training.trackers.wandb_server import bounded, line
 
 # Seconds for which W&B may hold up a run: to begin its run once it has answered, and to end it.
 BEGIN, END = 6.0, 15.0
