@@ -6,10 +6,12 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from hydra import compose, initialize_config_dir
+from hydra.types import RunMode
 from lightning.pytorch.loggers import CSVLogger, Logger
 from omegaconf import DictConfig, open_dict
 
@@ -19,7 +21,7 @@ from running import Sft, free_port
 from sft.config import CONF
 from sft.runs.metrics_file import Metrics
 from sft.runs.run import Run
-from sft.training.trackers import choose
+from sft.training.trackers import about, choose
 from sft.training.trackers.guard import guarded
 from sft.training.trackers.mlflow import mlflow_logger
 from sft.training.trackers.tensorboard import tensorboard_logger
@@ -220,3 +222,43 @@ def test_mlflow_whose_server_is_absent_ends_no_run(sft: Sft, capsys: pytest.Capt
     assert sft.train(*SHORT, "logger=mlflow", uri) == 0
     assert time.monotonic() - begun < 30
     assert "MLflow can't be used; the run continues without it" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("typed", "overrides", "sweep", "expected"),
+    [
+        ("train seed=1", ["seed=1"], None, "run"),
+        ("train -m seed=1,2 epochs=2", ["seed=2", "epochs=2"], None, "seed=2"),
+        (
+            "train -m optimizer.lr=1e-5,2e-5 schedule=constant,cosine epochs=2",
+            ["optimizer.lr=1e-5", "schedule=constant", "epochs=2"],
+            None,
+            "lr=1e-5 schedule=constant",
+        ),
+        (
+            "train -m hydra/sweeper=optuna optimizer.lr=tag(log,interval(1e-5,1e-3)) seed=3",
+            ["seed=3", "optimizer.lr=0.000123456789"],
+            None,
+            "lr=0.0001235",
+        ),
+        (
+            "train optimizer.lr=2e-5 seed=1 trainer.devices=1",
+            ["optimizer.lr=2e-5", "seed=1", "trainer.devices=1"],
+            "optimizer.lr=1e-5,2e-5 seed=1",
+            "lr=2e-5",
+        ),
+        ("train -m a.x=1,2 b.x=1,2", ["a.x=1", "b.x=2"], None, "a.x=1 b.x=2"),
+    ],
+    ids=["one run", "grid", "two", "optuna", "job array", "alike"],
+)
+def test_a_run_of_a_sweep_is_named_by_what_differs(
+    typed: str, overrides: list[str], sweep: str | None, expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mode = RunMode.MULTIRUN if "-m" in typed.split() else RunMode.RUN
+    hydra = SimpleNamespace(mode=mode, overrides=SimpleNamespace(task=overrides))
+    monkeypatch.setattr(about, "HydraConfig", SimpleNamespace(initialized=lambda: True, get=lambda: hydra))
+    monkeypatch.setattr(sys, "argv", ["sft", *typed.split()])
+    if sweep:
+        monkeypatch.setenv("SFT_SWEEP", sweep)
+    assert about.label("run", named=False) == expected
+    assert about.label("run", named=True) == "run"
