@@ -14,9 +14,9 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import observers
+import offline
 from made_up import drawn, weigh
 from runfiles import rows, weights
-import offline
 from running import Sft
 from sft.checkpoint.checkpoint import complete
 from sft.data.batch import Batch

@@ -1,5 +1,6 @@
 """Which loggers a run has, what each gets, and that none of them can end it."""
 
+import errno
 import os
 import subprocess
 import sys
@@ -19,9 +20,10 @@ import offline
 from offline import ANSWER
 from running import Sft, free_port
 from sft.config import CONF
+from sft.errors import UserError
 from sft.runs.metrics_file import Metrics
 from sft.runs.run import Run
-from sft.training.trackers import about, choose
+from sft.training.trackers import about, choose, wandb_run
 from sft.training.trackers.guard import guarded
 from sft.training.trackers.mlflow import mlflow_logger
 from sft.training.trackers.tensorboard import tensorboard_logger
@@ -113,6 +115,25 @@ def test_each_method_of_a_logger_may_fail(method: str, capsys: pytest.CaptureFix
     getattr(logger, method)()
     logger.log_metrics({}, 1)  # it isn't asked again
     assert capsys.readouterr().out.count("mine failed") == 1
+
+
+def test_a_logger_that_can_not_begin(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(wandb_run, "write_text", full)
+    (alerts,) = choose.start(composed("logger=wandb"), Run(tmp_path), [])
+    assert type(alerts).__name__ == "Alerts"
+    assert capsys.readouterr().out == (
+        "wandb can't be used; the run continues without it until it is resumed: [Errno 28] No space left on device\n"
+    )
+    config = composed("logger=csv")
+    with open_dict(config):
+        config.logger.mine = {"_target_": CSV, "_partial_": True}  # save_dir is missing
+    with pytest.raises(UserError, match=r"logger\.mine refuses its settings: .*save_dir"):
+        choose.start(config, Run(tmp_path), [])
 
 
 def scalars(file: Path) -> dict[str, dict[int, float]]:
