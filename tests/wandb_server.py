@@ -29,6 +29,8 @@ class Service(ThreadingHTTPServer):
         self.lines: dict[str, dict[str, dict[int, str]]] = {}
         """Of each run the lines of each of its files, by their number."""
         self.complete: set[str] = set()
+        self.files: dict[str, list[str]] = {}
+        """Of each run, by its id, the files that it has sent."""
         self.artefacts: list[dict[str, Any]] = []
         self.alerts: list[tuple[str, str, str]] = []
         """Of each the run's id, title and text."""
@@ -70,6 +72,7 @@ class Service(ThreadingHTTPServer):
         if "RunResumeStatus" in query:
             return {"model": {**_project(variables), "bucket": self._bucket(variables["name"])}}
         if "createRunFiles" in query:
+            self.files.setdefault(variables["run"], []).extend(variables["files"])
             files = [{"name": name, "uploadUrl": f"{self.url}/files/{name}"} for name in variables["files"]]
             return {"createRunFiles": {"runID": variables["run"], "uploadHeaders": [], "files": files}}
         if "notifyScriptableRunAlert" in query:

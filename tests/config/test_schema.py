@@ -237,5 +237,5 @@ def test_settings_of_several_loggers() -> None:
         with pytest.raises(UserError, match=rf"no setting {name}"):
             check.check({**config, "logger": logger})
     assert check.check({**config, "logger": {**config["logger"], "project": "p"}}) == ["logger.project"]
-    with pytest.raises(UserError, match="logger.log_model=all is not one of none, reference, upload"):
+    with pytest.raises(UserError, match=r"logger\.log_model=all is not one of none, reference, upload"):
         check.check(composed("train", "logger.log_model=all"))

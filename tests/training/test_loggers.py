@@ -1,15 +1,18 @@
 """Which loggers a run has, what each gets, and that none of them can end it."""
 
+import errno
 import os
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from hydra import compose, initialize_config_dir
+from hydra.types import RunMode
 from lightning.pytorch.loggers import CSVLogger, Logger
 from omegaconf import DictConfig, open_dict
 
@@ -17,9 +20,10 @@ import offline
 from offline import ANSWER
 from running import Sft, free_port
 from sft.config import CONF
+from sft.errors import UserError
 from sft.runs.metrics_file import Metrics
 from sft.runs.run import Run
-from sft.training.trackers import choose
+from sft.training.trackers import about, choose, wandb_run
 from sft.training.trackers.guard import guarded
 from sft.training.trackers.mlflow import mlflow_logger
 from sft.training.trackers.tensorboard import tensorboard_logger
@@ -111,6 +115,25 @@ def test_each_method_of_a_logger_may_fail(method: str, capsys: pytest.CaptureFix
     getattr(logger, method)()
     logger.log_metrics({}, 1)  # it isn't asked again
     assert capsys.readouterr().out.count("mine failed") == 1
+
+
+def test_a_logger_that_can_not_begin(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(wandb_run, "write_text", full)
+    (alerts,) = choose.start(composed("logger=wandb"), Run(tmp_path), [])
+    assert type(alerts).__name__ == "Alerts"
+    assert capsys.readouterr().out == (
+        "wandb can't be used; the run continues without it until it is resumed: [Errno 28] No space left on device\n"
+    )
+    config = composed("logger=csv")
+    with open_dict(config):
+        config.logger.mine = {"_target_": CSV, "_partial_": True}  # save_dir is missing
+    with pytest.raises(UserError, match=r"logger\.mine refuses its settings: .*save_dir"):
+        choose.start(config, Run(tmp_path), [])
 
 
 def scalars(file: Path) -> dict[str, dict[int, float]]:
@@ -220,3 +243,43 @@ def test_mlflow_whose_server_is_absent_ends_no_run(sft: Sft, capsys: pytest.Capt
     assert sft.train(*SHORT, "logger=mlflow", uri) == 0
     assert time.monotonic() - begun < 30
     assert "MLflow can't be used; the run continues without it" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("typed", "overrides", "sweep", "expected"),
+    [
+        ("train seed=1", ["seed=1"], None, "run"),
+        ("train -m seed=1,2 epochs=2", ["seed=2", "epochs=2"], None, "seed=2"),
+        (
+            "train -m optimizer.lr=1e-5,2e-5 schedule=constant,cosine epochs=2",
+            ["optimizer.lr=1e-5", "schedule=constant", "epochs=2"],
+            None,
+            "lr=1e-5 schedule=constant",
+        ),
+        (
+            "train -m hydra/sweeper=optuna optimizer.lr=tag(log,interval(1e-5,1e-3)) seed=3",
+            ["seed=3", "optimizer.lr=0.000123456789"],
+            None,
+            "lr=0.0001235",
+        ),
+        (
+            "train optimizer.lr=2e-5 seed=1 trainer.devices=1",
+            ["optimizer.lr=2e-5", "seed=1", "trainer.devices=1"],
+            "optimizer.lr=1e-5,2e-5 seed=1",
+            "lr=2e-5",
+        ),
+        ("train -m a.x=1,2 b.x=1,2", ["a.x=1", "b.x=2"], None, "a.x=1 b.x=2"),
+    ],
+    ids=["one run", "grid", "two", "optuna", "job array", "alike"],
+)
+def test_a_run_of_a_sweep_is_named_by_what_differs(
+    typed: str, overrides: list[str], sweep: str | None, expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mode = RunMode.MULTIRUN if "-m" in typed.split() else RunMode.RUN
+    hydra = SimpleNamespace(mode=mode, overrides=SimpleNamespace(task=overrides))
+    monkeypatch.setattr(about, "HydraConfig", SimpleNamespace(initialized=lambda: True, get=lambda: hydra))
+    monkeypatch.setattr(sys, "argv", ["sft", *typed.split()])
+    if sweep:
+        monkeypatch.setenv("SFT_SWEEP", sweep)
+    assert about.label("run", named=False) == expected
+    assert about.label("run", named=True) == "run"

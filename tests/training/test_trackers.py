@@ -207,6 +207,37 @@ def test_run_begins_offline_and_is_online_when_started_again(
     assert f"W&B run {service.url}" in capsys.readouterr().out
 
 
+def test_a_resumed_run_keeps_its_best_value_its_console_and_takes_changed_settings(
+    tmp_path: Path, service: Service
+) -> None:
+    import wandb
+
+    losses, history = [3.0, 1.0, 2.0, 2.5], []
+    for attempt, steps in enumerate(((0, 1, 2), (2, 3)), 1):
+        with choose.tracking() as trackers:
+            logger = wandb_run.wandb_logger(
+                run="r",
+                folder=tmp_path,
+                group="g",
+                history=history,
+                project="sft",
+                mode="online",
+                config={"trainer": {"devices": attempt}},
+            )
+            trackers.append(logger)
+            for step in steps:
+                logger.log_metrics({"val/loss": losses[step]}, step=step)
+            print("attempt", attempt)
+            logger.finalize("success")
+        wandb.teardown()
+        history = [{"step": "0", "val/loss": "3.0"}, {"step": "1", "val/loss": "1.0"}]
+    run = identity(tmp_path)
+    assert service.summary(run)["val/loss"] == {"min": 1.0, "last": 2.5}
+    assert json.loads(service.buckets[run]["config"])["trainer"] == {"value": {"devices": 2}}
+    assert len({name for name in service.files[run] if name.startswith("logs/")}) == 2  # a part for each attempt
+    assert [row["val/loss"] for row in service.rows(run)] == losses
+
+
 def made(folder: Path) -> tuple[list[dict[str, str]], bytes]:
     """The figures of a run that don't depend on the machine, and its last weights."""
     metrics = Metrics.read(folder / "metrics.csv")

@@ -14,6 +14,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 
 from sft.config import arguments
+from sft.runs.metric import find
 
 PLACE = ("trainer.num_nodes", "trainer.devices")  # the batch script's own
 LARGEST = 100_000  # bytes of a ledger in a tracker's configuration
@@ -39,6 +40,23 @@ def _read(file: Path) -> dict[str, Any]:
         return dict(json.loads(file.read_text()))
     except (OSError, ValueError):
         return {}
+
+
+class Extremes:
+    """The last value of each metric, and of those that can be better or worse the best. Not of a machine's speed."""
+
+    def __init__(self) -> None:
+        self.last: dict[str, float] = {}
+        self.best: dict[str, float] = {}
+
+    def note(self, metrics: Mapping[str, float]) -> None:
+        for name, value in metrics.items():
+            metric = find(name)
+            if metric is not None and not metric.of_machine:
+                self.last[name] = value
+            if metric is not None and metric.best:
+                chosen = min if metric.best == "min" else max
+                self.best[name] = chosen(self.best.get(name, value), value)
 
 
 def label(run: str, named: bool) -> str:

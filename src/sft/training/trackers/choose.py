@@ -13,22 +13,22 @@ from hydra.utils import instantiate
 from lightning.pytorch.loggers import Logger
 from omegaconf import DictConfig, OmegaConf
 
-from sft.errors import NotFinite
+from sft.errors import NotFinite, UserError
 from sft.runs.run import Run
 from sft.training.log import log
 from sft.training.trackers import about
 from sft.training.trackers.alerts import Alerts
 from sft.training.trackers.guard import guarded
 from sft.training.trackers.nodes import Nodes
-from sft.training.trackers.wandb_server import line
+from sft.training.trackers.waiting import line
 
 
 def start(config: DictConfig, run: Run, history: list[dict[str, str]]) -> list[Logger]:
     """The trackers, those of the user's own too: a logger, or with `_partial_: true` a function that gets what our own
     get, as far as it has parameters for it. None of them raises anything from here on."""
     settings: Any = OmegaConf.to_container(config, resolve=True)
-    node, made = settings.get("logger") or {}, instantiate(config.get("logger"), _convert_="all") or {}
-    several = {"logger": made} if "_target_" in node else made
+    node, made = settings.get("logger") or {}, instantiate(config.get("logger"), _convert_="all")
+    several: dict[str, Any] = {"logger": made} if "_target_" in node else made or {}
     shared = {} if "_target_" in node else {name: value for name, value in node.items() if not _is_logger(value)}
     told = {
         **shared,
@@ -42,8 +42,7 @@ def start(config: DictConfig, run: Run, history: list[dict[str, str]]) -> list[L
     loggers = []
     for name, logger in several.items():
         if name not in shared:
-            begun = _called(logger, told) if isinstance(logger, partial) else logger
-            loggers.append(guarded(begun, type(begun).__name__ if name == "logger" else name))
+            loggers.append(_begun(name, logger, told))
     trackers = [logger for logger in loggers if logger is not None]
     parts: list[Logger] = [Alerts(run.folder, trackers, history)]
     if config.trainer.num_nodes > 1:
@@ -53,6 +52,20 @@ def start(config: DictConfig, run: Run, history: list[dict[str, str]]) -> list[L
 
 def _is_logger(value: object) -> bool:
     return isinstance(value, Mapping) and "_target_" in value
+
+
+def _begun(name: str, made: Any, told: Mapping[str, Any]) -> Logger | None:
+    """The logger of that name, guarded; None, with a line, where it can't begin. UserError for its settings."""
+    try:
+        logger = _called(made, told) if isinstance(made, partial) else made
+    except UserError:
+        raise
+    except (TypeError, ValueError) as error:
+        raise UserError(f"logger.{name} refuses its settings: {line(error)}") from error
+    except Exception as error:  # of the disk, of the network
+        log(f"{name} can't be used; the run continues without it until it is resumed: {line(error)}")
+        return None
+    return guarded(logger, type(logger).__name__ if name == "logger" else name)
 
 
 def _called(function: partial[Logger], told: Mapping[str, Any]) -> Logger:

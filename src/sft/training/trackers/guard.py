@@ -7,7 +7,7 @@ from typing import Any
 from lightning.pytorch.loggers import Logger
 
 from sft.training.log import log
-from sft.training.trackers.wandb_server import line
+from sft.training.trackers.waiting import line
 
 METHODS = (
     *("log_metrics", "log_hyperparams", "log_graph", "after_save_checkpoint", "save", "finalize"),

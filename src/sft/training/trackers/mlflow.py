@@ -4,6 +4,7 @@ import logging
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from queue import Empty, Queue
 from threading import Thread
@@ -18,8 +19,8 @@ from sft.runs.files import write_text
 from sft.runs.identity import flatten
 from sft.training.log import log
 from sft.training.trackers import about
+from sft.training.trackers.waiting import bounded, line
 from sft.training.trackers.wandb_files import SHOWN
-from sft.training.trackers.wandb_server import line, within
 
 # Seconds for which MLflow may hold up a run: to begin its run (a database of its own takes a few), and to end it.
 BEGIN, END = 30.0, 15.0
@@ -85,8 +86,10 @@ class MLflow(MLFlowLogger):
     def log_files(self) -> None:
         for name in SHOWN:
             if (self.folder / name).is_file():
-                path = str(self.folder / name)
-                self.calls.put(lambda path=path: self.experiment.log_artifact(self.run_id, path))
+                self.calls.put(partial(self._log_file, str(self.folder / name)))
+
+    def _log_file(self, path: str) -> None:
+        self.experiment.log_artifact(self.run_id, path)
 
     @rank_zero_only
     def finalize(self, status: str = "success") -> None:
@@ -156,18 +159,10 @@ def mlflow_logger(
             **({"mlflow.note.content": notes} if notes else {}),
         },
     )
-    faults: list[str] = []
-
-    def begin() -> None:
-        try:
-            logger.begin()
-        except Exception as error:
-            faults.append(line(error))
-
-    ended: list[None] = []
-    within(BEGIN, lambda: ended.append(begin()), None)
-    if faults or not ended:
-        log(f"MLflow can't be used; the run continues without it until it is resumed: {(faults or ['no answer'])[0]}")
+    try:
+        bounded(BEGIN, logger.begin)
+    except Exception as error:
+        log(f"MLflow can't be used; the run continues without it until it is resumed: {line(error)}")
         return DummyLogger()
     logger.thread.start()
     for row in history:

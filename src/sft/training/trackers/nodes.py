@@ -78,7 +78,7 @@ def load() -> dict[str, float]:
 
 def latest(folder: Path) -> dict[str, float]:
     """The newest measures of all nodes, as system/NODE/NAME; without those of nodes that have stopped measuring."""
-    values = {}
+    values: dict[str, float] = {}
     for file in sorted(folder.glob("*.json")):
         with suppress(OSError, ValueError):
             measured = json.loads(file.read_text())

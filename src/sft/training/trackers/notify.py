@@ -8,6 +8,7 @@ from pathlib import Path
 
 from sft.runs import events
 from sft.training.trackers import wandb_server
+from sft.training.trackers.waiting import within
 
 MUTATION = """mutation Alert($entityName: String!, $projectName: String!, $runName: String!, $title: String!,
 $text: String!, $severity: AlertSeverity = WARN) { notifyScriptableRunAlert(input: {entityName: $entityName,
@@ -22,7 +23,7 @@ def gave_up(folder: Path, step: int, text: str) -> None:
         events.record(folder, "alert", step=step, title=title, text=text)
     file = folder / "wandb" / "online.json"
     if file.is_file() and os.environ.get("WANDB_MODE", "online") == "online":
-        wandb_server.within(LONGEST, lambda: _send(file, title, text), None)
+        within(LONGEST, lambda: _send(file, title, text), None)
 
 
 def _send(file: Path, title: str, text: str) -> None:

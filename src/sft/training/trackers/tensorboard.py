@@ -9,7 +9,6 @@ from lightning.pytorch.loggers import TensorBoardLogger
 
 from sft.runs.answers_file import Answer
 from sft.runs.identity import flatten
-from sft.runs.metric import find
 from sft.training.trackers import about
 
 
@@ -19,8 +18,7 @@ class TensorBoard(TensorBoardLogger):
     def __init__(self, folder: Path, again: int, config: Mapping[str, Any]) -> None:
         super().__init__(save_dir=folder, name="tensorboard", version="", purge_step=again, default_hp_metric=False)
         self.folder, self.config = folder, config
-        self.values: dict[str, float] = {}
-        self.step = 0
+        self.extremes, self.step = about.Extremes(), 0
 
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
@@ -28,31 +26,25 @@ class TensorBoard(TensorBoardLogger):
         self.note(metrics, int(step or 0))
 
     def note(self, metrics: Mapping[str, float], step: int) -> None:
-        """Keeps the last value of each metric, and of those that can be better or worse the best."""
+        self.extremes.note(metrics)
         self.step = step
-        for name, value in metrics.items():
-            metric = find(name)
-            if metric is None or metric.of_machine:
-                continue
-            self.values[f"last/{name}"] = value
-            if metric.best:
-                chosen = min if metric.best == "min" else max
-                self.values[f"best/{name}"] = chosen(self.values.get(f"best/{name}", value), value)
 
     @rank_zero_only
     def log_answers(self, step: int, answers: list[Answer]) -> None:
         for answer in answers:
-            text = "".join(f"**{part}**\n\n    {_indented(answer[part])}\n\n" for part in ("prompt", "reference"))  # type: ignore[literal-required]
+            text = "".join(f"**{part}**\n\n    {_indented(answer[part])}\n\n" for part in ("prompt", "reference"))
             text += f"**answer** (score {answer['score']:.2f})\n\n    {_indented(answer['answer'])}\n"
             self.experiment.add_text(f"samples/{answer['number']}", text, step)
 
     @rank_zero_only
     def finalize(self, status: str) -> None:
-        if self.values:
+        values = {f"last/{name}": value for name, value in self.extremes.last.items()}
+        values |= {f"best/{name}": value for name, value in self.extremes.best.items()}
+        if values:
             told = flatten(about.configuration(self.folder, self.config))
             kept = {name: value for name, value in told.items() if not name.startswith(("ledger.", "versions."))}
             kept = {name: "null" if value is None else value for name, value in kept.items()}
-            self.log_hyperparams(kept, dict(self.values), self.step)
+            self.log_hyperparams(kept, values, self.step)
         super().finalize(status)
 
 

@@ -12,6 +12,7 @@ from typing import Any
 from sft.checkpoint.checkpoint import best, complete
 from sft.errors import UserError
 from sft.training.trackers import wandb_server
+from sft.training.trackers.waiting import bounded, line
 
 SHOWN = ("preview.html", "data.json", "report.html", "samples.jsonl", "recipe.json", "events.jsonl")
 SEND = 10.0  # seconds in which wandb must take an artefact
@@ -62,7 +63,7 @@ class Files:
 
     def _send(self, run: Any, artefact: Any, aliases: list[str]) -> Any:
         """Gives it to wandb, which asks its server about it in this call."""
-        return wandb_server.bounded(SEND, lambda: run.log_artifact(artefact, aliases=aliases))
+        return bounded(SEND, lambda: run.log_artifact(artefact, aliases=aliases))
 
     def _log_weights(self, run: Any, artefact: Any, path: Path, aliases: list[str]) -> None:
         if self.model == "reference":
@@ -79,7 +80,7 @@ class Files:
             except Exception as error:
                 fault = wandb_server.fault(self.settings, self.key)
                 if "Timeout" not in type(error).__name__ or fault or time.monotonic() > end:
-                    raise RuntimeError(fault or wandb_server.line(error)) from error
+                    raise RuntimeError(fault or line(error)) from error
 
 
 def _name(identity: str, part: str) -> str:

@@ -17,12 +17,12 @@ from sft.errors import UserError
 from sft.runs import answers_file
 from sft.runs.answers_file import Answer
 from sft.runs.files import write_json, write_text
-from sft.runs.metric import METRICS
+from sft.runs.metric import METRICS, find
 from sft.runs.signals import shielded
 from sft.training.log import log
 from sft.training.trackers import about, wandb_server
+from sft.training.trackers.waiting import bounded, line
 from sft.training.trackers.wandb_files import Files, staging
-from sft.training.trackers.wandb_server import bounded, line
 
 # Seconds for which W&B may hold up a run: to begin its run once it has answered, and to end it.
 BEGIN, END = 6.0, 15.0
@@ -41,11 +41,13 @@ class WandbRun(WandbLogger):
         super().__init__(experiment=experiment)
         self.run, self.folder, self.config, self.files = experiment, folder, config, files
         self.first, self.last = experiment.starting_step, 0
+        self.extremes = about.Extremes()
         self.begun, self.looks, self.tables = time.time(), 10, True
 
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
         self.last = max(self.last, int(step or 0))
+        self.extremes.note(metrics)
         if int(step or 0) >= self.first:
             self.run.log({**metrics, STEP: step}, step=step)
         if self.looks:
@@ -82,7 +84,13 @@ class WandbRun(WandbLogger):
 
     @rank_zero_only
     def finalize(self, status: str) -> None:
-        """W&B's run is ended by `choose.tracking`, after the export."""
+        """The best of all steps: wandb knows of those since it was started. `choose.tracking` ends the W&B run."""
+        if self.last >= self.first:
+            self.run.log({}, step=self.last, commit=True)  # the last step is given on before
+        for name, best in self.extremes.best.items():
+            if _has_best(name):
+                which = find(name)
+                self.run.summary[name] = {which.best: best, "last": self.extremes.last[name]}  # type: ignore[union-attr]
 
     def _log_recipe(self) -> None:
         """The recipe as it is: it is in the run's folder once the model is there."""
@@ -218,9 +226,14 @@ def _define(experiment: Any) -> None:
     experiment.define_metric(STEP)
     experiment.define_metric("*", step_metric=STEP)
     for metric in METRICS:
-        if metric.best and not (metric.name == "val/loss" and "WANDB_SWEEP_ID" in os.environ):
+        if _has_best(metric.name):
             name = re.sub(r"\{.*", "*", metric.name)
             experiment.define_metric(name, step_metric=STEP, summary=f"{metric.best},last")
+
+
+def _has_best(name: str) -> bool:
+    metric = find(name)
+    return bool(metric and metric.best) and not (name == "val/loss" and "WANDB_SWEEP_ID" in os.environ)
 
 
 def _identity(folder: Path, run: str) -> str:

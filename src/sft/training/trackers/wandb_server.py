@@ -3,18 +3,16 @@
 import json
 import os
 from base64 import b64encode
-from collections.abc import Callable
 from contextlib import suppress
 from http.client import HTTPException
 from ssl import SSLCertVerificationError
-from threading import Thread
-from typing import Any, TypeVar
+from typing import Any
 from urllib.error import HTTPError
 from urllib.request import ProxyHandler, Request, build_opener
 
 from sft.runs.signals import shielded
+from sft.training.trackers.waiting import line, within
 
-T, U = TypeVar("T"), TypeVar("U")
 ANSWER = 3.0  # seconds for which the server may hold up a run until it answers at all
 
 
@@ -78,37 +76,3 @@ def leave() -> None:
             wandb.teardown()
 
     within(ANSWER, teardown, None)
-
-
-def within(seconds: float, call: Callable[[], T], otherwise: U) -> T | U:
-    """What `call` returns, or `otherwise` if it takes longer: looking up a host's name has no timeout."""
-    try:
-        return bounded(seconds, call)
-    except TimeoutError:
-        return otherwise
-
-
-def bounded(seconds: float, call: Callable[[], T]) -> T:
-    """What `call` returns or raises; TimeoutError if it takes longer. It then goes on in its thread."""
-    returned: list[T] = []
-    raised: list[Exception] = []
-
-    def run() -> None:
-        try:
-            returned.append(call())
-        except Exception as error:
-            raised.append(error)
-
-    thread = Thread(target=run, daemon=True)
-    thread.start()
-    thread.join(seconds)
-    if raised:
-        raise raised[0]
-    if not returned:
-        raise TimeoutError(f"no answer in {seconds:g} seconds")
-    return returned[0]
-
-
-def line(error: BaseException) -> str:
-    """An error in one line."""
-    return " ".join(str(error).split())[:200] or type(error).__name__
