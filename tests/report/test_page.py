@@ -168,6 +168,12 @@ def test_headline_of_a_run_whose_base_is_another_models(tmp_path: Path) -> None:
     )
 
 
+def test_the_figures_are_those_of_the_exported_step(tmp_path: Path) -> None:
+    (tmp_path / "metrics.csv").write_text("step,val/loss\n0,2.0\n1,1.0\n2,1.5\n")
+    (tmp_path / "status.json").write_text('{"state": "finished", "exported": 1}')
+    assert sentence(Folder.read(tmp_path)) == "Validation loss fell from 2 to 1 nats a token (−50.0 %) in 1 step."
+
+
 def test_columns_are_read_like_the_csv_module_reads_them(tmp_path: Path) -> None:
     (tmp_path / "m.csv").write_text("step,a,b\n0,,1.5\n1,nan,inf\n2,1e-3\n3,2.0,4.0\n4,2.0,5")
     columns = read_columns(tmp_path / "m.csv")
@@ -217,8 +223,8 @@ def test_attempts_and_what_ended_them(whole: Path) -> None:
 
 
 def test_texts_are_cut_and_their_line_ends_seen() -> None:
-    assert [cut(text, 5) for text in ("\n\na\nb\n", "", None, "abcdefg", "ab\x00")] == [
-        *("↵↵a\nb… (1 more characters)", "", "", "abcde… (2 more characters)", "ab[U+0000]"),
+    assert [cut(text, 5) for text in ("\n\na\nb\n", "\n\n\n\n", "", None, "abcdefg", "ab\x00")] == [
+        *("↵↵a\nb… (1 more characters)", "[4 ↵]", "", "", "abcde… (2 more characters)", "ab[U+0000]"),
     ]
     assert spaced([0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10], 5, always=9) == [0, 3, 7, 9, 10]
 

@@ -67,12 +67,15 @@ def _answer(name: str, text: str, score: float | None, said: str, most: int, at:
 def facts(answer: Answer) -> str:
     """Its length, and whether it stopped by itself."""
     end = "stopped" if answer["stopped"] else "cut, it didn't stop"
-    return f"{answer['num_tokens']} tokens (reference {answer['num_reference_tokens']}), {end}"
+    num = answer["num_tokens"]
+    return f"{num} token{'s' * (num != 1)} (reference {answer['num_reference_tokens']}), {end}"
 
 
 def cut(text: str | None, most: int) -> str:
     """At most so many characters; line ends before and after everything else have a sign, or nobody saw them."""
-    text = re.sub(r"\A\n+|\n+\Z", lambda ends: "\u21b5" * len(ends[0]), text or "")
+    text = re.sub(
+        r"\A\n+|\n+\Z", lambda ends: "↵" * len(ends[0]) if len(ends[0]) < 4 else f"[{len(ends[0])} ↵]", text or ""
+    )
     return visible(text if len(text) <= most else f"{text[:most]}… ({len(text) - most:,} more characters)")
 
 

@@ -92,7 +92,7 @@ def tiles(folder: Folder) -> list[tuple[str, str, str]]:
     base = folder.last("answers/base_score", step)
     tile("score of answers", "answers/score", remark=f"{figure(base, 3)} base" if base is not None else "")
     tile("exactly right", "answers/exact", "%")
-    tile("stops where it should", "val/stop_recall", "%")
+    tile("stop recall", "val/stop_recall", "%")
     tile("KL to the base", "val/kl_base", remark="nats a token")
     _, speeds = folder.points("train/tokens_per_second")
     if len(speeds):
