@@ -8,6 +8,7 @@ import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
+from urllib.parse import quote
 
 KEY = "x" * 40
 
@@ -28,6 +29,11 @@ class Service(ThreadingHTTPServer):
         self.lines: dict[str, dict[str, dict[int, str]]] = {}
         """Of each run the lines of each of its files, by their number."""
         self.complete: set[str] = set()
+        self.files: dict[str, list[str]] = {}
+        """Of each run, by its id, the files that it has sent."""
+        self.artefacts: list[dict[str, Any]] = []
+        self.alerts: list[tuple[str, str, str]] = []
+        """Of each the run's id, title and text."""
         self._connections: list[socket.socket] = []
         self._thread = threading.Thread(target=self.serve_forever, args=(0.05,), daemon=True)
         self._thread.start()
@@ -36,6 +42,10 @@ class Service(ThreadingHTTPServer):
         """The history of a run, in the order of its lines."""
         lines = self.lines.get(run, {}).get("wandb-history.jsonl", {})
         return [json.loads(lines[number]) for number in sorted(lines)]
+
+    def summary(self, run: str) -> dict[str, Any]:
+        lines = self.lines.get(run, {}).get("wandb-summary.json", {})
+        return json.loads(lines[max(lines)]) if lines else {}
 
     def vanish(self) -> None:
         """Refuses every connection from now on, and ends those there are."""
@@ -62,8 +72,42 @@ class Service(ThreadingHTTPServer):
         if "RunResumeStatus" in query:
             return {"model": {**_project(variables), "bucket": self._bucket(variables["name"])}}
         if "createRunFiles" in query:
+            self.files.setdefault(variables["run"], []).extend(variables["files"])
             files = [{"name": name, "uploadUrl": f"{self.url}/files/{name}"} for name in variables["files"]]
             return {"createRunFiles": {"runID": variables["run"], "uploadHeaders": [], "files": files}}
+        if "notifyScriptableRunAlert" in query:
+            self.alerts.append((variables["runName"], variables["title"], variables["text"]))
+            return {"notifyScriptableRunAlert": {"success": True}}
+        if "CreateArtifact (" in query:
+            asked = variables["input"]
+            aliases = sorted(alias["alias"] for alias in asked.get("aliases") or [])
+            name, kind = asked["artifactCollectionName"], asked["artifactTypeName"]
+            self.artefacts.append({"run": asked["runName"], "name": name, "type": kind, "aliases": aliases})
+            number = str(len(self.artefacts) - 1)
+            return {"createArtifact": {"artifact": {"id": number, "state": "PENDING", "artifactSequence": {}}}}
+        if "createArtifactManifest" in query or "updateArtifactManifest" in query:
+            file = {"id": "f", "uploadUrl": f"{self.url}/files/manifest", "uploadHeaders": []}
+            (name,) = {"createArtifactManifest", "updateArtifactManifest"} & set(query.replace("(", " ").split())
+            return {name: {"artifactManifest": {"id": "m", "file": file}}}
+        if "createArtifactFiles" in query:
+            specs = variables["input"]["artifactFiles"]
+            for spec in specs:
+                self.artefacts[int(spec["artifactID"])].setdefault("files", []).append(spec["name"])
+            nodes = [
+                {
+                    "storagePath": spec["name"],
+                    "uploadUrl": f"{self.url}/files/{quote(spec['name'])}",
+                    "uploadHeaders": [],
+                    "artifact": {"id": spec["artifactID"]},
+                }
+                for spec in specs
+            ]
+            return {"createArtifactFiles": {"files": {"edges": [{"node": node} for node in nodes]}}}
+        if "commitArtifact" in query:
+            self.artefacts[int(variables["artifactID"])]["committed"] = True
+            return {"commitArtifact": {"artifact": {"id": variables["artifactID"], "digest": "d"}}}
+        if "query ArtifactType" in query:
+            return {"project": {"artifact": None}}
         if "serverInfo" in query:
             return {"serverInfo": {"features": []}}
         if "viewer" in query:
@@ -82,7 +126,7 @@ class Service(ThreadingHTTPServer):
             "name": run,
             "displayName": known.get("displayName", run),
             "config": known.get("config", "{}"),
-            "summaryMetrics": "{}",
+            "summaryMetrics": json.dumps(self.summary(run)),
             "tags": known.get("tags", []),
             "notes": known.get("notes"),
             "logLineCount": 0,

@@ -187,6 +187,16 @@ def test_nohup_stays_without_a_hangup(monkeypatch: pytest.MonkeyPatch) -> None:
     assert set(handlers) == {signal.SIGUSR1, signal.SIGTERM}
 
 
+def test_a_job_that_has_failed_too_often_alerts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    causes = "signal lost timeout killed hung out_of_memory not_finite failed disk_full misconfigured"
+    events.record(tmp_path, "job", max_requeues=dict.fromkeys(causes.split(), 0))
+    job.end(Run(tmp_path), 1, tmp_path / "log")
+    stop, alert = events.read(tmp_path)[-2:]
+    assert (stop["event"], alert["event"], alert["title"]) == ("stop", "alert", "Not requeued")
+    assert stop["why"] in alert["text"]
+
+
 def by_default(number: int) -> None:
     """The signal isn't ignored, as it is in a job of a shell in the background."""
     handler = signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL
@@ -256,7 +266,8 @@ def test_a_callback_that_ends_the_run_within_a_step_ends_it_after_the_step(
     [
         (
             "callbacks.early_stopping.monitor=val/los",
-            "EarlyStopping monitors val/los, which is not measured: set its monitor to val/loss",
+            "EarlyStopping monitors val/los, which is not measured: set its monitor to val/loss or "
+            "another metric of docs/metrics.md",
         ),
         (
             "data.val_size=0",

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import observers
+import offline
 from made_up import drawn, weigh
 from runfiles import rows, weights
 from running import Sft
@@ -320,6 +321,7 @@ def test_multirun_makes_runs_of_their_own_in_the_tracker_too(sft: Sft) -> None:
     tracked = [path.name for folder in folders for path in folder.rglob("run-*.wandb")]
     ids = [(folder / "wandb" / "id").read_text() for folder in folders]
     assert sorted(tracked) == sorted(f"run-{each}.wandb" for each in ids), ended.output
+    assert sorted(offline.run(folder)["name"] for folder in folders) == ["seed=1", "seed=2"]
 
 
 def test_loss_that_is_no_number_ends_the_run_and_is_never_saved(sft: Sft, capsys: pytest.CaptureFixture[str]) -> None:

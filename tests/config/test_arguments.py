@@ -112,8 +112,9 @@ READ = "a number is written like 1e-4, a list like [a,b], and a text with other 
             "schedule=null chooses nothing: choose constant, cosine, linear, warmup_stable_decay",
         ),
         (
-            "train logger=[wandb,tensorboard]",
-            "logger=[wandb,tensorboard]: there is one logger at a time: choose csv, tensorboard, wandb",
+            "train strategy=[ddp,fsdp2]",
+            "strategy=[ddp,fsdp2]: there is one strategy at a time: choose ddp, deepspeed_zero1, deepspeed_zero2, "
+            "deepspeed_zero2_offload, deepspeed_zero3, deepspeed_zero3_offload, deepspeed_zeropp, fsdp2, single",
         ),
         ("train data=text,messages", "data=text,messages has several values: add -m to train with each of them"),
         (

@@ -220,3 +220,22 @@ def test_what_is_the_users_own_is_not_known_here() -> None:
     own = {"_target_": "mine.AdamW", "rate": 3}
     assert check.check({**config, "optimizer": own, "callbacks": {"a": {"_target_": "mine.EarlyStopping"}}}) == []
     assert ("optimizer._target_", "mine.AdamW") in list(check.targets({**config, "optimizer": own}))
+
+
+def test_settings_of_several_loggers() -> None:
+    several = ("logger=[wandb,tensorboard,mlflow]", "logger.tags=[a]", "logger.tracking_uri=x")
+    assert check.check(composed("train", *several)) == []
+    mine = {"_target_": "mine.Logger", "rate": 3}
+    config = composed("train", "logger=tensorboard")
+    assert check.check({**config, "logger": {**config["logger"], "mine": mine, "rate": 3}}) == []
+    assert check.check({**config, "logger": mine}) == []
+    for logger, name in (
+        ({**config["logger"], "rate": 3}, "logger.rate"),
+        ({"mine": mine, "tensorboard": {**config["logger"]["tensorboard"], "rate": 3}}, "logger.tensorboard.rate"),
+        ({"rate": 3}, "logger.rate"),
+    ):
+        with pytest.raises(UserError, match=rf"no setting {name}"):
+            check.check({**config, "logger": logger})
+    assert check.check({**config, "logger": {**config["logger"], "project": "p"}}) == ["logger.project"]
+    with pytest.raises(UserError, match=r"logger\.log_model=all is not one of none, reference, upload"):
+        check.check(composed("train", "logger.log_model=all"))

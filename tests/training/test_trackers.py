@@ -4,20 +4,28 @@ import json
 import os
 import re
 import shutil
+import socket
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import yaml
 
 import offline
+from offline import ANSWER
 from running import Sft
+from sft.config import CONF
 from sft.errors import UserError
+from sft.runs import answers_file
+from sft.runs.metric import timings
 from sft.runs.metrics_file import Metrics
-from sft.training import trackers
+from sft.training.trackers import choose, wandb_files, wandb_run, wandb_server
+from sft.training.trackers.guard import guarded
 from wandb_server import KEY, Service
 
 HISTORY = [{"step": str(k), "train/loss": str(9 - k), "val/loss": "0.5" if k == 2 else ""} for k in range(4)]
@@ -59,8 +67,8 @@ def identity(folder: Path) -> str:
 def track(folder: Path, history: list[dict[str, str]], *steps: int, **options: Any) -> None:
     """What a run does that has `history` already and makes `steps`."""
     options = {"run": "r", "group": "g", "project": "sft", "mode": "auto"} | options
-    with trackers.tracking():
-        logger = trackers.wandb_logger(folder=folder, history=history, **options)
+    with choose.tracking():
+        logger = wandb_run.wandb_logger(folder=folder, history=history, **options)
         for step in steps:
             logger.log_metrics({"train/loss": float(9 - step)}, step=step)
 
@@ -118,7 +126,7 @@ def test_a_key_is_found_wherever_wandb_finds_one(way: str, tmp_path: Path, monke
         path.write_text(NETRC.format(default) if text == "DEFAULT" else text)
         path.chmod(0o600)
     monkeypatch.setattr(wandb, "init", init)
-    monkeypatch.setattr(trackers, "_fault", lambda *_: None)
+    monkeypatch.setattr(wandb_server, "fault", lambda *_: None)
     with pytest.raises(Asked, match=expected):
         track(tmp_path, [])
 
@@ -178,7 +186,7 @@ def test_run_begins_offline_and_is_online_when_started_again(
 ) -> None:
     import wandb
 
-    monkeypatch.setattr(trackers, "BEGIN", 2)
+    monkeypatch.setattr(wandb_run, "BEGIN", 2)
     if fault == "vanish":
         service.vanish()
     service.fault = fault
@@ -199,6 +207,46 @@ def test_run_begins_offline_and_is_online_when_started_again(
     assert f"W&B run {service.url}" in capsys.readouterr().out
 
 
+def test_a_resumed_run_keeps_its_best_value_its_console_and_takes_changed_settings(
+    tmp_path: Path, service: Service
+) -> None:
+    import wandb
+
+    losses, history = [3.0, 1.0, 2.0, 2.5], []
+    for attempt, steps in enumerate(((0, 1, 2), (2, 3)), 1):
+        with choose.tracking() as trackers:
+            logger = wandb_run.wandb_logger(
+                run="r",
+                folder=tmp_path,
+                group="g",
+                history=history,
+                project="sft",
+                mode="online",
+                config={"trainer": {"devices": attempt}},
+            )
+            trackers.append(logger)
+            for step in steps:
+                logger.log_metrics({"val/loss": losses[step]}, step=step)
+            print("attempt", attempt)
+            logger.finalize("success")
+        wandb.teardown()
+        history = [{"step": "0", "val/loss": "3.0"}, {"step": "1", "val/loss": "1.0"}]
+    run = identity(tmp_path)
+    assert service.summary(run)["val/loss"] == {"min": 1.0, "last": 2.5}
+    assert json.loads(service.buckets[run]["config"])["trainer"] == {"value": {"devices": 2}}
+    assert len({name for name in service.files[run] if name.startswith("logs/")}) == 2  # a part for each attempt
+    assert [row["val/loss"] for row in service.rows(run)] == losses
+
+
+def made(folder: Path) -> tuple[list[dict[str, str]], bytes]:
+    """The figures of a run that don't depend on the machine, and its last weights."""
+    metrics = Metrics.read(folder / "metrics.csv")
+    ignored = timings(metrics.columns)
+    rows = [{name: value for name, value in row.items() if name not in ignored} for row in metrics.rows]
+    *_, last = sorted((folder / "checkpoints").glob("*/*.safetensors"))
+    return rows, last.read_bytes()
+
+
 @pytest.mark.parametrize(
     ("moment", "fault"),
     [("createRunFiles", "hang"), (r"_step\":1,", "vanish"), (r"_step\":3,", "hang"), (r"_step\":3,", "vanish")],
@@ -212,7 +260,7 @@ def test_server_that_fails_at_any_moment_holds_up_nothing(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr(trackers, "END", 1)
+    monkeypatch.setattr(wandb_run, "END", 1)
     monkeypatch.setenv("WANDB__FILE_STREAM_TRANSMIT_INTERVAL", "0.01")
     service.fault, service.at = fault, moment
     about = ("logger.entity=team", "logger.tags=[a,b]", "logger.notes=why", "logger.job_type=train")
@@ -226,6 +274,9 @@ def test_server_that_fails_at_any_moment_holds_up_nothing(
     run = service.buckets[identity(sft.run_folder())]
     assert (run["entity"], run["tags"], run["notes"], run["jobType"]) == ("team", ["a", "b"], "why", "train")
     assert run["groupName"] == ("several" if group else "sft")
+    if (moment, fault) == (r"_step\":1,", "vanish"):
+        assert sft.train("run=plain", *SHORT[2:]) == 0
+        assert made(sft.run_folder()) == made(sft.run_folder("plain"))
     assert json.loads(run["config"])["optimizer"]["value"]["lr"] == 0.01
 
     service.vanish()
@@ -236,6 +287,90 @@ def test_server_that_fails_at_any_moment_holds_up_nothing(
     assert "Finished syncing" in synced.stderr
     assert [row["_step"] for row in later.rows(identity(sft.run_folder()))] == [0, 1, 2, 3]
     later.vanish()
+
+
+@pytest.mark.parametrize(
+    ("moment", "fault", "lost"),
+    [
+        ("samples:latest", "hang", "W&B gets no more answers until the run is resumed"),
+        ("files:latest", "hang", "wandb failed; the run continues without it"),
+        ("CreateArtifact (", 500, ""),  # wandb's own process retries, and the end waits no longer
+        ("CreateArtifactFiles", "reset", ""),
+    ],
+)
+def test_answers_and_artefacts_wait_for_no_server(
+    moment: str,
+    fault: str | int,
+    lost: str,
+    tmp_path: Path,
+    service: Service,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    for module, name in ((wandb_run, "END"), (wandb_server, "ANSWER"), (wandb_files, "SEND")):
+        monkeypatch.setattr(module, name, 1)
+    monkeypatch.setattr(wandb_run, "BEGIN", 3)
+    service.fault, service.at = fault, moment
+    (tmp_path / "preview.html").write_text("shown")
+    begun = time.monotonic()
+    with choose.tracking() as trackers:
+        run = wandb_run.wandb_logger(run="r", folder=tmp_path, group="g", history=[], project="sft", mode="auto")
+        logger: Any = guarded(run, "wandb")
+        trackers.append(logger)
+        for step in range(3):
+            logger.log_metrics({"train/loss": 1.0}, step)
+            logger.log_answers(step, [{**ANSWER, "step": step}])
+    assert time.monotonic() - begun < 12
+    _, *lines = capsys.readouterr().out.splitlines()  # the first has the address
+    assert any(line.startswith(lost) for line in lines) and "W&B hasn't got all of this run" in lines[-1]
+    assert len(lines) <= 3
+
+
+def test_what_wandb_has_of_a_training(sft: Sft) -> None:
+    settings = ("logger.tags=[a]", "logger.notes=why", "logger.log_model=reference", "optimizer.lr=2e-2")
+    assert sft.train("run=run", "logger=wandb", "max_steps=2", "val_every=1", *settings) == 0
+    folder = sft.run_folder()
+    config = offline.config(folder)
+    assert config["optimizer"]["lr"] == 0.02
+    assert config["data_fingerprint"] == json.loads((folder / "provenance.json").read_text())["data"]
+    assert config["ledger"] == json.loads((folder / "data.json").read_text())
+    assert config["hosts"] == [socket.gethostname()]
+    begun = offline.run(folder)
+    assert (begun["project"], begun["group"], begun["job_type"], begun["tags"]) == ("sft", "sft", "train", ["a"])
+    assert begun["notes"] == "why" and begun["name"] == "run"
+    losses = Metrics.read(folder / "metrics.csv").values("val/loss")
+    assert offline.summary(folder)["val/loss"] == {"min": min(losses), "last": losses[-1]}
+    shown, *weights = offline.artefacts(folder)
+    assert shown["files"].keys() >= {"preview.html", "data.json"} and shown["type"] == "run"
+    kinds = [(each["type"], each["aliases"]) for each in weights]
+    assert kinds[:2] == [("checkpoint", ["latest", "step-1"]), ("checkpoint", ["best", "last", "latest", "step-2"])]
+    assert kinds[2] == ("model", ["best", "last", "latest", "step-2"])
+    place = (folder / "export" / "model.safetensors").absolute().as_uri()
+    assert weights[2]["files"]["model.safetensors"] == place
+    assert "step 2: validation loss" in offline.console(folder)
+
+
+def test_answers_are_a_table_of_all_steps(tmp_path: Path) -> None:
+    (tmp_path / "recipe.json").write_text('{"num_ranks": 2, "hosts": ["n1", "n2"]}')
+    answers_file.append(tmp_path, [ANSWER, {**ANSWER, "step": 1, "answer": "ba"}])
+    with choose.tracking():
+        logger: Any = wandb_run.wandb_logger(
+            run="r", folder=tmp_path, group="g", history=[], project="sft", mode="offline", name="lr=1"
+        )
+        logger.log_metrics({"val/loss": 1.0}, step=0)
+        logger.log_answers(0, [ANSWER])
+        logger.log_answers(1, [{**ANSWER, "step": 1, "answer": "ba"}])
+        (tmp_path / "recipe.json").write_text('{"num_ranks": 4, "hosts": ["n1"]}')
+        logger.log_metrics({"val/loss": 1.0}, step=1)
+        logger.alert("Loss spikes", "it is 9")
+    table = offline.table(tmp_path, "samples")
+    assert table["columns"] == ["step", "prompt", "reference", "base", "answer", "score", "length", "stopped"]
+    assert table["data"][0] == [0, "Reverse ab.", "ba", None, "ab ab", 0.25, 6, True]
+    assert [row[4] for row in table["data"]] == ["ab ab", "ba"]
+    assert offline.config(tmp_path)["recipe"] == {"num_ranks": 4, "hosts": ["n1"]}
+    assert offline.run(tmp_path)["name"] == "lr=1"
+    assert offline.alerts(tmp_path) == [("Loss spikes", "it is 9")]
+    assert not list((tmp_path / "home").rglob("artifacts"))
 
 
 def test_a_run_begun_anew_under_the_same_name_is_another_one(tmp_path: Path, service: Service) -> None:
@@ -277,3 +412,44 @@ def test_a_process_of_wandb_that_is_shared_writes_to_the_runs_folder(
     ended = sft.process("train", *sft.settings, *SHORT)
     assert ended.code == 0, ended.output
     assert kept(sft.run_folder()) == 1
+
+
+@pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning")  # wandb's, of the sweep's settings
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_an_agent_of_a_sweep_trains_runs_that_belong_to_it(
+    sft: Sft, tmp_path: Path, service: Service, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """W&B's own agent makes the command of the sweep's file and of what the sweep has chosen."""
+    import wandb
+    from wandb import wandb_agent
+
+    sweep = yaml.safe_load((CONF / "wandb_sweep.yaml").read_text())
+    assert sweep["metric"] == {"name": "val/loss", "goal": "minimize"}
+    made: list[tuple[list[str], dict[str, str]]] = []
+
+    def start(command: list[str], env: dict[str, str], **_: Any) -> Any:
+        made.append((command, env))
+        return SimpleNamespace()
+
+    monkeypatch.setattr(wandb_agent, "AgentProcess", start)
+    monkeypatch.setenv("WANDB_SWEEP_ID", "s1")
+    monkeypatch.setenv("WANDB_PROJECT", "sft")  # as the agent sets them
+    monkeypatch.setenv("WANDB_ENTITY", "me")
+    monkeypatch.setenv("WANDB_DIR", str(tmp_path))
+    agent = wandb_agent.Agent(None, None)
+    agent._sweep_command = sweep["command"]
+    for number in range(2):
+        chosen = {"optimizer.lr": {"value": 0.000123456}, "seed": {"value": 1}}
+        wandb.teardown()  # each is a process of its own
+        agent._command_run({"run_id": f"trial{number}", "program": sweep["program"], "args": chosen})
+        (program, command, *settings), environment = made[-1]
+        assert (program, command) == ("sft", "train")
+        for name in ("WANDB_RUN_ID", "WANDB_SWEEP_PARAM_PATH"):
+            monkeypatch.setenv(name, environment[name])
+        own = [setting for setting in settings if not setting.startswith("experiment=")]
+        assert sft.train("max_steps=2", "val_every=1", *own) == 0
+        run = service.buckets[f"trial{number}"]
+        assert (run["sweep"], run["displayName"]) == ("s1", "lr=0.0001235 seed=1")
+        assert [row["_step"] for row in service.rows(f"trial{number}")] == [0, 1, 2]
+        assert all("val/loss" in row for row in service.rows(f"trial{number}"))
+    assert "is finished: nothing to do" in capsys.readouterr().out  # the second has the same settings

@@ -27,6 +27,7 @@ from sft.runs.metrics_file import Metrics
 from sft.runs.run import Run
 from sft.training import extension
 from sft.training.settings import check
+from sft.training.trackers.notify import gave_up
 
 
 def main(config: DictConfig) -> None:
@@ -151,6 +152,8 @@ def _conclude(folder: Path, death: Death, story: Sequence[Event], max_requeues: 
     place = f" (rank {death.rank} on {death.host})" if death.rank is not None else ""
     decision = "requeued" if requeue else "stopped"
     print(f"{decision}: {death.cause} at step {death.step}{place}: {death.error}; {why}", file=sys.stderr, flush=True)
+    if not requeue:
+        gave_up(folder, death.step, f"{death.cause}{place}: {death.error}; {why}")
     return requeue
 
 

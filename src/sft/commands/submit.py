@@ -94,7 +94,7 @@ def _submit(config: DictConfig, job: Job, dry_run: bool, rehearse: bool) -> None
         return
     number = _queue(command, job, run)
     _print_commands(number, run, log.replace("%j", str(number)).replace("%%", "%"))
-    if config.logger and config.logger._target_.endswith("wandb_logger"):
+    if config.logger and "wandb" in config.logger:
         print(f"W&B: run {run.folder.name}; if the nodes are offline: wandb sync {run.folder}/wandb/offline-run-*")
 
 

@@ -18,8 +18,8 @@ SIGUSR1, SIGTERM and the end of max_time=HOURS:MINUTES:SECONDS save a checkpoint
 command with exit code 75, Ctrl-C with 130; the same command resumes the run. sft preview with the same settings shows
 the samples token by token; sft rehearse tries a cluster's job first.
 
-The run's folder is runs/NAME/: config.yaml, data.json (the rows used and lost), preview.html, metrics.csv, checkpoints/
-and export/, the fine-tuned model.
+The run's folder is runs/NAME/: report.html (what it learned), config.yaml, data.json (the rows used and lost),
+preview.html, metrics.csv, checkpoints/ and export/, the fine-tuned model.
 """
 
 import os
@@ -31,6 +31,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from sft.runs import signals
 from sft.runs.files import write_json
+from sft.runs.metrics_file import Metrics
 from sft.runs.results import Result, after, summarise
 from sft.runs.run import Run
 from sft.runs.stopped import lifted
@@ -39,8 +40,6 @@ from sft.training.launch import find
 from sft.training.settings import check, check_devices, check_gpu, check_inputs, check_targets, say, settle
 
 if TYPE_CHECKING:
-    from lightning.pytorch.loggers import Logger
-
     from sft.training.prepare import Prepared
 
 
@@ -59,6 +58,8 @@ def main(config: DictConfig) -> float | None:
         print(f"{run.folder} is finished: nothing to do (another run: run=NAME; anew: remove the folder)")
         if "stopped_early" in run.status:
             print(f"  it ended {after(run)}\n  without that callback, or with more patience, it continues")
+        if "WANDB_SWEEP_ID" in os.environ:
+            repeat(config, run)
         return Result.read(run).last
 
     check_inputs(config)
@@ -71,12 +72,15 @@ def main(config: DictConfig) -> float | None:
     from sft.commands.preview import write_html
     from sft.data.ledger import in_one_line
     from sft.ranks import disband
+    from sft.training import answers
     from sft.training.fit import fit
     from sft.training.length import check_schedule, lines
     from sft.training.log import is_main, log
-    from sft.training.metrics import MetricsFile
+    from sft.training.metrics_file import MetricsFile
     from sft.training.prepare import quiet, setup
-    from sft.training.trackers import tracking
+    from sft.training.reporting import reported
+    from sft.training.trackers import choose
+    from sft.training.trackers.choose import tracking
 
     cluster = launch.enter()
     quiet()
@@ -95,7 +99,8 @@ def main(config: DictConfig) -> float | None:
 
     model = prepared.fingerprint(config.data.cache_dir, weights=reads) if is_main() else None
     attempt = run.attempt(settings, prepared.splits.fingerprint, data.num_steps, is_main(), prepared.template, model)
-    with attempt as status, tracking():
+    # Trackers get the final report.
+    with tracking() as trackers, reported(run.folder) as report, attempt as status:
         if is_main():
             write_json(run.folder / "data.json", prepared.splits.ledger)
             write_html(run.folder / "preview.html", prepared)
@@ -105,13 +110,14 @@ def main(config: DictConfig) -> float | None:
         for line in lines(config, data):
             log(line)
         file = MetricsFile(run.folder / "metrics.csv")
-        file.resume(0 if begins else data.start_step)
+        file.resume(first := 0 if begins else data.start_step)
         if other_callbacks:
             log(f"it was stopped early at step {data.start_step}, and continues {other_callbacks}")
         # Killed after its last step, only the export is left to do.
         if other_callbacks or begins or not (resume and resume.last):
             if is_main() and config.export:
                 try_export(prepared, run)
+            trackers += choose.start(config, run, file.metrics.rows)
             fit(
                 config,
                 prepared.source,
@@ -119,9 +125,10 @@ def main(config: DictConfig) -> float | None:
                 checkpoints=run.checkpoints,
                 resume=resume,
                 extends=begins is not None,
-                loggers=[file, *trackers(config, run, file.metrics.rows)],
+                loggers=[file, *trackers],
                 facts=facts(config, prepared),
                 cluster=cluster,
+                answers=answers.of(config, prepared, run, first),
             )
             if HydraConfig.get().mode is not RunMode.MULTIRUN:  # there the group is for the next setting, too
                 disband()
@@ -135,10 +142,19 @@ def main(config: DictConfig) -> float | None:
         if is_main() and config.checkpoint.drop_optimizer:
             for checkpoint in checkpoints.complete(run.checkpoints):
                 drop_optimizer(checkpoint)
+        report(status)
     if not is_main():
         return None
     summarise(run, file.metrics, said(run, chosen, file.metrics))
     return Result.read(run).last
+
+
+def repeat(config: DictConfig, run: Run) -> None:
+    """Gives a finished run's figures to the W&B run that an agent's sweep has for the same settings."""
+    from sft.training.trackers.choose import start, tracking
+
+    with tracking() as trackers:
+        trackers += start(config, run, Metrics.read(run.folder / "metrics.csv").rows)
 
 
 def facts(config: DictConfig, prepared: "Prepared") -> dict[str, object]:
@@ -146,15 +162,3 @@ def facts(config: DictConfig, prepared: "Prepared") -> dict[str, object]:
     template = {"template": prepared.template} if prepared.template else {}
     callbacks = OmegaConf.to_container(config.callbacks, resolve=True) if config.get("callbacks") else {}
     return {"seed": config.seed, "stop_token_ids": prepared.stop_token_ids, "callbacks": callbacks, **template}
-
-
-def trackers(config: DictConfig, run: Run, history: list[dict[str, str]]) -> "list[Logger]":
-    """The tracker that `logger=` names, in addition to the metrics.csv of every run."""
-    from hydra.utils import instantiate
-
-    if not config.get("logger"):
-        return []
-    tracker = instantiate(config.logger)
-    group = config.logger.get("group") or config.name
-    resolved = OmegaConf.to_container(config, resolve=True)
-    return [tracker(run=run.folder.name, folder=run.folder, group=group, history=history, config=resolved)]

@@ -168,7 +168,7 @@ def _choice(prefix: str, group: str, value: str, options: list[str], is_sweep: b
             f"{group}={value}: an option is named without folder and .yaml: {group}={name}{own}"
             + ("" if own or name in options else f", with the file in conf/{group}/ or in {group}/ of a --config-dir")
         )
-    if value.startswith("[") and group != "callbacks":
+    if value.startswith("[") and group not in ("callbacks", "logger"):
         raise UserError(f"{group}={value}: there is one {group} at a time: choose {', '.join(options)}")
     if "," in value and not value.startswith("[") and not is_sweep:
         raise UserError(f"{group}={value} has several values: add -m to train with each of them")

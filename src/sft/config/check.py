@@ -48,7 +48,9 @@ def faults(config: Mapping[str, Any], command: str) -> Iterator[Fault]:
         node: Any = config
         for part in group.split("."):
             node = node.get(part) if isinstance(node, Mapping) else None
-        if isinstance(node, Mapping) and (option := option_of(group, node)):
+        if group == "logger" and isinstance(node, Mapping) and "_target_" not in node:
+            yield from _faults_of_loggers(node)
+        elif isinstance(node, Mapping) and (option := option_of(group, node)):
             yield from _faults(node, option, f"{group}.")
     for name, callback in (config.get("callbacks") or {}).items():
         target = callback.get("_target_") if isinstance(callback, Mapping) else None
@@ -62,6 +64,22 @@ def option_of(group: str, node: Mapping[str, Any]) -> type[Settings] | None:
     """The class of a group's option; None for one of the user's own."""
     target = str(node.get("_target_", ""))
     return OPTIONS[group].get(target.rpartition(".")[2]) if not target or target.startswith(OURS) else None
+
+
+def _faults_of_loggers(node: Mapping[str, Any]) -> Iterator[Fault]:
+    """Several loggers, and the settings of all of them. A logger of the user's own may have any beside it."""
+    loggers = {name: each for name, each in node.items() if isinstance(each, Mapping) and "_target_" in each}
+    beside = {name: value for name, value in node.items() if name not in loggers}
+    options = {name: option_of("logger", each) for name, each in loggers.items()}
+    for name, option in options.items():
+        if option is not None:
+            yield from _faults(loggers[name], OPTIONS["logger"][""], f"logger.{name}.")
+    known = [option for option in options.values() if option is not None]
+    for option in known or [OPTIONS["logger"][""]]:
+        for fault in _faults(beside, option, "logger."):
+            others = any(fault.name.removeprefix("logger.") in other.model_fields for other in known)
+            if fault.expected is not None or not (others or None in options.values()):
+                yield fault
 
 
 def targets(node: Any, name: str = "") -> Iterator[tuple[str, str]]:

@@ -206,7 +206,7 @@ COMMANDS: dict[str, type[Settings]] = {
         max_shard_size=described("a number of bytes, or a size like 500MB", int | Text),
         runs_dir=Text,
     ),
-    "compare": table("Compare", runs=list[Text], output=maybe(Text), runs_dir=Text),
+    "compare": table("Compare", runs=list[Text], output=maybe(Text), html=maybe(Text), runs_dir=Text),
     "runs": table("Runs", run=maybe(Paths), state=maybe(one_of(*STATES.split())), runs_dir=Text),
     "watch": table("Watch", run=maybe(Paths), once=Yes, every=Positive, runs_dir=Text),
 }
@@ -396,6 +396,7 @@ SGD = table(
     foreach=rare(maybe(Yes)),
 )
 Decay = table("Decay", warmup=Steps, final=Share)
+Tags = maybe(described("a list of texts", list[Text]))
 Wandb = table(
     "Wandb",
     project=Text,
@@ -403,8 +404,18 @@ Wandb = table(
     entity=rare(maybe(Text)),
     group=rare(maybe(Text)),
     job_type=rare(maybe(Text)),
-    tags=rare(maybe(described("a list of texts", list[Text]))),
+    tags=rare(Tags),
     notes=rare(maybe(Text)),
+    log_model=rare(one_of("none", "reference", "upload")),
+)
+MLflow = table(
+    "MLflow",
+    project=Text,
+    group=rare(maybe(Text)),
+    job_type=rare(maybe(Text)),
+    tags=rare(Tags),
+    notes=rare(maybe(Text)),
+    tracking_uri=rare(maybe(Text)),
 )
 EarlyStopping = table(
     "EarlyStopping",
@@ -455,7 +466,8 @@ OPTIONS: dict[str, dict[str, type[Settings]]] = {
         "cosine": Decay,
         "warmup_stable_decay": table("WarmupStableDecay", Decay, decay=Steps),
     },
-    "logger": {"": Nothing, "wandb_logger": Wandb, "tensorboard_logger": Nothing},
+    # Each logger is a mapping of its own, by its `_target_`; what they have in common stands beside them.
+    "logger": {"": Nothing, "wandb_logger": Wandb, "tensorboard_logger": Nothing, "mlflow_logger": MLflow},
     "cluster": {"": Cluster},
     "averaging": {
         "": Nothing,

@@ -5,6 +5,7 @@ import socket
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 
 from sft.runs.identity import deciding
 from sft.runs.metrics_file import Metrics
@@ -27,6 +28,7 @@ class Result:
     last: float = math.nan  # validation loss of the step that was exported, which is the last unless that is the best
     speed: float = math.nan  # tokens a second in the median step
     error: str | None = None  # why it failed
+    folder: Path = Path()
 
     @classmethod
     def read(cls, run: Run) -> "Result":
@@ -43,6 +45,7 @@ class Result:
             last=(exported if exported.values("val/loss") else metrics).last("val/loss"),
             speed=metrics.median("train/tokens_per_second"),
             error=status.get("error"),
+            folder=run.folder,
         )
 
 
@@ -103,6 +106,7 @@ def summarise(run: Run, metrics: Metrics, chosen: str) -> None:
     print(f"  exported          {chosen}" if run.export.exists() else f"  to export         {chosen}")
     if run.export.exists():
         print(f"  model             {run.export}")
+    print(f"  report            {run.folder / 'report.html'}")
     print(f"  metrics           {run.folder / 'metrics.csv'}")
     print(f"  what was trained  {run.folder / 'preview.html'}, {run.folder / 'data.json'}", flush=True)
     for offline in sorted((run.folder / "wandb").glob("offline-run-*")):

@@ -20,6 +20,7 @@ from sft.config.schema import OURS
 from sft.data.step_plan import DEFAULT_PACKS, check_division
 from sft.errors import UserError
 from sft.runs import signals
+from sft.runs.files import input_file
 from sft.runs.run import Run
 from sft.training import callbacks
 from sft.training.launch import Launch
@@ -41,6 +42,8 @@ def check_schema(config: DictConfig, command: str = "train", typed: Collection[s
     for name in left_over(settings, command, typed):
         group, _, last = name.rpartition(".")
         target = str(OmegaConf.select(config, f"{group}._target_") or "none").rpartition(".")[2]
+        if group == "logger":
+            target = ", ".join(each for each, value in config.logger.items() if isinstance(value, DictConfig)) or "csv"
         with open_dict(config):
             del OmegaConf.select(config, group)[last]
         say(f"note: {name} of the experiment is left out: {group} {target} has no such setting")
@@ -125,6 +128,8 @@ def check_inputs(config: DictConfig) -> None:
     """Refuses a model and data that aren't there, before anything heavy is imported."""
     from sft.data.rows import local_files
 
+    if text := (config.get("evaluation") or {}).get("text"):
+        input_file(text, "evaluation.text")
     check_targets(config, only_own=True)
     model = instantiate(config.model, _convert_="all")
     model.check_files()
