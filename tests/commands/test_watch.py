@@ -163,6 +163,8 @@ def test_several_a_line_each_until_all_have_ended(made: Made, monkeypatch: pytes
     last = file.getvalue().rpartition("\x1b[?1049l")[2].splitlines()
     assert [line.split()[:3] for line in last[-2:]] == [["b", "finished", "4/4"], ["a", "interrupted", "2/4"]]
     assert last[-2].rstrip().endswith("━━━━━━━━━━")
+    failed = Made("c", "failed")
+    assert follow([Watched(run.folder, Queue()) for run in (other, made, failed)], console, 1.0) == 1
 
 
 def test_a_queued_run_is_waited_for(

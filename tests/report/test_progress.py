@@ -42,6 +42,8 @@ STORY: Story = [
     (0, "start", {"step": 0, "hosts": ["n1", "n2"], "num_ranks": 2}),
     (100, "save", {"step": 100, "seconds": 2.0}),
     (110, "signal", {"step": 100}),
+    (600, "submit", {"job": 3}),
+    (680, "job", {"job": 3}),
     (690, "start", {"step": 100, "hosts": ["n3"], "num_ranks": 1}),
 ]
 ROWS = "step,train/loss,train/seconds,val/loss\n0,,,9.0\n199,2.5,0.5,\n200,2.25,0.5,3.5\n"
@@ -51,7 +53,7 @@ def test_times_by_hand(tmp_path: Path) -> None:
     status = {"state": "running", "num_steps": 400, "time": at(680), **HERE}
     run = Progress.read(make(tmp_path / "a", status, STORY, ROWS), now=NOON + 1000)
     assert (run.state, run.step, run.num_steps, run.loss, run.val_loss) == ("running", 200, 400, 2.25, 3.5)
-    assert (run.hosts, run.job, run.exit_code) == (("n3",), None, None)
+    assert (run.hosts, run.job, run.exit_code) == (("n3",), 3, None)
     # 300 s for the 100 steps from step 100 on, so 3 s each for the 200 that are left, 10 s of which have passed.
     assert run.left == 590
     # The first attempt to its signal, the second until now.
@@ -103,6 +105,7 @@ FAILED, FINISHED = {"state": "failed", "error": "E: why"}, {"state": "finished"}
         (ENDED, [(0, "start", {}), (9, "by_hand", {})], None, "interrupted", 75),
         (FAILED, [START, STOP], [RUNS], "failed", 1),
         (FAILED, [START], None, "failed", None),
+        (FAILED, [START, REQUEUE], [WAITS], "queued", None),
         (FAILED, [(0, "start", {})], None, "failed", 1),
         (DIED, [(0, "start", {})], None, "died", 1),
         (FINISHED, [START, FINISH], [RUNS], "finished", 0),
@@ -120,6 +123,7 @@ def test_states_of_files_and_queue(
     run = Progress.read(make(tmp_path / "a", status, story, ""), jobs, now=NOON + 1000)
     assert (run.state, run.exit_code) == (state, code)
     assert run.waits == ("Resources" if jobs == [WAITS] else None)
+    assert run.error == ("E: why" if state == "failed" else None)
 
 
 def test_a_verdict_that_never_came_is_not_waited_for(tmp_path: Path) -> None:

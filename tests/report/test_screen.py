@@ -32,7 +32,7 @@ def curve(values: dict[int, float]) -> Curve:
 
 
 def event(time: str, kind: str, **details: object) -> Event:
-    return {"time": f"{time}+00:00", "event": kind, **details}  # type: ignore[typeddict-item,typeddict-unknown-key]
+    return {"time": f"{time}+00:00", "event": kind, **details}  # type: ignore[typeddict-item]
 
 
 def shown(what: RenderableType, width: int) -> str:

@@ -12,6 +12,7 @@ HEAD = "step,train/loss,val/loss\n"
 
 
 def curves(following: Following) -> dict[str, dict[int, float]]:
+    assert all(len(set(curve.steps)) == len(curve.steps) for curve in following.curves.values())
     return {name: dict(zip(c.steps, c.values, strict=True)) for name, c in following.curves.items()}
 
 
@@ -25,7 +26,12 @@ def test_only_what_is_new_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert not following.read()
     taken: list[list[bytes]] = []
     take = following._take
-    monkeypatch.setattr(following, "_take", lambda lines: (taken.append(lines), take(lines)))
+
+    def noting(lines: list[bytes]) -> None:
+        taken.append(lines)
+        take(lines)
+
+    monkeypatch.setattr(following, "_take", noting)
     with path.open("a") as file:
         file.write("3,2.5,\n4,2.2")  # the last is still being written
     assert following.read()
@@ -64,6 +70,17 @@ def test_a_file_that_was_written_anew_is_read_anew(text: str, loss: dict[int, fl
     assert following.step == max(loss, default=0)
 
 
+def test_another_header_is_seen_however_far_away_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(metrics_file, "KEPT", 4)
+    path = tmp_path / "metrics.csv"
+    following = Following(path, ["train/loss"])
+    path.write_text(HEAD + "1,4.0,\n2,3.0,\n3,2.5,\n")
+    following.read()
+    path.write_text(HEAD.replace("train/loss,val/loss", "val/loss,train/loss") + "1,4.0,\n2,3.0,\n3,2.5,\n4,2.0,1.0\n")
+    following.read()
+    assert curves(following) == {"train/loss": {4: 1.0}}
+
+
 def test_rows_that_are_no_rows_are_left_out(tmp_path: Path) -> None:
     (tmp_path / "metrics.csv").write_bytes(HEAD.encode() + b"1,4.0,\n\xff\x00,1\nx,2.0,\n2,3.0\n3,oops,\n4,nan,\n")
     following = Following(tmp_path / "metrics.csv", ["train/loss"])
@@ -71,7 +88,7 @@ def test_rows_that_are_no_rows_are_left_out(tmp_path: Path) -> None:
     assert list(following.curves["train/loss"].steps) == [1, 4]
 
 
-@pytest.mark.parametrize("block", [16, 64, 10_000])
+@pytest.mark.parametrize("block", [16, 64, 1221, 10_000])  # 1221: within the row of the validation
 def test_the_end_of_a_large_file_up_to_its_last_validation(
     block: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -81,9 +98,11 @@ def test_the_end_of_a_large_file_up_to_its_last_validation(
     path.write_text(HEAD + "".join(rows) + "501,0.0")
     metrics = end(path, "val/loss")
     assert (metrics.step, metrics.last("val/loss"), metrics.last("train/loss")) == (500, 0.5, 0.002)
+    first = 501 - len(metrics.rows)
+    assert [row["step"] for row in metrics.rows] == [str(step) for step in range(first, 501)]
     monkeypatch.setattr(metrics_file, "MOST", 64)
     metrics = end(path, "val/loss")
-    assert (metrics.step, len(metrics.rows) < 100 or block == 10_000) == (500, True)
+    assert (metrics.step, len(metrics.rows) <= 100 or block == 10_000) == (500, True)
 
 
 def test_the_end_of_no_file(tmp_path: Path) -> None:
