@@ -11,7 +11,7 @@ from transformers import MambaConfig, MambaForCausalLM
 
 import settings
 from conftest import tiny_llama
-from runfiles import rows
+from runfiles import final_files, rows
 from running import Sft
 from sft.checkpoint.checkpoint import complete
 from sft.training import layers
@@ -66,6 +66,9 @@ def test_norms_are_those_of_the_weights_of_two_steps(sft: Sft) -> None:
         before = after
     groups = ["embeddings", "layers.0", "layers.1", "rest"]
     assert seen == list(zip("123456", [*groups, *groups[:2]], strict=True))
+    # Training doesn't notice.
+    assert sft.train("run=without", *SETTINGS, "evaluation.layers_every=0") == 0
+    assert final_files(sft.run_folder("without")) == final_files(sft.run_folder())
 
 
 def test_without_the_memory_they_are_not_measured(
