@@ -4,7 +4,7 @@ BIN := .venv/bin
 export PYTHONUNBUFFERED := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test slurm lint clean
+.PHONY: help install demo test slurm browser lint clean
 
 help: ## list the targets
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /\1\t/' | expand -t 10
@@ -29,6 +29,13 @@ slurm: ## install the Debian packages that the tests on a Slurm cluster need
 		sudo=$$([ $$(id -u) = 0 ] || echo sudo) && \
 		$$sudo apt-get update -qq && \
 		$$sudo apt-get install -qq -y --no-install-recommends slurmctld slurmd slurm-client munge iproute2 >/dev/null; \
+	}
+
+browser: ## install the Debian packages that the test of the report in a browser needs
+	@which chromium chromedriver >/dev/null || { \
+		sudo=$$([ $$(id -u) = 0 ] || echo sudo) && \
+		$$sudo apt-get update -qq && \
+		$$sudo apt-get install -qq -y --no-install-recommends chromium chromium-driver >/dev/null; \
 	}
 
 lint: install ## style, types and the direction of imports

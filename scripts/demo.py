@@ -98,6 +98,7 @@ def report(rows: list[dict[str, str]]) -> tuple[float, float]:
     figures.add_row("what was trained", f"{TUNED.folder / 'preview.html'}, {TUNED.folder / 'data.json'}")
     figures.add_row("all answers", str(TUNED.folder / "answers.json"))
     figures.add_row("try it", f'{script()} generate demo --prompt "Write tomato backwards."')
+    figures.add_row("report", f"{TUNED.folder / 'report.html'}: open it in a browser")
     console.print(figures)
     return base, tuned
 

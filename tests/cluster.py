@@ -8,7 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -69,15 +69,17 @@ class Cluster:
         return self("exec", *command, cwd=cwd, env=env)
 
     @contextmanager
-    def background(self, *command: str, cwd: Path) -> Iterator[None]:
+    def background(
+        self, *command: str, cwd: Path, output: Path = Path(os.devnull)
+    ) -> "Iterator[subprocess.Popen[bytes]]":
         """Runs `command` on the login node meanwhile, and kills it afterwards."""
-        process = subprocess.Popen(
-            self._command("exec", *command), stdout=subprocess.DEVNULL, cwd=cwd, start_new_session=True
-        )
+        with output.open("w") as file:
+            process = subprocess.Popen(self._command("exec", *command), stdout=file, cwd=cwd, start_new_session=True)
         try:
-            yield
+            yield process
         finally:
-            os.killpg(process.pid, signal.SIGKILL)
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
             process.wait()
 
     def submit(self, *arguments: str, cwd: Path | None = None, env: dict[str, str] | None = None) -> str:

@@ -15,6 +15,7 @@ from lightning.pytorch.callbacks import Callback, Timer
 from sft.checkpoint import checkpoint, safetensors_file, save
 from sft.data import staging
 from sft.runs import signals
+from sft.runs.metrics_file import Metrics
 from sft.training.checkpointing import Checkpoints
 from sft.training.module import SFTModule
 
@@ -217,7 +218,12 @@ def killed_in_a_removal() -> None:
 
 def killed_in_the_metrics() -> None:
     """With the validation after the 4th step in it, the file lies beside its place."""
-    signal_at(os, os.replace, 4, where=lambda source, target: target.name == "metrics.csv")
+
+    def has_it(source: Path, target: Path) -> bool:
+        last = Metrics.read(source).rows[-1:] if target.name == "metrics.csv" else []
+        return bool(last) and last[0]["step"] == "4" and bool(last[0]["val/loss"])
+
+    signal_at(os, os.replace, 1, where=has_it)
 
 
 def killed_in_the_store() -> None:

@@ -6,13 +6,15 @@ from pathlib import Path
 import torch
 
 from sft.checkpoint.checkpoint import Checkpoint, complete
-from sft.training.metrics import TIMINGS
+from sft.runs.metric import timings
 
 
 def rows(folder: Path) -> list[dict[str, str]]:
     """metrics.csv, without what depends on the machine."""
     with (folder / "metrics.csv").open(newline="") as file:
-        return [{k: v for k, v in row.items() if k not in TIMINGS} for row in csv.DictReader(file)]
+        reader = csv.DictReader(file)
+        of_machine = timings(reader.fieldnames or ())
+        return [{k: v for k, v in row.items() if k not in of_machine} for row in reader]
 
 
 def last_checkpoint(folder: Path) -> Checkpoint:

@@ -7,11 +7,7 @@ from threading import Semaphore
 from unittest.mock import patch
 
 import pytest
-import torch
-from torch.utils.flop_counter import FlopCounterMode
-from transformers import AutoConfig, AutoModelForCausalLM
 
-import settings
 import warm
 from benchmarks import ranks
 from benchmarks.ranks import bytes_sent
@@ -60,26 +56,14 @@ def test_volume_is_that_of_the_literature(strategy: str, models: int) -> None:
     assert volume(strategy, 8, 4, scatter=7 / 8) == pytest.approx(models * 7 / 8)
 
 
-@pytest.mark.parametrize("lora_rank", [0, 4])
-def test_flops_are_those_that_torch_counts(lora_rank: int) -> None:
-    shape, length = SHAPES["toy"], 40
-    config = AutoConfig.for_model(**shape)
-    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
-    if lora_rank:
-        settings.adapter(r=lora_rank).add(model)
-        model.get_input_embeddings().register_forward_hook(lambda module, inputs, output: output.requires_grad_())
-    with FlopCounterMode(display=False) as counter:
-        model(torch.arange(length)[None], use_cache=False).logits.sum().backward()
-    # Which counts the scores above the diagonal as well.
-    masked = 6 * shape["num_hidden_layers"] * shape["hidden_size"] * length**2
-    assert counter.get_total_flops() == flops(shape, length, length, length**2, lora_rank) + masked
-
-
 def test_flops_of_a_known_model() -> None:
     # Llama 3 8B has 6,979,321,856 weights in its layers' matrices and 525,336,576 in its head.
     tokens = 1000
     whole = 6 * (6_979_321_856 + 525_336_576 // 2) * tokens + 6 * 32 * 4096 * 500 * tokens
-    assert flops(SHAPES["llama-8b"], tokens, tokens // 2, 500 * tokens) == whole
+    assert flops(SHAPES["llama-8b"]).of(tokens, tokens // 2, 500 * tokens) == whole
+    # The adapter of rank 16 beside each of its linear layers has 41,943,040.
+    frozen = whole - 2 * (6_979_321_856 + 525_336_576 // 2) * tokens
+    assert flops(SHAPES["llama-8b"], 16).of(tokens, tokens // 2, 500 * tokens) == frozen + 6 * 41_943_040 * tokens
 
 
 @pytest.mark.parametrize("strategy", ["deepspeed_zero3", "fsdp2"])

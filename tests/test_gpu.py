@@ -289,13 +289,6 @@ def test_waits_of_a_step_are_counted_with_their_places(place: Gpu, monkeypatch: 
     assert [call.args[0] for call in torch.cuda.set_sync_debug_mode.call_args_list] == ["warn", "default"]
 
 
-def test_peak_of_a_device_by_its_name() -> None:
-    assert shapes.peak("NVIDIA H100 80GB HBM3") == 989e12
-    assert shapes.peak("NVIDIA H100 PCIe") == 756e12
-    assert shapes.peak("NVIDIA H200") == 989e12
-    assert shapes.peak("Some other card") is None
-
-
 def test_gpus_as_nvidia_smi_tells_them(monkeypatch: pytest.MonkeyPatch) -> None:
     told = "NVIDIA H100 80GB HBM3, 81559 MiB, 580.159.04\nNVIDIA L40S, 46068 MiB, 580.159.04\n"
     monkeypatch.setattr(subprocess, "run", lambda *_, **__: SimpleNamespace(stdout=told))

@@ -29,7 +29,7 @@ from warm import python
 LINKED = PAGES | {ROOT / name: (ROOT / name).read_text() for name in ("CONTRIBUTING.md", "CHANGELOG.md")}
 
 TRAIN = r"sft train (?!--cfg)"
-FINISHED = r"sft (generate|score|export|compare)\b"
+FINISHED = r"sft (generate|score|export|compare|runs|watch)\b"
 SLURM = r"sft submit|sft rehearse|sbatch |slurm/local-cluster "
 LAUNCHERS = r"(torchrun|srun) "
 # How a command is tested: run, if nothing else is said.
@@ -55,6 +55,7 @@ BENCHMARKS = {
     "train": ("--no-trl", "--only", "packed", "--threads", "1", "--samples", "8"),
     "data": ("--samples", "1000", "--rows", "200", "--workers", "1"),
     "strategies": ("--only", "ddp"),
+    "tracking": ("--threads", "1"),
 }
 
 
@@ -90,6 +91,7 @@ def project(sft: Sft, model_folder: Path, data_file: Path) -> Sft:
         (sft.folder / "gsm8k" / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     for name in ("my", "more"):
         shutil.copy(data_file, sft.folder / f"{name}.jsonl")
+    (sft.folder / "general.txt").write_text("Graz lies on the Mur.\nA day has 24 hours.\n")
     save_adapter(sft.folder / "my-adapter", model_folder)
     shutil.copytree(model_folder, sft.folder / "runs" / "demo-base" / "export")
     for name in ("train", "test"):
@@ -171,8 +173,13 @@ def test_finished_run(
     assert sft(command, *rest, *(["max_new_tokens=4"] if command == "generate" else [])) == 0
     printed = capsys.readouterr().out
     if command == "compare":
-        name = rest[0].replace("runs/gsm8k-*", "NAME") if rest else "NAME"
+        named = [word for word in rest if "=" not in word]
+        name = named[0].replace("runs/gsm8k-*", "NAME") if named else "NAME"
         assert re.search(rf"^{name} +finished +2/2 +\d\.\d{{4}}", printed, re.M)
+    elif command == "runs":
+        assert re.search(r"^NAME +finished +2/2 ", printed, re.M)
+    elif command == "watch":
+        assert re.search(r"^\w+  finished  on .*\n━+  2/2  100%  took ", printed)
     elif "file=prompts.txt" in rest:
         assert json.loads(printed)["prompt"] == "Reverse abc."
     elif command == "generate":
@@ -258,6 +265,8 @@ def test_benchmark(command: str, tmp_path: Path) -> None:
         assert run["losses"][-1] < run["losses"][0]
     elif command == "data":
         assert results["plan"]["num_packs"] == results["plan"]["fewest_packs"]
+    elif command == "tracking":
+        assert results["ratios"].keys() == results["median_ratios"].keys() >= {"tokens_per_second", "wall"}
     else:
         num_bytes = 4 * results["model"]["weights"]
         assert results["strategies"]["ddp"]["bytes_sent"] / num_bytes == pytest.approx(1.0, abs=0.02)

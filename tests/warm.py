@@ -38,6 +38,7 @@ PROCESSES.set_forkserver_preload(
         "sft.training.prepare",
         "sft.proof.cells",
         "sft.proof.reference",
+        "composed",
     ]
 )
 # Where one is started multiprocessing looks at all of its processes, and the code of one that has ended is read once.

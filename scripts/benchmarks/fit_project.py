@@ -14,7 +14,8 @@ from lightning.pytorch.callbacks import Callback
 from benchmarks.conditions import peak_rss, rss
 from benchmarks.fit import parts
 from benchmarks.shapes import fields
-from sft.training.metrics import MetricsFile, StepMetrics
+from sft.training.metrics import StepMetrics
+from sft.training.metrics_file import MetricsFile
 
 OBSERVED = 2  # the step, counted from 0, in which the device is asked what makes the host wait
 

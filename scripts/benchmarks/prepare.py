@@ -16,7 +16,7 @@ from tokenizers import Tokenizer, models
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from benchmarks import generated
-from benchmarks.shapes import fields
+from benchmarks.shapes import fields, flops
 from sft.data.rows import Source
 from sft.data.store import Store
 from sft.training.datamodule import SFTDataModule
@@ -78,6 +78,8 @@ def write_variant(
     num_steps = len(SFTDataModule(store, None, max_steps=None, **setting).epoch(0).packs) // global_batch_size
     data = SFTDataModule(store, None, max_steps=num_steps, **setting)
     steps = [data.step(k) for k in range(num_steps)]
+    squares = [int((store.lengths[np.concatenate(step.packs)].astype(np.int64) ** 2).sum()) for step in steps]
+    needed = flops(fields(options), options["lora"])
     rows = []
     for pack in (pack for step in steps for pack in step.packs):
         samples = [store[int(i)] for i in pack]
@@ -95,7 +97,9 @@ def write_variant(
         "rows": str(rows_folder),
         "num_tokens": [step.num_tokens for step in steps],
         "num_supervised": [step.num_supervised for step in steps],
-        "sum_squares": [int((store.lengths[np.concatenate(step.packs)].astype(np.int64) ** 2).sum()) for step in steps],
+        "flops": [
+            needed.of(step.num_tokens, step.num_supervised, square) for step, square in zip(steps, squares, strict=True)
+        ],
     }
 
 

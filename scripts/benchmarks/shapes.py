@@ -1,6 +1,9 @@
-"""Model shapes that are measured, the arithmetic that a training step of them needs, and what devices can do of it."""
+"""Model shapes that are measured, and the arithmetic that a training step of them needs."""
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from sft.model.flops import Flops
 
 # As transformers configures them. The names are those of models of this shape; the weights are random.
 SHAPES: dict[str, dict[str, Any]] = {
@@ -46,18 +49,6 @@ SHAPES: dict[str, dict[str, Any]] = {
     },
 }
 
-# Dense bf16 matrix products, FLOP/s, by part of the device's name: vendors' data sheets. The first that fits counts.
-PEAKS = {
-    "H100 PCIe": 756e12,
-    "H100 NVL": 835e12,
-    "H100": 989e12,
-    "H200": 989e12,
-    "GH200": 989e12,
-    "B200": 2250e12,
-    "A100": 312e12,
-    "L40S": 362e12,
-}
-
 
 def fields(options: dict[str, Any]) -> dict[str, Any]:
     """Fields of the model's configuration: of a shape by name, or of a Llama of these sizes with heads of 64."""
@@ -77,11 +68,6 @@ def fields(options: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def peak(device: str) -> float | None:
-    """What the data sheet says of a device; None where it isn't known here."""
-    return next((rate for name, rate in PEAKS.items() if name in device), None)
-
-
 def matrices(shape: dict[str, Any]) -> dict[str, tuple[int, int]]:
     """(inputs, outputs) of each linear layer of a decoder layer."""
     hidden, inner = shape["hidden_size"], shape["intermediate_size"]
@@ -98,21 +84,20 @@ def matrices(shape: dict[str, Any]) -> dict[str, tuple[int, int]]:
     }
 
 
-def flops(shape: dict[str, Any], num_tokens: int, num_supervised: int, sum_squares: int, lora_rank: int = 0) -> float:
-    """Useful floating-point operations of forward and backward over samples, the squares of whose lengths add up to
-    `sum_squares`. With a `lora_rank` all but an adapter beside each linear layer is frozen.
+def flops(shape: dict[str, Any], lora_rank: int = 0) -> "Flops":
+    """Useful operations of training a model of this shape or, with a `lora_rank`, an adapter of all its layers."""
+    import torch
+    from omegaconf import OmegaConf
+    from transformers import AutoConfig, AutoModelForCausalLM
 
-    A weight takes 2 a token forward, 2 for the gradient of its input and 2 for its own, which a frozen one is spared: 6
-    or 4. The head counts at supervised tokens alone. Attention's two products take, under the causal mask, 2 x d x
-    (length of the sample) a token and layer forward and twice that backward. What is computed beyond (padding, masked
-    scores, recomputation, a norm, an activation function) is not useful and doesn't count; without masks and with
-    every token supervised this is the count of PaLM (arXiv 2204.02311, appendix B).
-    """
-    each = 4 if lora_rank else 6
-    layers = shape["num_hidden_layers"]
-    layer = sum(inputs * outputs for inputs, outputs in matrices(shape).values())
-    adapters = sum(lora_rank * (inputs + outputs) for inputs, outputs in matrices(shape).values())
-    body = layers * (each * layer + 6 * adapters) * num_tokens
-    head = each * shape["vocab_size"] * shape["hidden_size"] * num_supervised
-    attention = 6 * layers * shape["hidden_size"] * sum_squares
-    return float(body + head + attention)
+    from sft.config import CONF
+    from sft.model.adapter import Adapter
+    from sft.model.flops import of_model
+
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**shape))
+    if lora_rank:
+        settings: Any = OmegaConf.to_container(OmegaConf.load(CONF / "adapter" / "lora.yaml"))
+        del settings["_target_"]
+        Adapter(**settings | {"r": lora_rank}).add(model)
+    return of_model(model)

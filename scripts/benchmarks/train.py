@@ -13,13 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.conditions import table
-from benchmarks.shapes import fields, flops
+from benchmarks.shapes import fields
 
 # The same for both. The project's own defaults, but for a learning rate at which ten steps show in the loss.
 SHARED = {"lr": 1e-3, "betas": [0.9, 0.95], "clip": 1.0}
 COMPARED = ("tokens_per_second", "tokens_per_cpu_second", "tflops", "peak_mb")
 PACKED = {"packs": 2, "micro_packs": 1}  # a step; of 2048 tokens about as much as 16 samples
-COUNTS = ("num_tokens", "num_supervised", "sum_squares")  # of each step, that its arithmetic is a function of
 CONTESTANTS = {"project": "benchmarks.fit_project", "trl": "benchmarks.fit_trl"}
 
 
@@ -88,9 +87,7 @@ def figures(result: dict[str, Any], plan: dict[str, Any], options: dict[str, Any
     assert len(result["ends"]) == len(result["losses"]) == len(num_tokens), "a run made other steps than planned"
     first = max(options["warmup"], 1)  # the first step has no end before it
     steps = list(zip(num_tokens[first:], list(pairwise(result["ends"]))[first - 1 :], strict=True))
-    shape = fields(options)
-    needed = [flops(shape, *step, options["lora"]) for step in zip(*(plan[name] for name in COUNTS), strict=True)]
-    useful = zip(needed[first:], steps, strict=True)
+    useful = zip(plan["flops"][first:], steps, strict=True)
     return {
         "tokens_per_second": statistics.median(tokens / (end[0] - begin[0]) for tokens, (begin, end) in steps),
         # Depends much less on what else the machine does: a check of the figure above.

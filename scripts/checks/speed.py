@@ -88,9 +88,11 @@ def train(place: Place, shape: str, contestant: str = "project", compiled: bool 
     if place.gpu:
         import torch
 
+        from sft.model import flops
+
         made["device"] = torch.cuda.get_device_name()
         made["host_gb"] = result["rss_peak"] / 1e9
-        made["mfu"] = (peak := shapes.peak(made["device"])) and made["tflops"] * 1e12 / peak
+        made["mfu"] = (peak := flops.peak(made["device"])) and made["tflops"] * 1e12 / peak
         told += f" ({made['mfu']:.1%} MFU)" if made["mfu"] else ""
     told += f", {made['peak_mb'] / 1e3:,.3g} GB, first step after {made['seconds_to_first_step']:.0f} s"
     if contestant == "project":

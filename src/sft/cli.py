@@ -11,7 +11,7 @@ import traceback
 from contextlib import nullcontext, suppress
 from importlib import import_module, metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from sft.cluster import submitit_rank
 from sft.config import CONF, arguments
@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 COMMANDS = {
     "train": "fine-tune a model, or resume an unfinished run",
     "preview": "show the training samples, token by token",
+    "watch": "follow a run in the terminal: progress, curves, answers, events",
+    "runs": "list all runs with their state, step, time left, host and job",
     "compare": "show runs side by side, the best first, with the settings that differ",
     "rehearse": "run a small version of a job through all its stages before you queue it",
     "submit": "check training on a Slurm cluster, then queue it",
@@ -134,13 +136,21 @@ def _parsed(command: str, typed: list[str]) -> arguments.Typed:
 
 def _check(command: str, config: "DictConfig", typed: set[str]) -> None:
     """What can be known to be wrong before torch is imported."""
-    from sft.training.settings import check_inputs, check_schema, settle_batch
-    from sft.training.shape import settle_data
-
-    check_schema(config, CONFIGURATION.get(command, command), typed)
+    name = CONFIGURATION.get(command, command)
     if "data" in config:
+        from sft.training.settings import check_inputs, check_schema, settle_batch
+        from sft.training.shape import settle_data
+
+        check_schema(config, name, typed)
         settle_data(config)
         settle_batch(config)
+    else:
+        from omegaconf import OmegaConf
+
+        from sft.config.check import check
+
+        settings: Any = OmegaConf.to_container(config, resolve=True)
+        check(settings, name, typed)
     if command in ON_A_RUN:
         from sft.runs.files import input_file
         from sft.runs.run import Run

@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from running import Sft
 from sft.cli import COMMANDS
+from sft.runs.metrics_file import Metrics
 
 
 @pytest.fixture(scope="module")
@@ -186,9 +187,9 @@ def test_score_against_a_plain_forward_pass(there: Sft, capsys: pytest.CaptureFi
     assert there("score", "run=run") == 0
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     loss = -sum(line["log_p_response"] for line in lines) / sum(line["num_response_tokens"] for line in lines)
-    final = Path("runs/run/metrics.csv").read_text().splitlines()[-1]
-    assert loss == pytest.approx(float(final.split(",")[-2]), abs=1e-5)
-    assert math.exp(loss) == pytest.approx(float(final.split(",")[-1]), rel=1e-4)
+    metrics = Metrics.read(Path("runs/run/metrics.csv"))
+    assert loss == pytest.approx(metrics.last("val/loss"), abs=1e-5)
+    assert math.exp(loss) == pytest.approx(metrics.last("val/perplexity"), rel=1e-4)
 
 
 def test_export_is_a_hugging_face_folder(there: Sft) -> None:

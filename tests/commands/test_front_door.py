@@ -123,6 +123,15 @@ ROWS = [
     (nothing, ["export", "done"], "runs/done has no checkpoint yet: let sft train continue"),
     (nothing, ["generate", "done", "max_new_tokens=0"], "max_new_tokens=0 is not a whole number from 1 on"),
     (nothing, ["compare", "none"], "there is no run none: runs/ holds done (looked in {folder})"),
+    (nothing, ["runs", "none"], "there is no run none: runs/ holds done (looked in {folder})"),
+    (nothing, ["watch", "none"], "there is no run none: runs/ holds done (looked in {folder})"),
+    (nothing, ["watch", "runs_dir=none"], "there are no runs in none: set runs_dir="),
+    (
+        nothing,
+        ["runs", "state=ready"],
+        "state=ready is not one of running, queued, starting, interrupted, failed, died, silent, finished, new, "
+        "unreadable (or null)",
+    ),
     (nothing, ["preview", *HERE, "data.path=none.jsonl"], "none.jsonl: no such file or folder (looked in {folder})"),
 ]
 
@@ -178,10 +187,11 @@ def test_help(line: list[str], sft: Sft, capsys: pytest.CaptureFixture[str]) -> 
 
 
 COMPLETIONS = {
-    "sft ": "certify compare export generate preview rehearse score submit train",
+    "sft ": "certify compare export generate preview rehearse runs score submit train watch",
     "sft train optimizer.l": "optimizer.lr=",
     "sft train schedule=c": "schedule=constant schedule=cosine",
     "sft generate max_": "max_new_tokens=",
+    "sft watch on": "once=",
 }
 
 

@@ -61,8 +61,8 @@ def test_killed_and_started_again(
     assert not list(folder.glob("**/.unfinished*"))
     assert not list((sft.folder / "cache").glob("**/.building*"))
     assert sorted(path.name for path in folder.iterdir()) == [
-        "checkpoints", "config.yaml", "data.json", "events.jsonl", "export", "metrics.csv", "preview.html",
-        "provenance.json", "status.json",
+        "base.safetensors", "checkpoints", "config.yaml", "data.json", "events.jsonl", "export", "metrics.csv",
+        "preview.html", "provenance.json", "recipe.json", "report.html", "status.json",
     ]  # fmt: skip
 
 

@@ -266,7 +266,8 @@ def test_a_callback_that_ends_the_run_within_a_step_ends_it_after_the_step(
     [
         (
             "callbacks.early_stopping.monitor=val/los",
-            "EarlyStopping monitors val/los, which is not measured: set its monitor to val/loss",
+            "EarlyStopping monitors val/los, which is not measured: set its monitor to val/loss or "
+            "another metric of docs/metrics.md",
         ),
         (
             "data.val_size=0",

@@ -22,6 +22,7 @@ SETTINGS = (
     "checkpoint.save_every=2",
     "micro_batch_size=1",
     "export=false",
+    "evaluation.layers_every=1",
     "optimizer.weight_decay=0.1",
     # Rounding in gradients near zero would otherwise be scaled up to the size of the learning rate.
     "optimizer.eps=1e-3",
@@ -126,6 +127,7 @@ def test_resumed_elsewhere_goes_on_alike(lab: Lab, before: Place, after: Place) 
     again = lab.run(after, killed=False, begun=lab.run(before, killed=True))
     assert difference(whole, again) < (1e-5 if "deepspeed_zero3" in (before[0], after[0]) else 2e-6)
     assert [row["step"] for row in rows(again)] == [str(step) for step in range(7)]
+    assert all(row["train/update_ratio/layers.1"] for row in rows(again)[1:])
     for one, other in zip(rows(whole), rows(again), strict=True):
         for key, value in one.items():
             if value:

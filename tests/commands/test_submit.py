@@ -75,7 +75,7 @@ def queued_before(slurm: FalseSlurm) -> None:
             file.write(
                 json.dumps({"time": "2026-01-01T10:00:00+00:00", "event": event, "job": job, "restart": 0}) + "\n"
             )
-    slurm.answer("squeue", "3|RUNNING|(null)\n4|PENDING|(null)")
+    slurm.answer("squeue", "3|RUNNING|None|(null)\n4|PENDING|Resources|(null)")
 
 
 def not_installed(slurm: FalseSlurm) -> None:
@@ -288,7 +288,7 @@ def test_four_bits_need_a_gpu_on_the_nodes_alone(sft: Sft, slurm: FalseSlurm) ->
 def test_a_run_that_a_sweep_has_queued_from_a_machine_without_a_gpu(
     sft: Sft, slurm: FalseSlurm, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    slurm.answer("squeue", f"5|PENDING|sft train {sft.folder}/runs/run")
+    slurm.answer("squeue", f"5|PENDING|Priority|sft train {sft.folder}/runs/run")
     given = settings(sft, *GPU, "adapter=qlora")
     for command in (["submit", *FITTING, "--", *given], ["train", "-m", *given, "hydra/launcher=slurm"]):
         assert sft(*command) == 2

@@ -54,6 +54,8 @@ def settings(line: str) -> list[str]:
         ("export demo checkpoint=best", ['run="demo"', "checkpoint=best"]),
         ("score demo data=new.jsonl", ['run="demo"', "path=new.jsonl"]),
         ("compare a b output=x.csv", ["output=x.csv", 'runs=["a","b"]']),
+        ("runs gsm8k-* state=failed", ["state=failed", 'run=["gsm8k-*"]']),
+        ("watch a", ['run=["a"]']),
         ("generate demo --prompt 'a, b = {c}'", ['run="demo"', 'prompt="a, b = {c}"']),
         ("generate demo --prompt=-5", ['run="demo"', 'prompt="-5"']),
         ("generate demo -p x", ['run="demo"', 'prompt="x"']),

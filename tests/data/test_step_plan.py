@@ -136,6 +136,19 @@ def test_attention_cost_is_shared_evenly() -> None:
     assert spread(shared) < 1.05 < 1.2 < spread([step.packs[rank::8] for rank in range(8)])
 
 
+def test_tokens_seen_are_those_of_the_steps_so_far() -> None:
+    lengths = np.random.default_rng(0).integers(2, 90, 100).astype(np.int32)
+    plan = epoch_plan(lengths, lengths // 3, seed=0, epoch=1, global_batch_size=3, max_length=128, packing=True)
+    steps = [plan.step(k) for k in range(plan.num_steps)]
+    assert len(steps[-1].packs) < 3
+    expected = [
+        [sum(step.num_tokens for step in steps[:k]), sum(step.num_supervised for step in steps[:k])]
+        for k in range(plan.num_steps + 1)
+    ]
+    assert plan.seen.tolist() == expected
+    assert expected[-1] == [lengths.sum(), (lengths // 3).sum()]
+
+
 def test_snake_order() -> None:
     """Costs 6 5 4 3 2 1 to two ranks: 6, 3, 2 and 5, 4, 1."""
     lengths = np.array([1, 2, 3, 4, 5, 6])

@@ -24,6 +24,7 @@ from sft.data import dataset as dataset_module
 from sft.data import ledger
 from sft.data import staging as staging_module
 from sft.data.conversation import messages, prompt_response
+from sft.data.files import short_names
 from sft.data.labels import IGNORE, Sample
 from sft.data.mask import Tokenized
 from sft.data.rows import Source
@@ -551,3 +552,18 @@ def test_other_ranks_wait_for_the_store(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr(dataset_module, "time", BuildsMeanwhile(10.0))
     assert len(open_store(file, cache=cache, wait=True, log=lines.append)) == 3
     assert lines == [f"waiting {seconds} s for the token store that rank 0 builds" for seconds in (40, 70)]
+
+
+@pytest.mark.parametrize(
+    ("sources", "names"),
+    [
+        ([Source("data/maths.jsonl"), Source("data/code.csv.gz")], ["maths", "code"]),
+        ([Source("maths/test.jsonl"), Source("code/test.jsonl")], ["maths/test", "code/test"]),
+        ([Source("org/set.v2", "train[:10%]"), Source("other/set.v2")], ["org/set.v2", "other/set.v2"]),
+        ([Source("org/set", "train"), Source("org/set", "test[10:]")], ["set-train", "set-test_10"]),
+        ([Source("a.jsonl"), Source("a.jsonl")], ["1-a", "2-a"]),
+        ([Source("shards/*.jsonl"), Source("über uns.txt")], ["shards", "ber_uns"]),
+    ],
+)
+def test_sources_have_short_names(sources: list[Source], names: list[str]) -> None:
+    assert short_names(sources) == names

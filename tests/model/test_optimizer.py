@@ -5,7 +5,7 @@ import torch
 
 from conftest import tiny_llama
 from sft.errors import UserError
-from sft.model.optimizer import build, constant, cosine, linear, warmup_stable_decay
+from sft.model.optimizer import build, clip, constant, cosine, linear, warmup_stable_decay
 
 
 def test_matrices_decay_and_vectors_do_not() -> None:
@@ -90,3 +90,12 @@ def test_what_needs_whole_matrices_is_refused_where_they_are_sharded() -> None:
 def test_schedules(schedule: object, expected: list[float]) -> None:
     factors = [schedule(step, 10) for step in range(10)]  # type: ignore[operator]
     assert factors == pytest.approx(expected, abs=1e-5)
+
+
+def test_clipping_by_value_returns_the_norms_and_the_largest_value() -> None:
+    layer = torch.nn.Linear(2, 1)
+    layer.weight.grad, layer.bias.grad = torch.tensor([[3.0, -4.0]]), torch.tensor([0.5])
+    norm, clipped = clip(layer, 1.0, by_value=True)
+    assert clipped is not None
+    assert (float(norm), clipped.tolist()) == pytest.approx((25.25**0.5, [(1 + 1 + 0.25) ** 0.5, 4.0]))
+    assert (layer.weight.grad.tolist(), layer.bias.grad.tolist()) == ([[1.0, -1.0]], [0.5])

@@ -126,13 +126,8 @@ def equals_uninterrupted(jobs: Jobs, run: str, whole: Path) -> None:
     assert [row["train/loss"] for row in logged[1:]] == [float(row["train/loss"]) for row in rows(whole)[1:]]
 
 
-def test_signal_then_lost_node_then_killed_rank(jobs: Jobs, limited: str) -> None:
-    kill = jobs.mishap("kill", "kill", 15, rank=1, once=True)
-    jobs.open("first")
-    gates = (jobs.gate("first", 6), jobs.until_signal("signalled", 6), jobs.gate("second", 10))
-    more = jobs.settings("chaos", *DEMO)
-    printed = jobs.as_documented("sft submit.*run=plug.*", *more, *gates, kill)
-    (job,) = re.findall(r"^job +(\d+)", printed, re.M)
+def interrupted(jobs: Jobs, job: str) -> str:
+    """The log of the job, once it has been signalled, has lost a node and finished."""
     jobs.reached("first")
     assert "chaos" in jobs.as_documented("squeue")
     jobs.cluster.exec("scancel", "--signal=USR1", job)
@@ -144,7 +139,21 @@ def test_signal_then_lost_node_then_killed_rank(jobs: Jobs, limited: str) -> Non
     assert jobs.cluster.exec("squeue", "--noheader", f"--job={job}", "--format=%N").stdout.strip() == "n[1,3]"
     jobs.as_documented("boot n2")
     jobs.open("second")
-    log = jobs.finished(job)
+    return jobs.finished(job)
+
+
+def test_signal_then_lost_node_then_killed_rank(jobs: Jobs, limited: str) -> None:
+    kill = jobs.mishap("kill", "kill", 15, rank=1, once=True)
+    jobs.open("first")
+    gates = (jobs.gate("first", 6), jobs.until_signal("signalled", 6), jobs.gate("second", 10))
+    more = jobs.settings("chaos", *DEMO)
+    printed = jobs.as_documented("sft submit.*run=plug.*", *more, *gates, kill)
+    (job,) = re.findall(r"^job +(\d+)", printed, re.M)
+    assert f"  sft watch {jobs.sft.run_folder('chaos')} " in printed
+    watch = (sys.executable, "-m", "sft", "watch", str(jobs.sft.run_folder("chaos")), "every=0.1")
+    with jobs.cluster.background(*watch, cwd=ROOT, output=jobs.sft.folder / "watch.txt") as watching:
+        log = interrupted(jobs, job)
+        assert watching.wait(60) == 0
     causes = [("requeue", "signal", 6), ("requeue", "lost", 9), ("requeue", "killed", 14), ("finish", "", NUM_STEPS)]
     assert jobs.verdicts("chaos") == causes
     assert "requeued: killed at step 14 (rank 1 on n" in log
@@ -153,7 +162,9 @@ def test_signal_then_lost_node_then_killed_rank(jobs: Jobs, limited: str) -> Non
     assert [(event["restart"], event["step"], event["num_ranks"]) for event in starts] == [
         (0, 0, 2), (1, 6, 2), (2, 8, 2), (3, 12, 2),
     ]  # fmt: skip
-    assert starts[0]["hosts"] == nodes
+    assert starts[0]["hosts"] == ["n1", "n2"]
+    states = re.findall(r"^chaos  (\w+) at step (\d+)$", (jobs.sft.folder / "watch.txt").read_text(), re.M)
+    assert states[-1] == ("finished", str(NUM_STEPS))
     equals_uninterrupted(jobs, "chaos", jobs.whole("deepspeed_zero2", 2, *DEMO))
 
 

@@ -5,8 +5,9 @@ import os
 import re
 import shutil
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from sft.cluster.sbatch import Job
 from sft.errors import UserError
@@ -14,6 +15,7 @@ from sft.runs import events
 
 TIMEOUT = 20  # seconds for Slurm to answer
 UNAVAILABLE = "Requested node configuration is not available"
+COMMENT = "sft train "
 ADVICE = (
     (UNAVAILABLE, "no nodes have all of it together (memory, kind of GPU, constraint): see scontrol show node"),
     ("Invalid account", "set --account, one of: sacctmgr show assoc user=$USER format=account,partition,qos"),
@@ -36,11 +38,20 @@ def check_installed() -> None:
         )
 
 
-def ask(*command: str) -> str:
+class QueuedJob(NamedTuple):
+    """A job of this user, as squeue has it."""
+
+    number: int
+    state: str  # PENDING, RUNNING, ...
+    reason: str  # why it waits; None, as a text, where it doesn't
+    comment: str
+
+
+def ask(*command: str, timeout: float = TIMEOUT) -> str:
     """The output of one of Slurm's commands; `NoAnswer` if it fails."""
     try:
         answer = subprocess.run(
-            command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=True, timeout=TIMEOUT
+            command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=True, timeout=timeout
         )
     except (subprocess.SubprocessError, FileNotFoundError) as error:
         reason = " ".join((getattr(error, "stderr", None) or str(error)).split())
@@ -50,20 +61,39 @@ def ask(*command: str) -> str:
 
 def comment(run: Path) -> str:
     """The comment on the job of a sweep's setting, by which `refuse_queued` knows the run."""
-    return f"sft train {run.resolve()}"
+    return f"{COMMENT}{run.resolve()}"
+
+
+def queued(timeout: float = TIMEOUT) -> list[QueuedJob]:
+    """This user's jobs in the queue, those that run too; `NoAnswer` where Slurm gives none."""
+    lines = ask("squeue", "--noheader", f"--user={os.getuid()}", "--format=%A|%T|%r|%k", timeout=timeout).splitlines()
+    fields = [line.split("|", 3) for line in lines]
+    return [QueuedJob(int(number), state, reason, its_comment) for number, state, reason, its_comment in fields]
+
+
+def queue_if_known(timeout: float) -> list[QueuedJob] | None:
+    """The same; None where there is no Slurm, or it doesn't answer."""
+    try:
+        return queued(timeout) if shutil.which("squeue") else None
+    except NoAnswer:
+        return None
+
+
+def of_run(run: Path, story: Iterable[events.Event], jobs: Iterable[QueuedJob]) -> list[QueuedJob]:
+    """Those of the jobs that train a run or will. A job of sft submit or slurm/train.sbatch is known by the run's
+    events, a sweep's that hasn't started by its comment."""
+    last = {event["job"]: event["event"] for event in story if "job" in event}
+    numbers = {number for number, event in last.items() if event not in ("finish", "stop")}
+    return [job for job in jobs if job.number in numbers or job.comment == comment(run)]
 
 
 def refuse_queued(run: Path, *states: str, own: int | None = None) -> None:
-    """Refuses a run for which the queue holds another job, in one of these `states` if any are given. A job of
-    sft submit or slurm/train.sbatch is known by the run's events, a sweep's that hasn't started by its comment."""
-    last = {event["job"]: event["event"] for event in events.read(run) if "job" in event}
-    jobs = {job for job, event in last.items() if event not in ("finish", "stop")}
-    for line in ask("squeue", "--noheader", f"--user={os.getuid()}", "--format=%A|%T|%k").splitlines():
-        number, state, its_comment = line.split("|", 2)
-        trains = int(number) in jobs or its_comment == comment(run)
-        if trains and int(number) != own and (state in states or not states):
+    """Refuses a run for which the queue holds another job, in one of these `states` if any are given."""
+    for job in of_run(run, events.read(run), queued()):
+        if job.number != own and (job.state in states or not states):
             raise UserError(
-                f"job {number} ({state}) trains {run} already: let it, or end it first with scancel {number}"
+                f"job {job.number} ({job.state}) trains {run} already: let it, or end it first with scancel "
+                f"{job.number}"
             )
 
 

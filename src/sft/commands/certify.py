@@ -119,6 +119,7 @@ def prepare(config: DictConfig, folder: Path) -> tuple[DictConfig, Excerpt]:
     if config.data.path:
         read = copy.deepcopy(config)
         read.data.val_path, read.data.val_split, read.data.val_size = None, None, 0
+        OmegaConf.update(read, "evaluation.text", None)
         first_rows(read.data, NUM_ROWS)
         train = setup(read).splits.train
         samples = excerpt(train, train.lengths, GLOBAL_BATCH_SIZE)

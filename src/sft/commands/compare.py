@@ -6,6 +6,8 @@
       all of runs_dir
   sft compare runs/gsm8k-* output=runs.csv
       also writes the table to a file
+  sft compare runs/gsm8k-* html=compare.html
+      also writes a page with settings, figures, curves and answers side by side; of one run its report
 
 Unfinished and failed runs are shown with the step that they reached; `died` is one whose process is gone, `silent` one
 on another machine whose files don't change. Settings that don't change a run's numbers, such as those of the machine,
@@ -33,6 +35,7 @@ if TYPE_CHECKING:
 
 def main(config: DictConfig) -> None:
     path = output_file(config.output, "output") if config.output else None
+    html = output_file(config.html, "html") if config.html else None
     names = list(config.runs) or sorted(path.parent.name for path in Path(config.runs_dir).glob("*/config.yaml"))
     if not names:
         raise UserError(f"there are no runs in {config.runs_dir}: name some, or set runs_dir=")
@@ -41,6 +44,11 @@ def main(config: DictConfig) -> None:
     show(results)
     if path:
         write(results, path)
+    if html:
+        from sft.report import comparison
+
+        comparison.write(results, html)
+        print(f"written: {html}")
 
 
 def show(results: list[Result], console: "Console | None" = None) -> None:

@@ -26,6 +26,7 @@ from sft.data.files import kind
 from sft.data.prompt import prompt_column, served, served_ids, shown
 from sft.data.rows import Source, all_rows
 from sft.errors import BadRow, UserError
+from sft.evaluation.generation import answer, decode
 from sft.export.folder import load_exported
 from sft.runs.files import input_file
 from sft.runs.run import Run
@@ -68,28 +69,17 @@ def answers(
     `config` has the settings of conf/generate.yaml.
     """
     model = load_exported(folder)
-    sampling = {"do_sample": False}
+    sampling: dict[str, object] = {"do_sample": False}
     if config.temperature:
         sampling = {"do_sample": True, "temperature": config.temperature, "top_p": config.top_p}
     torch.manual_seed(config.seed)
     pad, stops = model.generation_config.pad_token_id, model.generation_config.eos_token_id
     for start in range(0, len(token_ids), config.batch_size):
         batch = token_ids[start : start + config.batch_size]
-        longest = max(map(len, batch))
-        # Padded on the left, where no new token has to follow it, and masked.
-        padded = torch.tensor([[pad] * (longest - len(ids)) + ids for ids in batch])
-        mask = torch.tensor([[0] * (longest - len(ids)) + [1] * len(ids) for ids in batch])
-        generated = model.generate(  # type: ignore[operator]  # of transformers' mixin
-            input_ids=padded.to(model.device),
-            attention_mask=mask.to(model.device),
-            max_new_tokens=config.max_new_tokens,
-            num_beams=1,  # the model's own generation config may say otherwise
-            num_return_sequences=1,
-            **sampling,
-        )
-        for new_ids in generated[:, longest:].tolist():
-            end = next((at for at, token in enumerate(new_ids) if token in stops), len(new_ids))
-            yield str(tokenizer.decode(new_ids[:end], skip_special_tokens=True))
+        for new_ids in answer(
+            model, batch, max_new_tokens=config.max_new_tokens, pad=pad, stops=stops, sampling=sampling
+        ):
+            yield decode(tokenizer, new_ids, stops)
 
 
 def read(config: DictConfig, row_function: RowFunction) -> Sequence[Row | str]:

@@ -37,6 +37,7 @@ def main(config: DictConfig) -> None:
     path = output_file(config.preview.dump, "preview.dump") if config.preview.dump else None
     check_division(config.global_batch_size or DEFAULT_PACKS, world_size(config), config.micro_batch_size)
     settings: Any = OmegaConf.to_container(config, resolve=True)
+    config.evaluation.text = None  # nothing of it is shown
     prepared = setup(config, run=Run.named(settings))
     console = Console(highlight=False, soft_wrap=True)
     colour = console.color_system is not None and not console.no_color

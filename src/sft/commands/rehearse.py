@@ -166,6 +166,8 @@ def shrink_job(config: DictConfig, prepared: Prepared, folder: Path) -> None:
     config.micro_batch_size, config.global_batch_size = 1, config.trainer.devices * 2
     config.epochs = config.max_steps = NUM_STEPS
     config.max_time, config.extend.run = None, None
+    config.evaluation.kl_tokens, config.evaluation.text = 0, None
+    config.evaluation.samples, config.evaluation.max_new_tokens = min(2, config.evaluation.samples), 8
     config.val_every = config.checkpoint.save_every = SAVE_EVERY
     config.callbacks = {
         **(config.callbacks or {}),

@@ -93,7 +93,7 @@ def _submit(config: DictConfig, job: Job, dry_run: bool, rehearse: bool) -> None
         print(shlex.join([*environment, *command]))
         return
     number = _queue(command, job, run)
-    _print_commands(number, log.replace("%j", str(number)).replace("%%", "%"))
+    _print_commands(number, run, log.replace("%j", str(number)).replace("%%", "%"))
     if config.logger and "wandb" in config.logger:
         print(f"W&B: run {run.folder.name}; if the nodes are offline: wandb sync {run.folder}/wandb/offline-run-*")
 
@@ -160,12 +160,14 @@ def _queue(command: list[str], job: Job, run: Run) -> int:
     return number
 
 
-def _print_commands(number: int, log: str) -> None:
+def _print_commands(number: int, run: Run, log: str) -> None:
     """The commands for a queued job."""
     with suppress(ValueError):
         log = str(Path(log).relative_to(PROJECT))
+    name = run.folder.name if run.folder.parent == Path("runs") else str(run.folder)
     print(f"job {number} is queued")
     for command, effect in (
+        (f"sft watch {shlex.quote(name)}", "follow the run, from now on"),
         (f"squeue -j {number}", "its place in the queue"),
         (f"tail -F {shlex.quote(log)}", "its log, once it starts"),
         (f"scancel --signal=USR1 {number}", "save now, and requeue"),

@@ -18,8 +18,8 @@ SIGUSR1, SIGTERM and the end of max_time=HOURS:MINUTES:SECONDS save a checkpoint
 command with exit code 75, Ctrl-C with 130; the same command resumes the run. sft preview with the same settings shows
 the samples token by token; sft rehearse tries a cluster's job first.
 
-The run's folder is runs/NAME/: config.yaml, data.json (the rows used and lost), preview.html, metrics.csv, checkpoints/
-and export/, the fine-tuned model.
+The run's folder is runs/NAME/: report.html (what it learned), config.yaml, data.json (the rows used and lost),
+preview.html, metrics.csv, checkpoints/ and export/, the fine-tuned model.
 """
 
 import os
@@ -72,12 +72,15 @@ def main(config: DictConfig) -> float | None:
     from sft.commands.preview import write_html
     from sft.data.ledger import in_one_line
     from sft.ranks import disband
+    from sft.training import answers
     from sft.training.fit import fit
     from sft.training.length import check_schedule, lines
     from sft.training.log import is_main, log
-    from sft.training.metrics import MetricsFile
+    from sft.training.metrics_file import MetricsFile
     from sft.training.prepare import quiet, setup
-    from sft.training.trackers.choose import start, tracking
+    from sft.training.reporting import reported
+    from sft.training.trackers import choose
+    from sft.training.trackers.choose import tracking
 
     cluster = launch.enter()
     quiet()
@@ -96,7 +99,8 @@ def main(config: DictConfig) -> float | None:
 
     model = prepared.fingerprint(config.data.cache_dir, weights=reads) if is_main() else None
     attempt = run.attempt(settings, prepared.splits.fingerprint, data.num_steps, is_main(), prepared.template, model)
-    with attempt as status, tracking() as trackers:
+    # Trackers get the final report.
+    with tracking() as trackers, reported(run.folder) as report, attempt as status:
         if is_main():
             write_json(run.folder / "data.json", prepared.splits.ledger)
             write_html(run.folder / "preview.html", prepared)
@@ -106,14 +110,14 @@ def main(config: DictConfig) -> float | None:
         for line in lines(config, data):
             log(line)
         file = MetricsFile(run.folder / "metrics.csv")
-        file.resume(0 if begins else data.start_step)
+        file.resume(first := 0 if begins else data.start_step)
         if other_callbacks:
             log(f"it was stopped early at step {data.start_step}, and continues {other_callbacks}")
         # Killed after its last step, only the export is left to do.
         if other_callbacks or begins or not (resume and resume.last):
             if is_main() and config.export:
                 try_export(prepared, run)
-            trackers += start(config, run, file.metrics.rows)
+            trackers += choose.start(config, run, file.metrics.rows)
             fit(
                 config,
                 prepared.source,
@@ -124,6 +128,7 @@ def main(config: DictConfig) -> float | None:
                 loggers=[file, *trackers],
                 facts=facts(config, prepared),
                 cluster=cluster,
+                answers=answers.of(config, prepared, run, first),
             )
             if HydraConfig.get().mode is not RunMode.MULTIRUN:  # there the group is for the next setting, too
                 disband()
@@ -137,6 +142,7 @@ def main(config: DictConfig) -> float | None:
         if is_main() and config.checkpoint.drop_optimizer:
             for checkpoint in checkpoints.complete(run.checkpoints):
                 drop_optimizer(checkpoint)
+        report(status)
     if not is_main():
         return None
     summarise(run, file.metrics, said(run, chosen, file.metrics))

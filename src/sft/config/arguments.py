@@ -28,6 +28,7 @@ WITH_VALUE = {
     "-i": "--info",
 }
 ALONE = {"--multirun": "--multirun", "-m": "--multirun", "--resolve": "--resolve"}
+SEVERAL = {"compare": "runs", "runs": "run", "watch": "run"}  # takes bare words as a list in this setting
 DATA_FILE = re.compile(r"\.(jsonl?|csv|tsv|parquet|arrow|txt)(\.gz|\.zst)?$")
 SETTING = re.compile(r"(?P<prefix>\+\+|\+|)(?P<name>[\w.@:/$-]+)=(?P<value>.*)", re.S)
 
@@ -84,11 +85,11 @@ def parse(command: str, arguments: Sequence[str]) -> Typed:
             "one value to each setting"
         )
     typed = Typed(options, [])
-    if command == "compare":
+    if setting := SEVERAL.get(command):
         folders = [word for word in words if not _is_setting(word)]
         words = [word for word in words if _is_setting(word)]
         if folders:
-            words.append(f"runs=[{','.join(map(_quoted, folders))}]")
+            words.append(f"{setting}=[{','.join(map(_quoted, folders))}]")
     for word in words:
         if word.startswith("~"):
             typed.settings.append(word)

@@ -167,6 +167,7 @@ Train = table(  # conf/train.yaml; its groups are checked by the tables below
     averaging=rare(maybe(Open)),
     cluster=Open,
 )
+STATES = "running queued starting interrupted failed died silent finished new unreadable"
 COMMANDS: dict[str, type[Settings]] = {
     "preview": table("Preview", Train, preview=table("PreviewOptions", packs=whole(0), dump=maybe(Text))),
     "rehearse": table("Rehearse", Train, rehearse=table("RehearseOptions", num_rows=whole(1), timeout=Positive)),
@@ -205,7 +206,9 @@ COMMANDS: dict[str, type[Settings]] = {
         max_shard_size=described("a number of bytes, or a size like 500MB", int | Text),
         runs_dir=Text,
     ),
-    "compare": table("Compare", runs=list[Text], output=maybe(Text), runs_dir=Text),
+    "compare": table("Compare", runs=list[Text], output=maybe(Text), html=maybe(Text), runs_dir=Text),
+    "runs": table("Runs", run=maybe(Paths), state=maybe(one_of(*STATES.split())), runs_dir=Text),
+    "watch": table("Watch", run=maybe(Paths), once=Yes, every=Positive, runs_dir=Text),
 }
 
 Data = table(

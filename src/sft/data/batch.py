@@ -24,6 +24,8 @@ class Batch(TypedDict):
     step_weight: float  # sum of weights of the whole global step, all ranks and micro-batches: its loss's divisor
     num_tokens: int  # tokens of this micro-batch; 0 if it is empty
     keys: NotRequired[Tensor]  # int32 [T], which random numbers of each token are drawn from
+    samples: NotRequired[NDArray[np.int64]]  # [num_samples], in validation: their numbers in its set
+    fixed: NotRequired[Tensor]  # int64 [M], in validation: positions whose next token the base model is compared at
 
 
 class SampleSet(Protocol):

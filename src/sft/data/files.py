@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from glob import glob
 from pathlib import Path
@@ -48,6 +49,23 @@ def kind(path: Path) -> str | None:
         inner = KINDS.get(suffixes[-2]) if len(suffixes) > 1 else None
         return inner if inner in TEXT else None
     return KINDS.get(path.suffix)
+
+
+def short_names(sources: Sequence[Source]) -> list[str]:
+    """A name for each source that tells it from the others: the last part of its path, or as many as it takes, and its
+    split where the paths are the same. Of letters, digits and `_`, `-`, `.`, `/`."""
+    paths = [Path(source.path) for source in sources]
+    parts = [(*path.parts[:-1], stem(path) if kind(path) else path.name) for path in paths]
+
+    def named(num: int, split: bool) -> list[str]:
+        names = ["/".join(of_path[-num:]) for of_path in parts]
+        names = [f"{name}-{source.split}" if split else name for name, source in zip(names, sources, strict=True)]
+        return [re.sub(r"[^A-Za-z0-9_./-]+", "_", name).strip("./_") or "_" for name in names]
+
+    longest = max(map(len, parts), default=1)
+    tries = (named(num, split) for split in (False, True) for num in range(1, longest + 1))
+    found = next((names for names in tries if len({*names}) == len(names) and "_" not in names), None)
+    return found or [f"{number}-{name}" for number, name in enumerate(named(1, False), 1)]
 
 
 def stem(path: Path) -> str:

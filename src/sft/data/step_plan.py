@@ -10,6 +10,7 @@ of its supervised tokens or the sum of their weights, is known before its first 
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
@@ -55,6 +56,13 @@ class EpochPlan:
             weight=float(self.weight_sums[samples].sum(dtype=np.float64)),
             num_tokens=int(self.lengths[samples].sum(dtype=np.int64)),
         )
+
+    @cached_property
+    def seen(self) -> NDArray[np.int64]:
+        """[num_steps + 1, 2]: tokens of the epoch, and supervised ones, before each step and after the last."""
+        ends = np.cumsum([0, *map(len, self.packs)])[[*range(0, len(self.packs), self.global_batch_size), -1]]
+        counts = np.stack([self.lengths, self.num_supervised], axis=1)[np.concatenate(self.packs)]
+        return np.concatenate([[[0, 0]], counts.cumsum(axis=0, dtype=np.int64)])[ends]
 
 
 def epoch_plan(

@@ -26,6 +26,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from sft.data.files import short_names
 from sft.data.labels import IGNORE
 from sft.data.ledger import Counts, SourceCounts
 from sft.data.rows import Source
@@ -55,6 +56,7 @@ class Store:
         self.counts: list[SourceCounts] = [
             {"source": str(source), **of_source} for source, of_source in zip(sources, counts, strict=True)
         ]
+        self.source_names = short_names(sources)
         self._source_ends = np.cumsum([of_source["tokens"] for of_source in counts])
         dtypes = DTYPES | WEIGHT_DTYPES if (folder / "weights.bin").exists() else DTYPES
         arrays = {

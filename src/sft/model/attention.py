@@ -15,7 +15,7 @@ Shape suffixes: T tokens of the row, H heads, G key/value heads, D head width (E
 import inspect
 from contextlib import nullcontext
 from functools import lru_cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -24,6 +24,9 @@ from transformers import AttentionInterface
 
 from sft.errors import UserError
 from sft.model.noise import TOKENS, seeded
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 varlen_attn: Any
 try:
@@ -142,6 +145,21 @@ def _kernel_takes(query: Tensor, key: Tensor, value: Tensor, window: int | None)
         and (window is None or "window_size" in KERNEL_OPTIONS)
         and _has_flash_attention(query.device)
     )
+
+
+def kernel(model: "PreTrainedModel", device: torch.device, arithmetic: torch.dtype) -> str:
+    """What computes the attention of a model in training: the implementation that it was asked for or, of `packed`, the
+    kernel behind it."""
+    config = model.config.get_text_config()
+    asked = str(config._attn_implementation)
+    if asked != NAME:
+        return asked
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    row = torch.empty(1, 1, 1, width, device=device, dtype=arithmetic)
+    others = getattr(config, "attn_logit_softcapping", None) or getattr(config, "attention_dropout", 0)
+    if not others and _kernel_takes(row, row, row, getattr(config, "sliding_window", None)):
+        return "torch.nn.attention.varlen (FlashAttention)"
+    return "scaled_dot_product_attention, a call for each sample"
 
 
 @torch.compiler.assume_constant_result  # no part of a graph

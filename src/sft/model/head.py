@@ -29,6 +29,12 @@ def head_is_plain_matrix(model: PreTrainedModel) -> bool:
     return returned is logits and logits._version == before
 
 
+def product_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
+    """Of the product of the head's input with its weight."""
+    device = hidden.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
+
+
 class _Outputs:
     """What a backbone returns: hidden states, and nothing else that it is asked for."""
 

@@ -24,7 +24,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from sft.data.batch import Batch
-from sft.model.head import forward_replaced
+from sft.model.head import forward_replaced, product_dtype
 from sft.model.head import head_is_plain_matrix as head_is_plain_matrix
 
 
@@ -123,7 +123,7 @@ def head_replaced(model: PreTrainedModel, function: Callable[[Tensor, Tensor], T
 
 def linear_log_probs(hidden_NC: Tensor, weight_VC: Tensor, target_N: Tensor) -> Tensor:
     """log softmax(hidden @ weight.T)[target], float32 [N]."""
-    rows = _chunk_rows(hidden_NC, len(weight_VC))
+    rows = chunk_rows(hidden_NC, len(weight_VC))
     chunks = zip(hidden_NC.split(rows), target_N.split(rows), strict=True)
     return torch.cat([_log_probs(F.linear(hidden, weight_VC), target) for hidden, target in chunks])
 
@@ -141,13 +141,11 @@ def linear_nll(
 ) -> Tensor:
     """Sum of −log softmax(hidden @ weight.T)[target], each term times its token's weight if there are any; float32
     scalar, or [3] as of `nll`; 0, with a graph, where N = 0."""
-    dtype = weight_VC.dtype
-    if torch.is_autocast_enabled(hidden_NC.device.type):
-        dtype = torch.get_autocast_dtype(hidden_NC.device.type)
+    dtype = product_dtype(hidden_NC, weight_VC)
     return _LinearNLL.apply(hidden_NC, weight_VC, target_N, token_weight_N, adds, dtype, torch.is_grad_enabled())
 
 
-def _chunk_rows(hidden: Tensor, num_vocab: int) -> int:
+def chunk_rows(hidden: Tensor, num_vocab: int) -> int:
     return max(16, CHUNK_ELEMENTS.get(hidden.device.type, 2**27) // num_vocab)
 
 
@@ -172,7 +170,7 @@ class _LinearNLL(torch.autograd.Function):
         # Summed over chunks, so in float32 whatever the matrices are in.
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if need_weight else None
         total = hidden_NC.new_zeros((3,) if adds else (), dtype=torch.float32)
-        rows = _chunk_rows(hidden_NC, weight.shape[0])
+        rows = chunk_rows(hidden_NC, weight.shape[0])
         for start in range(0, len(target_N), rows):
             chunk = slice(start, start + rows)
             hidden = hidden_NC[chunk].detach().to(dtype)

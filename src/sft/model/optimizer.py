@@ -70,15 +70,16 @@ def _try_out(factory: Callable[..., Optimizer], sharded: bool) -> None:
 def clip(model: nn.Module, largest: float | None, by_value: bool) -> tuple[Tensor, Tensor | None]:
     """Clips the gradients, all together to a norm of `largest`, or each value to ±`largest`; None or 0: not at all.
 
-    Returns their norm over all ranks before it, and after it where values were clipped.
+    Returns their norm over all ranks before it and, by value, [2] their norm after it and the largest |value| before.
     """
     if not (by_value and largest):  # inf: measured, not clipped
         return _whole(torch.nn.utils.clip_grad_norm_(model.parameters(), largest or float("inf"))), None
     grads = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
     norm = _whole(torch.nn.utils.get_total_norm(grads))
+    before = _whole(torch.nn.utils.get_total_norm(grads, float("inf")))
     for grad in grads:
         flat(grad).clamp_(-largest, largest)
-    return norm, _whole(torch.nn.utils.get_total_norm(grads))
+    return norm, torch.stack([_whole(torch.nn.utils.get_total_norm(grads)), before])
 
 
 def _whole(norm: Tensor) -> Tensor:

@@ -72,6 +72,12 @@ def groups(model: "nn.Module", chosen: Parameters) -> list[tuple[str, dict[str, 
     return [*_by_role(model, list(rest.items())), *of_patterns]
 
 
+def rates(model: "nn.Module", chosen: Parameters) -> dict[str, int]:
+    """The place of a group that has the learning rate of each pattern of `groups` that sets one."""
+    names = [name.removesuffix(" matrices").removesuffix(" vectors") for name, _ in groups(model, chosen)]
+    return {str(g["match"]): names.index(str(g["match"])) for g in chosen.groups or () if g.get("lr") is not None}
+
+
 def _by_role(model: "nn.Module", named: "list[Named]", of: str = "") -> list[tuple[str, dict[str, object]]]:
     """What decays (matrices), and what doesn't (vectors, by role)."""
     kinds: dict[bool, list[Named]] = {True: [], False: []}

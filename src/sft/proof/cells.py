@@ -14,7 +14,7 @@ from sft.proof.excerpt import Excerpt
 from sft.proof.reference import Reference
 from sft.training.datamodule import SFTDataModule
 from sft.training.fit import fit
-from sft.training.metrics import MetricsFile
+from sft.training.metrics_file import MetricsFile
 from sft.training.prepare import model_source
 
 STRATEGIES = ("single", "ddp", "deepspeed_zero1", "deepspeed_zero2", "deepspeed_zero3", "fsdp2")

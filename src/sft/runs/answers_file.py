@@ -5,7 +5,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TypedDict
 
-from sft.runs.files import write_text
+from sft.runs.files import fsync, write_text
 
 
 class Answer(TypedDict):
@@ -28,28 +28,32 @@ class Answer(TypedDict):
 
 def read(folder: Path) -> list[Answer]:
     """A run's answers, oldest first; a line cut short is left out."""
-    try:
-        lines = (folder / "samples.jsonl").read_text().splitlines()
-    except FileNotFoundError:
-        return []
     answers = []
-    for line in lines:
+    for line in _text(folder).split("\n"):  # `splitlines` knows ends of lines that JSON doesn't escape
         with suppress(ValueError):
             answers.append(json.loads(line))
     return answers
 
 
 def keep_until(folder: Path, step: int) -> None:
-    """Drops the answers after `step`, which a resumed run gives again; with step 0 all."""
-    answers = read(folder)
-    kept = [answer for answer in answers if 0 < step >= answer["step"]]
-    if len(kept) < len(answers):
-        write_text(folder / "samples.jsonl", "".join(map(_line, kept)))
+    """Drops the answers after `step`, which a resumed run gives again, and a line cut short; with step 0 all."""
+    kept = "".join(_line(answer) for answer in read(folder) if 0 < step >= answer["step"])
+    if kept != _text(folder):
+        write_text(folder / "samples.jsonl", kept)
 
 
 def append(folder: Path, answers: list[Answer]) -> None:
+    """They are on the disk afterwards: a checkpoint must not outlive the answers up to its step."""
     with (folder / "samples.jsonl").open("a") as file:
         file.write("".join(map(_line, answers)))
+    fsync(folder / "samples.jsonl")
+
+
+def _text(folder: Path) -> str:
+    try:
+        return (folder / "samples.jsonl").read_text()
+    except FileNotFoundError:
+        return ""
 
 
 def _line(answer: Answer) -> str:

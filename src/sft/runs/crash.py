@@ -39,7 +39,7 @@ def report(error: BaseException, config: "DictConfig | None") -> str:
     """
     settings = _resolved(config)
     message = str(error).strip().partition("\n")[0]
-    first = _redacted(f"{type(error).__name__}: {message}", settings)[:300]
+    first = redacted(f"{type(error).__name__}: {message}", settings)[:300]
     path = None
     with suppress(OSError):  # a full disk, say
         path = None if follows(error) else _write_crash(error, settings)
@@ -67,7 +67,7 @@ def _write_crash(error: BaseException, settings: dict[str, object]) -> Path:
     name = f"crash-{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime())}{f'-rank-{rank}' if rank else ''}"
     path = folder / f"{name}.txt" if folder else Path(tempfile.gettempdir()) / f"sft-{name}-{os.getpid()}.txt"
     with path.open("x") as file:  # never through somebody else's link in the temporary folder
-        file.write(_redacted(text, settings))
+        file.write(redacted(text, settings))
     return path
 
 
@@ -90,7 +90,7 @@ def _run_folder(settings: dict[str, object]) -> Path | None:
     return None
 
 
-def _redacted(text: str, settings: Mapping[str, object]) -> str:
+def redacted(text: str, settings: Mapping[str, object]) -> str:
     """Without the values of settings whose keys say that they are secret, wherever they stand."""
     for secret in sorted(_secrets(settings), key=len, reverse=True):
         for form in {secret, json.dumps(secret)[1:-1], shlex.quote(secret)}:

@@ -36,9 +36,9 @@ class Event(SlurmJob, total=False):
     settings: list[str]  # of sft train
     job_nodelist: str | None
     ntasks: str | None
-    max_requeues: dict[str, int]
     title: str  # of an alert
     text: str
+    max_requeues: dict[str, int]
 
 
 def job() -> SlurmJob:

@@ -3,8 +3,15 @@
 import csv
 import math
 import statistics
-from dataclasses import dataclass
+from array import array
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import BinaryIO
+
+BLOCK, MOST = 8 * 1024, 4 * 1024 * 1024  # bytes that are read at once: at first, and at most
+KEPT = 256  # bytes by which a file is known to be the one that was read before
 
 
 @dataclass
@@ -48,3 +55,115 @@ class Metrics:
 
     def median(self, column: str) -> float:
         return statistics.median(self.values(column) or [math.nan])
+
+
+def end(path: Path, wanted: str) -> Metrics:
+    """The last complete rows, so few that a large file takes no longer: from one with the column `wanted` on, if there
+    is one in the last `MOST` bytes."""
+    try:
+        file = path.open("rb")
+    except FileNotFoundError:
+        return Metrics([], [])
+    with file:
+        first = file.readline()
+        columns, size, length = _columns(first), file.seek(0, 2), BLOCK
+        while True:
+            start = max(len(first), size - length)
+            file.seek(start)
+            lines = _whole(file.read(size - start))
+            if start > len(first):
+                lines = lines[1:]  # the first is the end of one
+            rows = [dict(zip(columns, row, strict=True)) for row in _rows(lines, len(columns))]
+            if start == len(first) or length >= MOST or any(row.get(wanted) for row in rows):
+                return Metrics(columns, rows)
+            length *= 4
+
+
+@dataclass
+class Curve:
+    """What was measured of a metric, and at which steps."""
+
+    steps: "array[int]" = field(default_factory=lambda: array("q"))
+    values: "array[float]" = field(default_factory=lambda: array("d"))
+
+
+class Following:
+    """The curves of a `metrics.csv` that is being written: each `read` takes what is new.
+
+    A validation's values go into the last row, and a run that resumes begins with an earlier row: the file is then
+    written anew. So the last row is read again each time, and all of them where anything before it has changed.
+    """
+
+    def __init__(self, path: Path, wanted: Iterable[str]) -> None:
+        self.path, self.wanted = path, tuple(wanted)
+        self._forget(b"")
+
+    def _forget(self, first: bytes) -> None:
+        self.columns = _columns(first)
+        self.curves = {name: Curve() for name in self.wanted}
+        self.step = 0  # of the last row
+        self._first = self._before = first  # the first line, and what stands before the last row
+        self._row, self._at = b"", len(first)  # the last row and where it begins
+
+    def read(self) -> bool:
+        """Whether anything is new."""
+        try:
+            file = self.path.open("rb")
+        except FileNotFoundError:
+            return False
+        with file:
+            if again := not self._continues(file):
+                file.seek(0)
+                self._forget(file.readline())
+            before = self._at, self._row
+            self._drop_last()
+            file.seek(self._at)
+            begin = self._at
+            while block := file.read(MOST):
+                lines = _whole(block + file.readline())
+                self._take(lines)
+                if lines:
+                    self._row, self._at = lines[-1], begin + sum(map(len, lines[:-1]))
+                    begin = self._at + len(self._row)
+            file.seek(max(0, self._at - KEPT))
+            self._before = file.read(self._at - file.tell())
+        return again or before != (self._at, self._row)
+
+    def _continues(self, file: BinaryIO) -> bool:
+        """Whether what was read before is still there, and the last row as it was or longer."""
+        file.seek(max(0, self._at - len(self._before)))
+        if not self._row or file.read(len(self._before)) != self._before or not file.read(1):
+            return False
+        file.seek(0)
+        return file.read(len(self._first)) == self._first
+
+    def _drop_last(self) -> None:
+        for curve in self.curves.values():
+            if curve.steps and curve.steps[-1] == self.step:
+                curve.steps.pop()
+                curve.values.pop()
+
+    def _take(self, lines: list[bytes]) -> None:
+        places = [(self.columns.index(name), curve) for name, curve in self.curves.items() if name in self.columns]
+        for row in _rows(lines, len(self.columns)):
+            with suppress(ValueError):
+                self.step = int(row[0])
+                for place, curve in places:
+                    if row[place]:
+                        curve.values.append(float(row[place]))
+                        curve.steps.append(self.step)
+
+
+def _columns(first: bytes) -> list[str]:
+    return next(csv.reader([first.decode(errors="replace")]), [])
+
+
+def _whole(block: bytes) -> list[bytes]:
+    """The lines that are whole: neither cut short by a kill nor still being written."""
+    lines = block.splitlines(keepends=True)
+    return lines if not lines or lines[-1].endswith(b"\n") else lines[:-1]
+
+
+def _rows(lines: list[bytes], width: int) -> Iterator[list[str]]:
+    text = b"".join(lines).decode(errors="replace")
+    return (row for row in (line.split(",") for line in text.split("\n")) if len(row) == width)

@@ -5,6 +5,7 @@ import socket
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 
 from sft.runs.identity import deciding
 from sft.runs.metrics_file import Metrics
@@ -27,6 +28,7 @@ class Result:
     last: float = math.nan  # validation loss of the step that was exported, which is the last unless that is the best
     speed: float = math.nan  # tokens a second in the median step
     error: str | None = None  # why it failed
+    folder: Path = Path()
 
     @classmethod
     def read(cls, run: Run) -> "Result":
@@ -36,32 +38,35 @@ class Result:
         return cls(
             name=run.folder.name,
             settings=deciding(run.config),
-            state=_state(run),
+            state=state(run),
             step=metrics.step,
             num_steps=status.get("num_steps"),
             best=trained.lowest("val/loss"),
             last=(exported if exported.values("val/loss") else metrics).last("val/loss"),
             speed=metrics.median("train/tokens_per_second"),
             error=status.get("error"),
+            folder=run.folder,
         )
 
 
-def _state(run: Run) -> str:
+def state(run: Run) -> str:
     """The state of a run. One whose process is gone without a trace, as after SIGKILL, has died; of a process on
     another machine only its files can tell."""
     status = run.status
-    state = status.get("state", "new")
-    if state != "running" or "pid" not in status:
-        return state
+    said = status.get("state", "new")
+    if said != "running" or "pid" not in status:
+        return said
     if status["host"] == socket.gethostname() and status["process"]:
-        return state if live_process(status["pid"]) == status["process"] else "died"
+        return said if live_process(status["pid"]) == status["process"] else "died"
     files = [run.folder / name for name in ("status.json", "metrics.csv", "events.jsonl")]
     silent = time.time() - max(file.stat().st_mtime for file in files if file.exists())
+    if silent <= SLACK:
+        return said  # whatever its configuration says, which takes long to read
     longest = (run.config.get("cluster") or {}).get("hang_after") or HANG_AFTER
-    return f"silent {_duration(silent)}" if silent > longest + SLACK else state
+    return f"silent {duration(silent)}" if silent > longest + SLACK else said
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
     for unit, length in (("d", 86_400), ("h", 3_600)):
         if seconds >= 1.5 * length:
             return f"{seconds / length:.0f} {unit}"
@@ -101,6 +106,7 @@ def summarise(run: Run, metrics: Metrics, chosen: str) -> None:
     print(f"  exported          {chosen}" if run.export.exists() else f"  to export         {chosen}")
     if run.export.exists():
         print(f"  model             {run.export}")
+    print(f"  report            {run.folder / 'report.html'}")
     print(f"  metrics           {run.folder / 'metrics.csv'}")
     print(f"  what was trained  {run.folder / 'preview.html'}, {run.folder / 'data.json'}", flush=True)
     for offline in sorted((run.folder / "wandb").glob("offline-run-*")):

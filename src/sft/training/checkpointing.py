@@ -27,6 +27,7 @@ from sft.runs import events, signals, watchdog
 from sft.training import averaging, callbacks, early_stopping, probes
 from sft.training.averaging import layout
 from sft.training.log import log
+from sft.training.metrics import StepMetrics
 from sft.training.module import SFTModule
 
 
@@ -131,6 +132,8 @@ class Checkpoints(Callback):
                 where.optimizer.param_groups, scheduler.base_lrs, scheduler.lr_lambdas, strict=True
             ):
                 group["lr"] = peak * factor(step)
+            counts = {key: state for key, state in saved.callbacks().items() if key == StepMetrics.__qualname__}
+            callbacks.load(trainer, module, counts)  # its steps are this run's, too
         else:  # the rate itself came back with the optimizer's groups
             self.best = checkpoints.measured_best(saved, checkpoints.complete(self.folder))
             callbacks.load(trainer, module, saved.callbacks())

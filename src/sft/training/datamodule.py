@@ -1,5 +1,6 @@
 """The LightningDataModule: the step plan as a loader of micro-batches, from any step on."""
 
+import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
@@ -21,6 +22,7 @@ from sft.data.step_plan import (
     share,
 )
 from sft.errors import UserError
+from sft.evaluation.base import FixedTokens
 
 
 class SFTDataModule(L.LightningDataModule):
@@ -33,6 +35,7 @@ class SFTDataModule(L.LightningDataModule):
         global_batch_size: packs an optimizer step, over all ranks; None: as `default_step` has it.
         micro_batch_size: packs a forward pass.
         val_sets: the samples of each validation set that has a name, which has a loader of its own.
+        text: general text, whose loss each validation measures, too.
     """
 
     def __init__(
@@ -49,9 +52,10 @@ class SFTDataModule(L.LightningDataModule):
         packing: bool,
         start_step: int = 0,
         val_sets: Mapping[str, NDArray[np.int64]] | None = None,
+        text: SampleSet | None = None,
     ) -> None:
         super().__init__()
-        self.train, self.val = train, val
+        self.train, self.val, self.text = train, val, text
         self.val_sets = dict(val_sets or {})
         self.seed, self.max_length, self.packing, self.micro_batch_size = seed, max_length, packing, micro_batch_size
         self.asked = global_batch_size or DEFAULT_PACKS  # what ranks and micro-batches must divide
@@ -59,11 +63,15 @@ class SFTDataModule(L.LightningDataModule):
             (global_batch_size, max_length) if global_batch_size else default_step(train.lengths, max_length, packing)
         )
         self.start_step = start_step
+        self.seconds_waited = 0.0  # by this process for training batches to be made
+        self.fixed: FixedTokens | None = None  # at which the model is compared with that before training
         self.keyed = False  # whether tokens have keys: the model needs them if it draws random numbers
         self._plan: tuple[int, EpochPlan] | None = None
         self.num_packs = len(self.epoch(0).packs)  # the same in all epochs: see `packing`
         self.steps_per_epoch = self.epoch(0).num_steps
         self.num_steps = num_steps(epochs, max_steps, self.steps_per_epoch)
+        self.tokens_per_epoch = int(train.lengths.sum(dtype=np.int64))
+        self.supervised_per_epoch = int(train.num_supervised.sum(dtype=np.int64))
 
     def epoch(self, epoch: int) -> EpochPlan:
         """The plan of one epoch; the last one asked for is kept."""
@@ -86,6 +94,12 @@ class SFTDataModule(L.LightningDataModule):
         epoch, step = divmod(global_step, self.steps_per_epoch)
         return self.epoch(epoch).step(step)
 
+    def seen(self, num_steps: int) -> tuple[int, int]:
+        """Tokens of the first `num_steps` steps, and supervised ones among them."""
+        epochs, steps = divmod(num_steps, self.steps_per_epoch)
+        tokens, supervised = self.epoch(epochs).seen[steps] if steps else (0, 0)
+        return epochs * self.tokens_per_epoch + int(tokens), epochs * self.supervised_per_epoch + int(supervised)
+
     def setup(self, stage: str) -> None:
         """`UserError` if the trainer makes a step of another number of micro-batches, each of which is divided by the
         weight of a whole step."""
@@ -99,7 +113,16 @@ class SFTDataModule(L.LightningDataModule):
             )
 
     def train_dataloader(self) -> "_Batches":
-        return _Batches((self.num_steps - self.start_step) * self.accumulation(), self._training)
+        return _Batches((self.num_steps - self.start_step) * self.accumulation(), lambda: self._timed(self._training()))
+
+    def _timed(self, batches: Iterator[Batch]) -> Iterator[Batch]:
+        while True:
+            start = time.perf_counter()
+            batch = next(batches, None)
+            self.seconds_waited += time.perf_counter() - start
+            if batch is None:
+                return
+            yield batch
 
     def _training(self) -> Iterator[Batch]:
         """This rank's micro-batches of all steps that are left."""
@@ -120,9 +143,28 @@ class SFTDataModule(L.LightningDataModule):
         val = self.val
         if val is None:
             return []
-        return [self._validation(val, samples) for samples in self.val_sets.values() or [np.arange(len(val))]]
+        return [
+            self._evaluation(val, samples, self._of_validation)
+            for samples in self.val_sets.values() or [np.arange(len(val))]
+        ]
 
-    def _validation(self, val: SampleSet, samples: NDArray[np.int64]) -> "_Batches":
+    def text_dataloader(self) -> "_Batches":
+        assert self.text is not None
+        return self._evaluation(self.text, np.arange(len(self.text)), make_batch)
+
+    def _of_validation(self, val: SampleSet, samples: NDArray[np.int64], step_weight: float) -> Batch:
+        batch = make_batch(val, samples, step_weight)
+        batch["samples"] = samples
+        if self.fixed is not None:
+            batch["fixed"] = torch.from_numpy(self.fixed.of_batch(samples, val.lengths)[1])
+        return batch
+
+    def _evaluation(
+        self,
+        val: SampleSet,
+        samples: NDArray[np.int64],
+        make: Callable[[SampleSet, NDArray[np.int64], float], Batch],
+    ) -> "_Batches":
         """This rank's micro-batches of these samples."""
         trainer = self.trainer
         assert trainer is not None
@@ -134,7 +176,7 @@ class SFTDataModule(L.LightningDataModule):
             world_size=trainer.world_size,
             rank=trainer.global_rank,
         )
-        return _Batches(len(plan), lambda: (make_batch(val, samples[indices], 1) for indices in plan))
+        return _Batches(len(plan), lambda: (make(val, samples[indices], 1) for indices in plan))
 
     def transfer_batch_to_device(self, batch: Batch, device: torch.device, dataloader_idx: int) -> Batch:
         return to_device(batch, device)

@@ -1,5 +1,6 @@
 """What ends a run before its last step: which callback, and why. Refuses early stopping that can't work."""
 
+import re
 from collections.abc import Iterable
 
 import lightning as L
@@ -31,9 +32,10 @@ class MonitoredMetrics(Callback):
             assert isinstance(stopping, EarlyStopping)
             measured = trainer.callback_metrics
             if stopping.strict and not stopping._check_on_train_epoch_end and stopping.monitor not in measured:
+                losses = [name for name in measured if re.match(r"val/loss(_average)?(/|$)", name)]
                 raise UserError(
                     f"EarlyStopping monitors {stopping.monitor}, which is not measured: set its monitor to "
-                    f"{' or '.join(measured)}"
+                    f"{', '.join(losses)} or another metric of docs/metrics.md"
                 )
 
 

@@ -26,8 +26,11 @@ from sft.training.checkpointing import Checkpoints
 from sft.training.datamodule import SFTDataModule
 from sft.training.metrics import StepMetrics
 from sft.training.module import SFTModule
+from sft.training.recipe import Recipe
+from sft.training.reporting import Report
 from sft.training.settings import devices_and_nodes, world_size
 from sft.training.strategies import build
+from sft.training.validation import Validation
 
 
 def fit(
@@ -41,6 +44,7 @@ def fit(
     loggers: list[Logger],
     facts: dict[str, object],
     cluster: ClusterEnvironment | None = None,
+    answers: Callback | None = None,
 ) -> None:
     """Trains to the run's last step, from `resume` on where there is one.
 
@@ -49,6 +53,7 @@ def fit(
         extends: `resume` is a checkpoint of another run, which this one extends.
         facts: about the run, saved in each checkpoint.
         cluster: how the ranks were started; None: Lightning finds out.
+        answers: has the model answer held-out prompts; None: nothing is asked.
     """
     # With deterministic kernels torch would fill what it allocates: GBs of DeepSpeed's buffers in each step.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
@@ -56,7 +61,11 @@ def fit(
     accumulation = data.accumulation(world_size(config))
     users: list[Callback] = list((instantiate(config.callbacks, _convert_="all") or {}).values())
     early_stopping.check(users, bool(data.val))
+    evaluation = config.get("evaluation") or {}
+    folder = checkpoints.parent
+    validation = Validation(folder, facts.get("stop_token_ids") or [], evaluation.get("kl_tokens", 0))  # type: ignore[arg-type]
     averages = [instantiate(config.averaging)] if config.get("averaging") else []
+    asking = [answers] if answers else []
     users_bar = any(isinstance(callback, ProgressBar) for callback in users)
     # Some terminals have no width.
     own_bar = sys.stdout.isatty() and shutil.get_terminal_size((0, 0)).columns > 0 and not users_bar
@@ -70,6 +79,7 @@ def fit(
         facts,
         extends,
     )
+    own = [StepMetrics(own_bar, evaluation), Recipe(config, folder), *asking, Report(folder)]
     rank = rank_zero_only.rank  # type: ignore[attr-defined]
     strategy = build(config.strategy, config.trainer.accelerator)
     try:
@@ -77,7 +87,7 @@ def fit(
         trainer = instantiate(config.trainer, _partial_=True)(
             strategy=strategy,
             logger=loggers,
-            callbacks=[early_stopping.MonitoredMetrics(), *averages, *users, StepMetrics(own_bar)],
+            callbacks=[early_stopping.MonitoredMetrics(), validation, *averages, *users, *own],
             accumulate_grad_batches=accumulation,
             max_epochs=1,  # the loader goes through all epochs
             val_check_interval=val_every * accumulation,

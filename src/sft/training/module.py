@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 
 from sft.checkpoint.layout import Read
 from sft.data.batch import Batch
+from sft.evaluation.validation_pass import ValidationPass
 from sft.model import noise, router
 from sft.model import optimizer as optimizers
 from sft.model.loading import ModelSource
@@ -55,13 +56,14 @@ class SFTModule(L.LightningModule):
         self.objective = objective or Objective()
         self.first_values: Read | None = None  # in fp32, until the optimizer has them
         # Of the step under way or just made, read by the metrics: this rank's weighted sum of −log p and the like, the
-        # norm of the whole gradient before clipping, and after clipping by value, and the first group's learning rate.
+        # norm of the whole gradient before clipping and, by value, its norm after it and its largest |value|.
         self.step_sums: dict[str, Tensor] = {}
         self.grad_norm = torch.tensor(float("nan"))
-        self.norm_of_clipped: Tensor | None = None
-        self.learning_rate = float("nan")
+        self.clipped_values: Tensor | None = None
         self.val_loss = float("nan")
         self.val_losses: dict[str, float] = {}  # by metric: that, and each of the sets that have names
+        self.measures: ValidationPass | None = None  # what a validation measures besides, and what it came to
+        self.val_metrics: dict[str, float] = {}
 
     def configure_model(self) -> None:
         if hasattr(self, "model"):
@@ -90,7 +92,6 @@ class SFTModule(L.LightningModule):
             self.trainer.optimizers[0].zero_grad()
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        self.learning_rate = self.trainer.optimizers[0].param_groups[0]["lr"]
         offload = (
             save_on_cpu(pin_memory=self.device.type == "cuda") if self.source.activation_offload else nullcontext()
         )
@@ -116,7 +117,7 @@ class SFTModule(L.LightningModule):
         if self.trainer.strategy.handles_gradient_accumulation:
             return  # DeepSpeed clips within its step, and its strategy notes the norm
         by_value = gradient_clip_algorithm == "value"
-        self.grad_norm, self.norm_of_clipped = optimizers.clip(self.model, gradient_clip_val, by_value)
+        self.grad_norm, self.clipped_values = optimizers.clip(self.model, gradient_clip_val, by_value)
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         # A strategy that keeps the states elsewhere brings its own implementation of the same optimizer.
@@ -134,7 +135,10 @@ class SFTModule(L.LightningModule):
 
     def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
         sums, weights = self._val_sums[dataloader_idx], batch["weights"]
-        sums[0] += nll(self.model, batch, plain_head=self.plain_head)
+        if self.measures:
+            sums[0] += self.measures.step(self.model, batch, self.plain_head)
+        else:
+            sums[0] += nll(self.model, batch, plain_head=self.plain_head)
         sums[1] += len(batch["predicting"]) if weights is None else weights.sum(dtype=sums.dtype)
 
     def on_validation_epoch_end(self) -> None:

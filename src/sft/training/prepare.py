@@ -19,6 +19,7 @@ from transformers.utils import logging as transformers_logging
 from sft.data.chat_template import special_ids
 from sft.data.clock import settled, today
 from sft.data.dataset import Datasets, wait_until
+from sft.evaluation import general_text
 from sft.export.folder import empty_model
 from sft.model.fingerprint import Fingerprint, fingerprint
 from sft.model.loading import ModelSource
@@ -116,6 +117,10 @@ def setup(
         groups(empty, source.parameters)
     template = template_settings(source.template, tokenizer, run, is_main())
     splits = data_config.datasets(tokenizer, seed=config.seed, template=template, wait=not is_main(), log=log)
+    text = (config.get("evaluation") or {}).get("text")
+    if text and splits.val is None:
+        log("note: evaluation.text is measured at each validation, and without validation samples there is none")
+        text = None
     data = SFTDataModule(
         splits.train,
         splits.val,
@@ -128,6 +133,7 @@ def setup(
         packing=data_config.packing,
         start_step=start_step,
         val_sets=splits.val_sets,
+        text=general_text.read(text, data_config, tokenizer, wait=not is_main(), log=log) if text else None,
     )
     return Prepared(source, tokenizer, splits, data, template)
 

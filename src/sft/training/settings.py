@@ -20,6 +20,7 @@ from sft.config.schema import OURS
 from sft.data.step_plan import DEFAULT_PACKS, check_division
 from sft.errors import UserError
 from sft.runs import signals
+from sft.runs.files import input_file
 from sft.runs.run import Run
 from sft.training import callbacks
 from sft.training.launch import Launch
@@ -127,6 +128,8 @@ def check_inputs(config: DictConfig) -> None:
     """Refuses a model and data that aren't there, before anything heavy is imported."""
     from sft.data.rows import local_files
 
+    if text := (config.get("evaluation") or {}).get("text"):
+        input_file(text, "evaluation.text")
     check_targets(config, only_own=True)
     model = instantiate(config.model, _convert_="all")
     model.check_files()

@@ -132,6 +132,7 @@ class DeepSpeed(Placement, DeepSpeedStrategy):
             **config,
         }
         super().__init__(config=config, **options)
+        self.stage = config.get("zero_optimization", {}).get("stage", 0)
         self.offloads_optimizer = "offload_optimizer" in config.get("zero_optimization", {})
 
     @property
