@@ -106,6 +106,8 @@ class Service(ThreadingHTTPServer):
         if "commitArtifact" in query:
             self.artefacts[int(variables["artifactID"])]["committed"] = True
             return {"commitArtifact": {"artifact": {"id": variables["artifactID"], "digest": "d"}}}
+        if "query ArtifactByID" in query:
+            return {"artifact": _artefact(self.artefacts[int(variables["id"])], variables["id"])}
         if "query ArtifactType" in query:
             return {"project": {"artifact": None}}
         if "serverInfo" in query:
@@ -191,6 +193,22 @@ class _Handler(BaseHTTPRequestHandler):
 def _project(variables: dict[str, Any]) -> dict[str, Any]:
     entity = variables.get("entity") or "me"
     return {"id": "p", "name": variables["project"], "entity": {"id": entity, "name": entity}}
+
+
+def _artefact(known: dict[str, Any], number: str) -> dict[str, Any]:
+    return {
+        "__typename": "Artifact",
+        "id": number,
+        "artifactSequence": {"__typename": "ArtifactSequence", "name": known["name"], "project": None},
+        "artifactType": {"name": known["type"]},
+        "state": "COMMITTED",
+        "digest": "d",
+        "createdAt": "2026-01-01T00:00:00",
+        "tags": [],
+        "ttlIsInherited": True,
+        **dict.fromkeys(("versionIndex", "ttlDurationSeconds", "size", "fileCount"), 0),
+        **dict.fromkeys(("description", "metadata", "historyStep", "commitHash", "updatedAt", "aliases")),
+    }
 
 
 def _reset(connection: socket.socket) -> None:

@@ -289,6 +289,64 @@ def test_server_that_fails_at_any_moment_holds_up_nothing(
     later.vanish()
 
 
+def weights(folder: Path) -> None:
+    """Two checkpoints, of which the first is the best, and the export of the second."""
+    for step, loss in ((1, 2.0), (2, 3.0)):
+        checkpoint = folder / "checkpoints" / f"step-{step:08d}"
+        checkpoint.mkdir(parents=True)
+        (checkpoint / "state.json").write_text(json.dumps({"val_loss": loss}))
+        (checkpoint / "shard.safetensors").write_text(f"weights {step}")
+    (folder / "export").mkdir()
+    (folder / "export" / "verified.json").write_text('{"step": 2}')
+
+
+@pytest.mark.parametrize("log_model", ["none", "reference", "upload"])
+def test_wandb_gets_the_weights_by_choice(log_model: str, tmp_path: Path, service: Service) -> None:
+    weights(tmp_path)
+    with choose.tracking() as trackers:
+        trackers.append(
+            wandb_run.wandb_logger(
+                run="a run",
+                folder=tmp_path,
+                group="g",
+                history=[],
+                project="sft",
+                mode="online",
+                log_model=log_model,
+            )
+        )
+    found = sorted((each["type"], each["aliases"], sorted(each.get("files", []))) for each in service.artefacts)
+    files = ["shard.safetensors", "state.json"] if log_model == "upload" else []
+    assert found == (
+        [
+            ("checkpoint", ["best", "latest", "step-1"], files),
+            ("checkpoint", ["last", "latest", "step-2"], files),
+            ("model", ["last", "latest", "step-2"], ["verified.json"] if files else []),
+        ]
+        if log_model != "none"
+        else []
+    )
+    assert all(each["committed"] for each in service.artefacts)
+    assert all(re.fullmatch(r"a_run-[0-9a-f]{8}-(checkpoint|model)", each["name"]) for each in service.artefacts)
+
+
+def test_an_upload_ends_when_the_server_is_gone(
+    tmp_path: Path, service: Service, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for module, name in ((wandb_run, "END"), (wandb_server, "ANSWER"), (wandb_files, "POLL")):
+        monkeypatch.setattr(module, name, 1)
+    weights(tmp_path)
+    service.fault, service.at = "hang", "CreateArtifactFiles"
+    begun = time.monotonic()
+    with choose.tracking() as trackers:
+        run = wandb_run.wandb_logger(
+            run="r", folder=tmp_path, group="g", history=[], project="sft", mode="online", log_model="upload"
+        )
+        trackers.append(guarded(run, "wandb"))  # type: ignore[arg-type]
+    assert time.monotonic() - begun < 12
+    assert "wandb failed; the run continues without it" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("moment", "fault", "lost"),
     [

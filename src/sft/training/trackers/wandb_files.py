@@ -17,6 +17,7 @@ from sft.training.trackers.waiting import bounded, line
 SHOWN = ("preview.html", "data.json", "report.html", "samples.jsonl", "recipe.json", "events.jsonl")
 SEND = 10.0  # seconds in which wandb must take an artefact
 UPLOAD = 1800.0  # seconds for the upload of weights, while the server answers
+POLL = 5  # seconds between two looks at whether it does
 MODES = ("none", "reference", "upload")
 PLACES = ("WANDB_DATA_DIR", "WANDB_CACHE_DIR")
 
@@ -75,7 +76,7 @@ class Files:
         end = time.monotonic() + UPLOAD
         while self.online:
             try:
-                logged.wait(timeout=5)
+                logged.wait(timeout=POLL)
                 return
             except Exception as error:
                 fault = wandb_server.fault(self.settings, self.key)
