@@ -57,6 +57,7 @@ def test_answers_are_those_of_a_plain_loop(kind: str) -> None:
     modes = [module.training for module in model.modules()]
     states = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()
     with answering(model):
+        assert not any(module.training for module in model.modules())
         assert answer(model, PROMPTS, max_new_tokens=12, pad=0, stops=STOPS, width=14) == expected
     assert [module.training for module in model.modules()] == modes
     assert model.config._attn_implementation == PACKED
