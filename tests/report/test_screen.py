@@ -47,6 +47,7 @@ STORY = (
     event("2026-03-01T11:45:00", "save", job=12, restart=1, step=10, seconds=1.23),
     event("2026-03-01T11:50:00", "save", job=12, restart=1, step=20, seconds=1.23),
     event("2026-03-01T11:51:00", "alert", step=25, title="loss spike", text="3.2 is \u202enot\x1b[2J 1.1"),
+    event("2026-03-01T11:52:00", "alert", step=25, title="Stop tokens fail", text="step 25: no end"),
 )
 RUN = Progress(
     Path("runs/gsm8k-1a2b3c4d"),
@@ -108,6 +109,7 @@ Feb 28 23:10  submit    job 12
 11:40:00      start     step 0, on n1, n2, 8 ranks
 11:50:00      save      step 20, in 1.2 s
 11:51:00      alert     step 25, loss spike: 3.2 is \\u202enot\\x1b[2J 1.1
+11:52:00      alert     Stop tokens fail: step 25: no end
 """,
     (50, 15): """
 gsm8k-1a2b3c4d  running  on n1, n2  job 12, resta…
@@ -136,7 +138,7 @@ validation loss     2.5000  █████▁▁▁▁▁▁▂
 learning rate     1.00e-04  ▁▂▃▃▄▄▅▆▆▇▇█
 gradient norm            2  ▁▁▁▁▁!!!!!!█
 
-11:51:00      alert     step 25, loss s…
+11:52:00      alert     Stop tokens fai…
 """,
 }
 
@@ -182,6 +184,7 @@ def test_lines_of_what_is_new() -> None:
     assert news(before, RUN, is_validated=True, now=NOW) == [
         "gsm8k-1a2b3c4d  11:50:00  save      step 20, in 1.2 s",
         "gsm8k-1a2b3c4d  11:51:00  alert     step 25, loss spike: 3.2 is \\u202enot\\x1b[2J 1.1",
+        "gsm8k-1a2b3c4d  11:52:00  alert     Stop tokens fail: step 25: no end",
         "gsm8k-1a2b3c4d  step 32/1000  training loss 2.0000  validation loss 2.5000  0:01:00 left",
         "gsm8k-1a2b3c4d  running at step 32",
     ]

@@ -190,6 +190,7 @@ def moment(time: str, now: float) -> str:
 def details(event: Event) -> str:
     """What an event says, in the order that a reader asks: where, what, why."""
     step = f"step {event['step']}" if "step" in event else ""
+    step = "" if step and str(event.get("text", "")).startswith(f"{step}:") else step  # an alert says it itself
     seconds = f"in {event['seconds']:.1f} s" if "seconds" in event else ""
     hosts = f"on {', '.join(event['hosts'])}" if event.get("hosts") else ""
     ranks = f"{event['num_ranks']} ranks" if event.get("num_ranks", 1) > 1 else ""
