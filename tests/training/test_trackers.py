@@ -289,6 +289,19 @@ def test_server_that_fails_at_any_moment_holds_up_nothing(
     later.vanish()
 
 
+def test_an_end_that_wandb_never_reaches_is_not_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import wandb
+
+    monkeypatch.setattr(wandb, "finish", lambda: time.sleep(60))
+    monkeypatch.setattr(choose, "LONGEST", 0.5)
+    begun = time.monotonic()
+    track(tmp_path, [], 0, 1)
+    assert time.monotonic() - begun < 10
+    assert "W&B hasn't got all of this run (no answer in 0.5 seconds)" in capsys.readouterr().out
+
+
 def weights(folder: Path) -> None:
     """Two checkpoints, of which the first is the best, and the export of the second."""
     for step, loss in ((1, 2.0), (2, 3.0)):

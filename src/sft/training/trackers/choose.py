@@ -20,7 +20,10 @@ from sft.training.trackers import about
 from sft.training.trackers.alerts import Alerts
 from sft.training.trackers.guard import guarded
 from sft.training.trackers.nodes import Nodes
-from sft.training.trackers.waiting import line
+from sft.training.trackers.waiting import bounded, line
+from sft.training.trackers.wandb_server import leave
+
+LONGEST = 40.0  # seconds in which wandb must end its run, whose own limit is shorter
 
 
 def start(config: DictConfig, run: Run, history: list[dict[str, str]]) -> list[Logger]:
@@ -95,11 +98,13 @@ def tracking() -> Iterator[list[Logger]]:
         if wandb is not None and wandb.run is not None:
             folder = Path(wandb.run.dir).parent
             try:
-                wandb.finish()
+                bounded(LONGEST, wandb.finish)
                 if folder.name.startswith("run-"):  # offline its copies are for `wandb sync`
                     shutil.rmtree(folder.parent / "staging", ignore_errors=True)
             except Exception as error:
                 log(f"W&B hasn't got all of this run ({line(error)}): wandb sync --include-online {folder}")
+                if isinstance(error, TimeoutError) and wandb.run is not None:  # its own limit had no effect
+                    leave()
 
 
 def _each(trackers: list[Logger], method: str) -> None:
