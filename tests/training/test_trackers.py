@@ -519,6 +519,7 @@ def test_an_agent_of_a_sweep_trains_runs_that_belong_to_it(
             monkeypatch.setenv(name, environment[name])
         own = [setting for setting in settings if not setting.startswith("experiment=")]
         assert sft.train("max_steps=2", "val_every=1", *own) == 0
+        assert [file.read_text() for file in sft.folder.glob("runs/*/wandb/id")] == [f"trial{number}"]
         run = service.buckets[f"trial{number}"]
         assert (run["sweep"], run["displayName"]) == ("s1", "lr=0.0001235 seed=1")
         assert [row["_step"] for row in service.rows(f"trial{number}")] == [0, 1, 2]
