@@ -224,7 +224,7 @@ def test_attempts_and_what_ended_them(whole: Path) -> None:
 
 def test_texts_are_cut_and_their_line_ends_seen() -> None:
     assert [cut(text, 5) for text in ("\n\na\nb\n", "\n\n\n\n", "", None, "abcdefg", "ab\x00")] == [
-        *("↵↵a\nb… (1 more characters)", "[4 ↵]", "", "", "abcde… (2 more characters)", "ab[U+0000]"),
+        *("↵↵a\nb… (1 more characters)", "[4 ↵]", "(empty)", "(empty)", "abcde… (2 more characters)", "ab[U+0000]"),
     ]
     assert spaced([0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10], 5, always=9) == [0, 3, 7, 9, 10]
 

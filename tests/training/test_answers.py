@@ -200,5 +200,5 @@ def test_what_is_shown_is_on_one_line_that_a_terminal_does_not_obey() -> None:
         "  1 prompt     Say a.",
         "    reference  aa",
         "    base       b\\x1b[2J",
-        "    now        a\\n漢\\u202e" + "x" * 172 + "…",
+        "    now        a\\n漢\\u202e" + "x" * 92 + "…",
     ]

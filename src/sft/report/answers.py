@@ -7,6 +7,7 @@ from typing import Any
 from sft.report.folder import Folder
 from sft.report.headline import newest
 from sft.report.html import escaped, visible
+from sft.report.screen import EMPTY
 from sft.runs.answers_file import Answer
 
 MOST_PROMPTS, MOST_STEPS = 24, 24
@@ -76,7 +77,7 @@ def cut(text: str | None, most: int) -> str:
     text = re.sub(
         r"\A\n+|\n+\Z", lambda ends: "↵" * len(ends[0]) if len(ends[0]) < 4 else f"[{len(ends[0])} ↵]", text or ""
     )
-    return visible(text if len(text) <= most else f"{text[:most]}… ({len(text) - most:,} more characters)")
+    return visible(text if len(text) <= most else f"{text[:most]}… ({len(text) - most:,} more characters)") or EMPTY
 
 
 def spaced(steps: Sequence[int], most: int, always: int) -> list[int]:

@@ -28,6 +28,7 @@ JOINERS = "\u200c\u200d"  # some scripts need them
 SHADES = {"running": "green", "finished": "green", "failed": "red", "died": "red", "unreadable": "red"}
 EVENT_SHADES = {"alert": "yellow", "failure": "red", "stop": "red", "requeue": "yellow", "finish": "green"}
 MOST_EVENTS = 6
+EMPTY = "(empty)"  # an answer without text
 MOST_VALUES = 50  # of a curve that one character stands for: of more, some are left out
 
 
@@ -164,8 +165,8 @@ def sample(answer: Answer, width: int) -> list[Text]:
     cut = "" if answer.get("stopped", True) else ", cut"
     lines = [Text(f"answer after step {answer['step']}{score}{cut}", "dim")]
     styles = {"prompt": "", "reference": "", "answer": "bold"}
-    parts = [((f"  {name:<11}", "dim"), (plain(str(answer.get(name))), style)) for name, style in styles.items()]
-    return [*lines, *(Text.assemble(*part) for part in parts)]
+    texts = {name: plain(str(answer.get(name))) or EMPTY for name in styles}
+    return [*lines, *(Text.assemble((f"  {name:<11}", "dim"), (texts[name], styles[name])) for name in styles)]
 
 
 def timeline(story: Sequence[Event], now: float) -> list[Text]:

@@ -22,6 +22,7 @@ from sft.evaluation.generation import answer, answering, decode
 from sft.evaluation.prompts import Prompt, choose, question
 from sft.export.folder import generation_config
 from sft.ranks import together
+from sft.report.screen import EMPTY, plain
 from sft.runs import answers_file, signals, watchdog
 from sft.runs.answers_file import Answer
 from sft.runs.run import Run
@@ -31,7 +32,7 @@ from sft.training.prepare import Prepared
 from sft.training.strategies import placement
 
 SHOWN = 4  # answers of a validation
-LONGEST_LINE = 200  # characters, where no terminal has a width
+LONGEST_LINE = 120  # characters, where no terminal has a width
 TOKENS_AT_ONCE = 8192  # of a batch with its answers, or as many as a micro-batch has if that is more
 
 Given = tuple[int, list[int]]  # the number of a prompt, and the token ids that the model makes of it
@@ -227,18 +228,13 @@ def shown(answers: Sequence[Answer], with_now: bool) -> Iterator[str]:
         for name, text in (parts | ({"now": each["answer"]} if with_now else {})).items():
             if text is not None:
                 place = each["number"] + 1 if name == "prompt" else ""
-                line = Text(f"{place:>3} {name:<9}  {printable(text)}")
+                line = Text(f"{place:>3} {name:<9}  {plain(text) or EMPTY}")
                 line.truncate(width - 1, overflow="ellipsis")
                 yield line.plain.rstrip()
 
 
 def in_a_line(error: Exception) -> str:
-    return " ".join(f"{type(error).__name__}: {error}".split())[:LONGEST_LINE]
-
-
-def printable(text: str) -> str:
-    """On one line, and without characters that a terminal obeys."""
-    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
+    return " ".join(f"{type(error).__name__}: {error}".split())[:200]
 
 
 def _is_over(end: float) -> bool:
