@@ -109,7 +109,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory, model_folder: Path, data_
         sft = Sft(tmp_path_factory.mktemp("finished"), model_folder, data_file, monkeypatch)
         shutil.copy(data_file, "my.jsonl")
         Path("prompts.txt").write_text("Reverse abc.\n")
-        assert sft.train("run=NAME", "adapter=lora", "max_steps=2") == 0
+        assert sft.train("run=NAME", "adapter=lora", "max_steps=2", "evaluation.samples=2") == 0
         for name in ("demo", "faster"):
             shutil.copytree("runs/NAME", f"runs/{name}")
     return sft.folder

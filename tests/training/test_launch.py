@@ -6,6 +6,7 @@ import sys
 from types import SimpleNamespace
 
 import lightning as L
+import numpy as np
 import pytest
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
@@ -234,7 +235,8 @@ def test_ranks_that_met_are_counted() -> None:
 
 
 def test_a_trainer_of_another_accumulation_is_refused() -> None:
-    samples = SimpleNamespace(lengths=[5] * 8, num_supervised=[3] * 8, weight_sums=[3] * 8)
+    fives, threes = np.full(8, 5), np.full(8, 3)
+    samples = SimpleNamespace(lengths=fives, num_supervised=threes, weight_sums=threes)
     data = SFTDataModule(samples, None, seed=0, epochs=1, max_steps=None, global_batch_size=8, micro_batch_size=2,
                          max_length=5, packing=False)  # fmt: skip
     trainer = L.Trainer(accelerator="cpu", accumulate_grad_batches=2, logger=False, enable_checkpointing=False)

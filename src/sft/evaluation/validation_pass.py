@@ -65,8 +65,9 @@ class ValidationPass:
             self.log_probs |= dict(zip(numbers.tolist(), now_RV.cpu().numpy(), strict=True))
             return torch.zeros(len(now_RV), dtype=torch.float64, device=now_RV.device)
         base_RV = torch.stack([self.base.log_probs(number) for number in numbers.tolist()])
-        pinned = base_RV.pin_memory() if now_RV.is_cuda else base_RV  # or the copy waits for all that is queued
-        base_RV = pinned.to(now_RV.device, non_blocking=now_RV.is_cuda)
+        on_cuda = now_RV.device.type == "cuda"
+        pinned = base_RV.pin_memory() if on_cuda else base_RV  # or the copy waits for all that is queued
+        base_RV = pinned.to(now_RV.device, non_blocking=on_cuda)
         terms = base_RV.exp() * (base_RV - now_RV)
         return terms.where(base_RV.isfinite(), 0.0).sum(-1, dtype=torch.float64)  # p log p is 0 where p is
 

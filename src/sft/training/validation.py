@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from lightning.pytorch.callbacks import Callback
 from numpy.typing import NDArray
+from safetensors import SafetensorError
 from torch import Tensor
 
 from sft.data.store import Store
@@ -99,7 +100,7 @@ class Validation(Callback):
             return
         try:
             base_file.write(self.folder, of_samples, done.fixed, log_probs)
-        except OSError as error:
+        except (OSError, SafetensorError) as error:
             log(f"{self.folder / base_file.NAME} can't be written ({error}): no model is compared with it")
 
 
