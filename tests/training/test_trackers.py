@@ -1,5 +1,6 @@
 """What W&B gets of a run, whoever holds its key and however its server fails. wandb is the real one."""
 
+import importlib
 import json
 import os
 import re
@@ -58,6 +59,14 @@ def service(monkeypatch: pytest.MonkeyPatch) -> Iterator[Service]:
     monkeypatch.setenv("WANDB_API_KEY", KEY)
     yield service
     service.vanish()
+
+
+@pytest.fixture
+def console() -> None:
+    """wandb listens to what is printed now: it takes the stream that was there when a process first needed it."""
+    from wandb.sdk.lib import console_capture
+
+    importlib.reload(console_capture)
 
 
 def identity(folder: Path) -> str:
@@ -208,7 +217,7 @@ def test_run_begins_offline_and_is_online_when_started_again(
 
 
 def test_a_resumed_run_keeps_its_best_value_its_console_and_takes_changed_settings(
-    tmp_path: Path, service: Service
+    tmp_path: Path, service: Service, console: None
 ) -> None:
     import wandb
 
@@ -397,7 +406,7 @@ def test_answers_and_artefacts_wait_for_no_server(
     assert len(lines) <= 3
 
 
-def test_what_wandb_has_of_a_training(sft: Sft) -> None:
+def test_what_wandb_has_of_a_training(sft: Sft, console: None) -> None:
     settings = ("logger.tags=[a]", "logger.notes=why", "logger.log_model=reference", "optimizer.lr=2e-2")
     assert sft.train("run=run", "logger=wandb", "max_steps=2", "val_every=1", *settings) == 0
     folder = sft.run_folder()
