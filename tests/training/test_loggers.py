@@ -42,6 +42,12 @@ server.serve_forever()
 CSV = "lightning.pytorch.loggers.CSVLogger"
 
 
+@pytest.fixture(autouse=True)
+def no_sweep(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever an earlier test of this process has left of Hydra."""
+    monkeypatch.setattr(about, "HydraConfig", SimpleNamespace(initialized=lambda: False))
+
+
 class Failing(Logger):
     """Fails whatever it is asked for."""
 
