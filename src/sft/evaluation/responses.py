@@ -26,11 +26,11 @@ from numpy.typing import NDArray
 
 from sft.data.batch import SampleSet
 from sft.data.labels import IGNORE
+from sft.runs.metric import LEAST_LENGTH, LEAST_RECALL
 
 LENGTHS = {"1-15": 1, "16-63": 16, "64-255": 64, "256-1023": 256, "1024-up": 1024}  # name → fewest supervised tokens
 TURNS = ("1", "2", "3", "4-up")
 NUM_SUMS = 6  # of a response: weighted −log p, weighted correct tokens, and the four of its stop token
-LEAST_RECALL, LEAST_LENGTH = 0.5, 0.8  # below these, a warning
 
 
 @dataclass(frozen=True)

@@ -3,8 +3,8 @@
 from sft.report.folder import Folder
 from sft.report.headline import chosen_step
 from sft.report.html import escaped, figure, pairs, percent
+from sft.runs.metric import LEAST_LENGTH, LEAST_RECALL
 
-LEAST_RECALL, LEAST_LENGTH = 0.5, 0.8  # as of the warning in training
 SHORT, LONG = 0.6, 1.6  # length of the answers over the references'
 
 

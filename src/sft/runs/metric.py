@@ -18,6 +18,9 @@ class Metric:
     of_machine: bool = False  # differs between two runs of the same numbers
 
 
+# Below these a model doesn't stop where its references do: val/stop_recall, val/expected_length.
+LEAST_RECALL, LEAST_LENGTH = 0.5, 0.8
+
 METRICS = (
     Metric(
         "train/loss",
