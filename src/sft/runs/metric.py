@@ -212,14 +212,12 @@ METRICS = (
         "nats a token",
         "mean of Σ_v p_v (log p_v − log q_v) over `evaluation.kl_tokens` fixed tokens; p before training, q now",
         "evaluation/validation_pass.py",
-        "min",
     ),
     Metric(
         "val/base_tokens_loss",
         "nats a token",
         "mean of −log p over the same fixed tokens, of prompts and responses",
         "evaluation/validation_pass.py",
-        "min",
     ),
     Metric(
         "val/general_loss",
