@@ -43,8 +43,8 @@ def divided_by_the_accumulation_again_by_deepspeed() -> None:
 
 def _with_inputs(**changes: object) -> None:
     original = loss.model_inputs
-    loss.model_inputs = lambda batch: (
-        original(batch) | {name: value(batch) if callable(value) else value for name, value in changes.items()}
+    loss.model_inputs = lambda model, batch: (
+        original(model, batch) | {name: value(batch) if callable(value) else value for name, value in changes.items()}
     )
 
 

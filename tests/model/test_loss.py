@@ -77,7 +77,7 @@ def test_what_would_let_samples_see_each_other(model: PreTrainedModel, leak: dic
     # Why `model_inputs` has no cache and no mask: with transformers' own attention either leaks without a word.
     batch = pack(LENGTHS)
     other = plain(model)
-    inputs = loss.model_inputs(batch)
+    inputs = loss.model_inputs(model, batch)
     isolated = other(**inputs).logits
     leaking = other(**{**inputs, **leak}).logits
     alone = torch.cat([other(ids, use_cache=False).logits for ids in samples(batch)], dim=1)

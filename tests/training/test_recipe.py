@@ -33,7 +33,7 @@ def test_a_recipe_is_what_the_run_was(sft: Sft) -> None:
         "precision": "32-true",
         "weights_dtype": "float32",
         "optimizer_dtype": "float32",
-        "attention": "packed",
+        "attention": "auto",
         "attention_kernel": "scaled_dot_product_attention, a call for each sample",
         "gradient_checkpointing": False,
         "activation_offload": False,

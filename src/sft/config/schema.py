@@ -263,6 +263,7 @@ Model = table(
     init=one_of("pretrained", "random"),
     config=Open,
     attention=Text,
+    isolate=one_of("auto", "packed", "apart"),
     gradient_checkpointing=Yes,
     activation_offload=Yes,
     compile=Yes,

@@ -5,10 +5,10 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor
-from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteria
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteria
 from transformers.utils import logging as transformers_logging
 
-from sft.model.attention import NAME as PACKED
+from sft.model.isolation import attending, configs, own_attention
 
 GREEDY: Mapping[str, object] = {"do_sample": False}
 
@@ -81,33 +81,19 @@ def answering(model: PreTrainedModel) -> Iterator[None]:
     """Inside, a model in training can answer: without dropout, by an attention that knows masks and caches, layer by
     layer as it is written. Afterwards it is as it was."""
     in_training = [module for module in model.modules() if module.training]
-    found = [getattr(module, "config", None) for module in model.modules()]
-    configs = list({id(config): config for config in found if isinstance(config, PretrainedConfig)}.values())
-    kinds = [config._attn_implementation for config in configs]
-    with_routers = [config for config in configs if getattr(config, "output_router_logits", False)]
+    with_routers = [config for config in configs(model) if getattr(config, "output_router_logits", False)]
     verbosity = transformers_logging.get_verbosity()
     try:
         transformers_logging.set_verbosity_error()  # it would explain what greedy answers leave without effect
         model.eval()
-        for config in configs:
-            if config._attn_implementation == PACKED:
-                config._attn_implementation = _with_cache(model)
         for config in with_routers:
             config.output_router_logits = False
         # The graphs are for packs, and one more for each length would push them out.
-        with torch.no_grad(), torch.compiler.set_stance("force_eager"):
+        with attending(model, own_attention(model)), torch.no_grad(), torch.compiler.set_stance("force_eager"):
             yield
     finally:
         for config in with_routers:
             config.output_router_logits = True
-        for config, kind in zip(configs, kinds, strict=True):
-            config._attn_implementation = kind
         for module in in_training:
             module.training = True
         transformers_logging.set_verbosity(verbosity)
-
-
-def _with_cache(model: PreTrainedModel) -> str:
-    """The attention that the exported model has by default, by which `sft generate` answers."""
-    parts = [module for module in model.modules() if isinstance(module, PreTrainedModel)]
-    return "sdpa" if all(part._supports_sdpa for part in parts) else "eager"

@@ -147,6 +147,11 @@ def _kernel_takes(query: Tensor, key: Tensor, value: Tensor, window: int | None)
     )
 
 
+def asked(setting: str) -> str | None:
+    """What transformers is asked for by `model.attention`; None: its own choice for the model."""
+    return {"auto": NAME, "own": None}.get(setting, setting)
+
+
 def kernel(model: "PreTrainedModel", device: torch.device, arithmetic: torch.dtype) -> str:
     """What computes the attention of a model in training: the implementation that it was asked for or, of `packed`, the
     kernel behind it."""

@@ -49,6 +49,7 @@ class ModelSource:
     activation_offload: bool
     trust_remote_code: bool
     # Runs begun before these settings existed lack them.
+    isolate: str = "auto"  # auto | packed | apart
     compile: bool = False
     neftune_alpha: float = 0.0  # of noise on the input embeddings in training; 0: none
     template: Mapping[str, object] = field(default_factory=dict)  # arguments of the chat template, and `today`
@@ -294,7 +295,7 @@ class ModelSource:
         from accelerate import init_empty_weights
         from transformers import AutoModelForCausalLM
 
-        from sft.model import attention, missing  # noqa: F401  the first registers `packed`
+        from sft.model import attention, missing
         from sft.model.sharded_loading import first_values, load_sharded
         from sft.model.vocabulary import Growth
 
@@ -305,7 +306,7 @@ class ModelSource:
         drawn = {name: partial(missing.drawn, empty, name) for name in new} if empty else {}
         growth = Growth.of(empty, self.empty(config), self.new_ids) if empty and self.new_ids else None
         options: dict[str, Any] = {"trust_remote_code": self.trust_remote_code}
-        options |= {"dtype": dtype, "attn_implementation": self.attention}
+        options |= {"dtype": dtype, "attn_implementation": attention.asked(self.attention)}
         if self.adapter and sharding is not None:
             check_whole(self.adapter.use_dora, self.adapter.trainable_tokens)
         if self.adapter and self.adapter.quantize:

@@ -26,6 +26,7 @@ from transformers import PreTrainedModel
 from sft.data.batch import Batch
 from sft.model.head import forward_replaced, product_dtype
 from sft.model.head import head_is_plain_matrix as head_is_plain_matrix
+from sft.model.inputs import model_inputs
 
 
 @dataclass(frozen=True)
@@ -53,23 +54,6 @@ class Objective:
 CHUNK_ELEMENTS = {"cpu": 2**23, "cuda": 2**27}
 
 
-def model_inputs(batch: Batch) -> dict[str, object]:
-    """What the model is called with: a flat row, its positions and its boundaries.
-
-    `use_cache=False` and no `attention_mask`: either would let samples of a row see each other.
-    """
-    bounds, longest = batch["cu_seqlens"], batch["max_seqlen"]
-    return {
-        "input_ids": batch["input_ids"],
-        "position_ids": batch["position_ids"],
-        "cu_seq_lens_q": bounds,
-        "cu_seq_lens_k": bounds,
-        "max_length_q": longest,
-        "max_length_k": longest,
-        "use_cache": False,
-    }
-
-
 def nll(model: PreTrainedModel, batch: Batch, *, plain_head: bool, objective: Objective | None = None) -> Tensor:
     """Sum of weight · −log p over the batch's supervised tokens, float32 scalar; [3] with an `objective`'s other parts.
 
@@ -83,7 +67,7 @@ def nll(model: PreTrainedModel, batch: Batch, *, plain_head: bool, objective: Ob
     adds = objective if objective and (objective.label_smoothing or objective.z_loss) else None
     position_N = batch["predicting"]
     target_N, token_weight_N = batch["labels"][0, position_N + 1], batch["weights"]
-    inputs = model_inputs(batch)
+    inputs = model_inputs(model, batch)
     if not plain_head:
         logits_NV = model(**inputs, logits_to_keep=position_N).logits[0]
         if adds:
@@ -104,7 +88,7 @@ def token_log_probs(model: PreTrainedModel, batch: Batch, *, plain_head: bool) -
     token_T = batch["input_ids"][0]
     position_N = (batch["position_ids"][0] != 0).nonzero()[:, 0] - 1
     target_N = token_T[position_N + 1]
-    inputs = model_inputs(batch)
+    inputs = model_inputs(model, batch)
     if plain_head:
         with head_replaced(model, partial(linear_log_probs, target_N=target_N)):
             log_prob_N = model(**inputs, logits_to_keep=position_N).logits

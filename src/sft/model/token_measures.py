@@ -16,7 +16,8 @@ from transformers import PreTrainedModel
 
 from sft.data.batch import Batch
 from sft.model.head import forward_replaced, product_dtype
-from sft.model.loss import chunk_rows, head_replaced, model_inputs
+from sft.model.inputs import model_inputs
+from sft.model.loss import chunk_rows, head_replaced
 
 AtFixed = Callable[[Tensor, int], None]  # takes log-probabilities [R, V], and which of the M the first is of
 
@@ -40,7 +41,7 @@ def measured_nll(
     position_N, weight_N = batch["predicting"], batch["weights"]
     target_N, num = batch["labels"][0, position_N + 1], len(position_N)
     positions = position_N if at_fixed is None else torch.cat([position_N, batch["fixed"]])
-    inputs = model_inputs(batch)
+    inputs = model_inputs(model, batch)
     parts: list[Tensor] = []
 
     if plain_head:

@@ -66,7 +66,7 @@ def shrink(config: DictConfig, folder: Path, device: str, precision: str, vocab_
         config.model.add_tokens = None
     config.model.path, config.model.init, config.model.config = str(folder / "model"), "pretrained", {}
     if config.model.attention.startswith("flash"):
-        config.model.attention = "packed"  # which every machine has
+        config.model.attention = "auto"  # which every machine has
     config.model.compile = False  # takes longer than all the rest
     if config.adapter:
         if vocab_size is not None:  # of the made-up model, whose head is its embeddings

@@ -35,6 +35,7 @@ DECIDING = (
 )
 NOT_DECIDING = (
     "model.attention",
+    "model.isolate",
     "model.gradient_checkpointing",
     "model.activation_offload",
     "model.compile",

@@ -24,6 +24,7 @@ from sft.runs import events, signals, watchdog
 from sft.training import early_stopping, extension
 from sft.training.checkpointing import Checkpoints
 from sft.training.datamodule import SFTDataModule
+from sft.training.first_batch import FirstBatch
 from sft.training.metrics import StepMetrics
 from sft.training.module import SFTModule
 from sft.training.recipe import Recipe
@@ -79,7 +80,7 @@ def fit(
         facts,
         extends,
     )
-    own = [StepMetrics(own_bar, evaluation), Recipe(config, folder), *asking, Report(folder)]
+    own = [StepMetrics(own_bar, evaluation), *asking, Report(folder)]
     rank = rank_zero_only.rank  # type: ignore[attr-defined]
     strategy = build(config.strategy, config.trainer.accelerator)
     try:
@@ -103,7 +104,8 @@ def fit(
         )
     except Exception as error:  # whatever Lightning has against the settings
         raise UserError(f"the trainer refuses its settings: {' '.join(str(error).split())}") from error
-    trainer.callbacks.append(saving)  # after those that the trainer's settings have added
+    # After those that the trainer's settings have added; the last two need the weights that it restores.
+    trainer.callbacks += [saving, FirstBatch(), Recipe(config, folder)]
     meant = (*devices_and_nodes(config), world_size(config), rank)
     real = (trainer.num_devices, trainer.num_nodes, trainer.world_size, trainer.global_rank)
     if meant != real:

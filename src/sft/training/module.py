@@ -19,6 +19,7 @@ from sft.data.batch import Batch
 from sft.evaluation.validation_pass import ValidationPass
 from sft.model import noise, router
 from sft.model import optimizer as optimizers
+from sft.model.isolation import Isolation
 from sft.model.loading import ModelSource
 from sft.model.loss import Objective, head_is_plain_matrix, nll
 from sft.training.log import log
@@ -54,6 +55,7 @@ class SFTModule(L.LightningModule):
         self.source, self.optimizer, self.schedule = source, optimizer, schedule
         self.num_steps, self.seed, self.resumed = num_steps, seed, resumed
         self.objective = objective or Objective()
+        self.isolation = Isolation()  # as the model's first batch has proven
         self.first_values: Read | None = None  # in fp32, until the optimizer has them
         # Of the step under way or just made, read by the metrics: this rank's weighted sum of −log p and the like, the
         # norm of the whole gradient before clipping and, by value, its norm after it and its largest |value|.
@@ -81,7 +83,6 @@ class SFTModule(L.LightningModule):
         # Random numbers are a function of the place in the run, as the step plan is: a resumed step draws
         # what the uninterrupted one would, and a checkpoint holds no generator's state. Where a model draws them in a
         # way that `noise` can't make one by token, they are one by micro-batch.
-        noise.TOKENS.use(batch)
         micro_batch = batch_idx % self.trainer.accumulate_grad_batches
         place = [self.seed, self.trainer.global_step, self.global_rank, micro_batch]
         torch.manual_seed(int(np.random.SeedSequence(place).generate_state(1, np.uint64)[0] >> 1))
@@ -96,17 +97,23 @@ class SFTModule(L.LightningModule):
             save_on_cpu(pin_memory=self.device.type == "cuda") if self.source.activation_offload else nullcontext()
         )
         with offload:
-            total = nll(self.model, batch, plain_head=self.plain_head, objective=self.objective)
-        sums = {"nll": total} | (self.router.measure(batch) if self.router else {})
+            parts = [self._sums(part) for part in self.isolation.parts(batch)]
+        sums = {name: torch.stack([part[name] for part in parts]).sum(0) for name in parts[0]}
         self.step_sums = {name: self.step_sums.get(name, 0) + value.detach() for name, value in sums.items()}
         # Rule 2: the update is the gradient of (weighted sum over the global batch) / (sum of its tokens' weights).
         # Lightning divides by the accumulation and the strategy averages over ranks; undo both.
         num_averaged = self.trainer.world_size * self.trainer.accumulate_grad_batches
-        loss = total.sum() * (num_averaged / batch["step_weight"])
+        loss = sums["nll"].sum() * (num_averaged / batch["step_weight"])
         if self.router:
             num_tokens = self.trainer.datamodule.step(self.trainer.global_step).num_tokens  # type: ignore[attr-defined]
             loss = loss + sums["router_aux"] * (self.objective.router_aux * num_averaged / num_tokens)
         return loss
+
+    def _sums(self, batch: Batch) -> dict[str, Tensor]:
+        """Of one forward pass."""
+        noise.TOKENS.use(batch)
+        total = nll(self.model, batch, plain_head=self.plain_head, objective=self.objective)
+        return {"nll": total} | (self.router.measure(batch) if self.router else {})
 
     def configure_gradient_clipping(
         self,
@@ -135,10 +142,11 @@ class SFTModule(L.LightningModule):
 
     def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
         sums, weights = self._val_sums[dataloader_idx], batch["weights"]
-        if self.measures:
-            sums[0] += self.measures.step(self.model, batch, self.plain_head)
-        else:
-            sums[0] += nll(self.model, batch, plain_head=self.plain_head)
+        for part in self.isolation.parts(batch):
+            if self.measures:
+                sums[0] += self.measures.step(self.model, part, self.plain_head)
+            else:
+                sums[0] += nll(self.model, part, plain_head=self.plain_head)
         sums[1] += len(batch["predicting"]) if weights is None else weights.sum(dtype=sums.dtype)
 
     def on_validation_epoch_end(self) -> None:

@@ -144,7 +144,8 @@ def _general_loss(trainer: L.Trainer, module: SFTModule) -> float:
         watchdog.beat()
         on_device = data.transfer_batch_to_device(batch, module.device, 0)
         with trainer.precision_plugin.val_step_context():
-            sums[0] += nll(module.model, on_device, plain_head=module.plain_head)
+            for part in module.isolation.parts(on_device):
+                sums[0] += nll(module.model, part, plain_head=module.plain_head)
         sums[1] += len(batch["predicting"])
     total, num = trainer.strategy.reduce(sums, reduce_op="sum").tolist()
     return total / num
