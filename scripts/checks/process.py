@@ -52,9 +52,9 @@ def only_trace() -> None:
     from torch import nn
 
     from kernel import varlen_attn
-    from sft.model import attention
+    from sft.model import varlen
 
-    attention.varlen_attn, attention._kernel_takes = varlen_attn, lambda *_: True
+    varlen.varlen_attn, varlen.takes = varlen_attn, lambda *_: True
     original = nn.Module.compile
     nn.Module.compile = lambda self, **options: original(self, backend="eager", **options)  # type: ignore[method-assign]
 
