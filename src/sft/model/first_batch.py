@@ -91,22 +91,21 @@ class Proof:
     training_mode: bool = True  # else the model draws random numbers in it
     seconds: float = 0.0
 
-    def lines(self) -> list[str]:
-        """What a user should know."""
-        took = f"{self.seconds:.1f} s"
-        notes = [] if self.training_mode else ["first batch: in evaluation mode: in training the model draws at random"]
+    @property
+    def said(self) -> str:
+        """What a user should know, in a line."""
+        mode = "" if self.training_mode else "; found in evaluation mode, since in training the model draws at random"
         if self.reason:
-            return [*notes, f"first batch: {self.reason} ({took})"]
+            return self.reason + mode
         if "packed" in self.differences:
-            found = self.differences["packed"]
-            return [*notes, f"first batch: packed samples are computed as by the model's own code: {found} ({took})"]
-        return [*notes, f"first batch: samples run one at a time, as model.attention and model.isolate say ({took})"]
+            return f"packed samples are computed as by the model's own code: {self.differences['packed']}{mode}"
+        return f"samples run {self.isolation}, as the settings say{mode}"
 
     def record(self) -> dict[str, object]:
         """For provenance.json."""
         return {
             **asdict(self.isolation),
-            "reason": self.reason,
+            "said": self.said,
             "slower": self.slower,
             "differences": {way: asdict(found) for way, found in self.differences.items()},
             "training_mode": self.training_mode,

@@ -64,7 +64,7 @@ def measured(model: PreTrainedModel, run: Pass, scale: float = 1.0) -> Measured:
 
 
 def reach(model: PreTrainedModel, run: Pass, start: int, end: int) -> Tensor:
-    """How much each token has to do with log p of the tokens `start` to `end`, [T]: its embedding's largest gradient."""
+    """How much each token matters to log p of the tokens `start` to `end`, [T]: its embedding's largest gradient."""
     with noted(model) as tensors:
         total = run().flatten()[start:end].sum()
         (grad,) = torch.autograd.grad(total, [tensors[EMBEDDINGS]])
