@@ -10,9 +10,10 @@ from pathlib import Path
 import torch
 from hydra.utils import instantiate
 from omegaconf import DictConfig
-from transformers import AutoModelForCausalLM, PretrainedConfig
+from transformers import PretrainedConfig
 
 from sft.errors import UserError
+from sft.model.model_class import auto_class
 
 HEAD_DIM = 8
 # Hidden channels of each head and channels within a layer. Odd ones come first; not every architecture takes them.
@@ -85,9 +86,7 @@ def write_model(
             small = smaller(config, vocab_size, width, intermediate_size)
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(seed)
-                model = AutoModelForCausalLM.from_config(
-                    small, trust_remote_code=trust_remote_code, dtype=torch.float32
-                )
+                model = auto_class(small).from_config(small, trust_remote_code=trust_remote_code, dtype=torch.float32)
             with torch.no_grad():
                 model(input_ids=torch.tensor([[0, 1, 2, 3]]), use_cache=False)
             model.save_pretrained(folder)
