@@ -35,9 +35,9 @@ import torch
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
-from transformers import AutoModelForCausalLM
 
 from sft.errors import UserError
+from sft.model.model_class import of_folder
 from sft.model.router import has_loss
 from sft.proof import cells as matrix
 from sft.proof import reference
@@ -92,7 +92,7 @@ def certify(
     config, samples = prepare(config, folder)
     if cells is None:
         cells = matrix.all_cells(config.quick, config.precision, config.device, max_ranks)
-        if has_loss(AutoModelForCausalLM.from_pretrained(folder / "model")):
+        if has_loss(of_folder(str(folder / "model")).from_pretrained(folder / "model")):
             cells = matrix.with_experts(cells, config.quick)
     keys = sorted({cell.key for cell in cells})
     references, config.trainer.gradient_clip_val = make_references(config, folder, samples, keys)

@@ -99,7 +99,7 @@ def export_run(
         if merge:
             held = torch.bfloat16 if settings["trainer"]["precision"] == "bf16-true" else torch.float32
             specs, read = merged(source, specs, read, held)
-        elif source.parameters.freezes:
+        elif source.keeps_base(source.load_config()):
             specs, read = completed(source, specs, read)
         write_model(
             staging, source, specs, read, generation, dtype=dtypes[dtype], max_shard_size=max_shard_size, log=log
@@ -112,7 +112,14 @@ def export_run(
     probes = json.loads((checkpoint.path / f"probes{'-average' if average else ''}.json").read_text())
     precision = "bf16-true" if dtype == "bfloat16" else settings["trainer"]["precision"]
     quantized = bool(source.adapter and source.adapter.quantize)
-    verdict = verify(staging, probes, str(precision), quantized=quantized, step=checkpoint.step)
+    verdict = verify(
+        staging,
+        probes,
+        str(precision),
+        quantized=quantized,
+        step=checkpoint.step,
+        trust_remote_code=source.trust_remote_code,
+    )
     if output.exists():
         shutil.rmtree(output)
     staging.rename(output)
@@ -127,23 +134,22 @@ def try_export(prepared: Prepared, run: Run | None = None) -> None:
     found before training. The model card is left out without a `run`. UserError for a fault."""
     source, tokenizer = prepared.source, prepared.tokenizer
     merge = source.adapter.merge if source.adapter else None
+    trust = {"trust_remote_code": source.trust_remote_code}
     generation = generation_config(source, tokenizer, prepared.stop_token_ids, log)
     with tempfile.TemporaryDirectory(prefix="sft-export-") as folder:
         with _tried("tokenizer", source.tokenizer or source.path):
             tokenizer.save_pretrained(folder)
-            AutoTokenizer.from_pretrained(folder, trust_remote_code=False)  # as `verify` does: without asking
+            AutoTokenizer.from_pretrained(folder, **trust)  # as `verify` does: without asking
         with _tried("adapter's configuration" if merge is False else "model's configuration", source.path):
             generation.save_pretrained(folder)
             if merge is False:
                 adapter_config(source).save_pretrained(folder)
-                AutoConfig.from_pretrained(
-                    str(source.base), revision=source.base_revision or "main", trust_remote_code=False
-                )
+                AutoConfig.from_pretrained(str(source.base), revision=source.base_revision or "main", **trust)
             else:
                 model = empty_model(source)
                 model.generation_config = generation
                 model.save_pretrained(folder, state_dict={})
-                AutoConfig.from_pretrained(folder, trust_remote_code=False)
+                AutoConfig.from_pretrained(folder, **trust)
     if run is not None:
         with _tried("model card", None):
             model_card(

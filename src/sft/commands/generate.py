@@ -42,10 +42,11 @@ def main(config: DictConfig) -> None:
     row_function = instantiate(run.config["data"]["conversation"], _convert_="all")
     asked = read(config, row_function)
     lines = list(known(asked, row_function, config.file))
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    trusted = bool(run.config["model"].get("trust_remote_code"))
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trusted)
     template = template_settings(run.config["model"].get("template") or {}, tokenizer, run)
     token_ids = [served_ids(tokenizer, row_function, one, template) for one in asked]
-    for line, response in zip(lines, answers(folder, tokenizer, token_ids, config), strict=True):
+    for line, response in zip(lines, answers(folder, tokenizer, token_ids, config, trusted), strict=True):
         made = json.dumps({"prompt": line.pop("prompt"), "response": response, **line}, ensure_ascii=False)
         print(made if config.prompt is None else response, flush=True)
 
@@ -62,13 +63,17 @@ def known(asked: Sequence[Row | str], row_function: RowFunction, file: str | Non
 
 
 def answers(
-    folder: Path, tokenizer: PreTrainedTokenizerBase, token_ids: list[list[int]], config: DictConfig
+    folder: Path,
+    tokenizer: PreTrainedTokenizerBase,
+    token_ids: list[list[int]],
+    config: DictConfig,
+    trust_remote_code: bool = False,
 ) -> Iterator[str]:
     """Responses of an exported model to the tokens of prompts, in their order, without the stop token.
 
     `config` has the settings of conf/generate.yaml.
     """
-    model = load_exported(folder)
+    model = load_exported(folder, trust_remote_code=trust_remote_code)
     sampling: dict[str, object] = {"do_sample": False}
     if config.temperature:
         sampling = {"do_sample": True, "temperature": config.temperature, "top_p": config.top_p}

@@ -52,7 +52,8 @@ def main(config: DictConfig) -> None:
             rows = first_rows(source, NUM_ROWS, cache_dir=Path(data_config.cache_dir))
             advice = f"rename them as in the run's data ({run.folder}/config.yaml, data.conversation)"
             check_columns(str(source), rows, function, arguments, advice)
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    trusted = bool(settings["model"].get("trust_remote_code"))
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trusted)
     template = template_settings(settings["model"].get("template") or {}, tokenizer, run)
     splits = data_config.datasets(
         tokenizer, seed=settings["seed"], template=template, log=lambda line: print(line, file=sys.stderr)
@@ -60,7 +61,7 @@ def main(config: DictConfig) -> None:
     samples = splits.train if config.path is not None else splits.val
     if samples is None:
         raise UserError(f"{run.folder} has no validation data: name what to score with data=")
-    model = load_exported(folder, attention.NAME)
+    model = load_exported(folder, attention.NAME, trusted)
     opened = path.open("w") if path else nullcontext(sys.stdout)
     with opened as output:
         for line in scores(model, samples, data_config.max_length):

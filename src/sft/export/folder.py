@@ -11,13 +11,14 @@ from pathlib import Path
 import torch
 from huggingface_hub import split_torch_state_dict_into_shards
 from torch import Tensor
-from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerFast
 from transformers.core_model_loading import revert_weight_conversion
 
 from sft.checkpoint import safetensors_file
 from sft.data.chat_template import special_ids
 from sft.errors import UserError
 from sft.export.verify import Probe, Verdict
+from sft.model import model_class
 from sft.model.adapter import quantization
 from sft.model.loading import ModelSource
 from sft.model.missing import without_report
@@ -167,7 +168,12 @@ def _without_effect(generation: GenerationConfig) -> list[str]:
 
 
 def verify(
-    folder: Path, probes: list[Probe], precision: str, quantized: bool = False, step: int | None = None
+    folder: Path,
+    probes: list[Probe],
+    precision: str,
+    quantized: bool = False,
+    step: int | None = None,
+    trust_remote_code: bool = False,
 ) -> Verdict:
     """Reloads the folder in a fresh process and compares log-probabilities with the training model's.
 
@@ -175,7 +181,13 @@ def verify(
     the training, for the record. Writes
     `verified.json` into the folder and returns it; `UserError` if they differ.
     """
-    request = {"probes": probes, "precision": precision, "quantized": quantized, "step": step}
+    request = {
+        "probes": probes,
+        "precision": precision,
+        "quantized": quantized,
+        "step": step,
+        "trust_remote_code": trust_remote_code,
+    }
     process = subprocess.run(
         [sys.executable, "-m", "sft.export.verify", str(folder)],
         input=json.dumps(request),
@@ -194,13 +206,14 @@ def verify(
     return verdict
 
 
-def load_exported(folder: Path, attention: str | None = None) -> PreTrainedModel:
+def load_exported(folder: Path, attention: str | None = None, trust_remote_code: bool = False) -> PreTrainedModel:
     """The model of a verified folder, in evaluation mode on the GPU if there is one.
 
     It is a whole model, or an adapter over the base model that it names. `attention` None leaves the implementation
     to transformers.
     """
     options: dict[str, object] = {"attn_implementation": attention, "dtype": "auto"}
+    where: dict[str, object] = {"trust_remote_code": trust_remote_code}
     is_adapter = (folder / "adapter_config.json").exists()
     if is_adapter:
         verified: Verdict = json.loads((folder / "verified.json").read_text())
@@ -209,8 +222,14 @@ def load_exported(folder: Path, attention: str | None = None) -> PreTrainedModel
             options |= quantization()
     # Of an adapter's rows of embeddings that are the head's too, transformers says that the head has none.
     with without_report() if is_adapter else nullcontext():
-        model = AutoModelForCausalLM.from_pretrained(folder, **options)
+        model = model_class.of_folder(_base(folder), **where).from_pretrained(folder, **options, **where)
     if is_adapter:
         model.generation_config = GenerationConfig.from_pretrained(folder)
-    model.to("cuda" if torch.cuda.is_available() else "cpu")  # type: ignore[arg-type]  # transformers wraps the method
+    model.to("cuda" if torch.cuda.is_available() else "cpu")
     return model.eval()
+
+
+def _base(folder: Path) -> str:
+    """The folder, or of an adapter's the base model that it names."""
+    adapter = folder / "adapter_config.json"
+    return str(json.loads(adapter.read_text())["base_model_name_or_path"]) if adapter.exists() else str(folder)

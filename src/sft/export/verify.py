@@ -17,8 +17,9 @@ from typing import TYPE_CHECKING, Literal, NotRequired, TypedDict
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoTokenizer, PreTrainedModel
 
+from sft.model import model_class
 from sft.model.adapter import quantization
 
 if TYPE_CHECKING:  # its import touches CUDA
@@ -54,17 +55,19 @@ class Verdict(TypedDict):
     equal: bool
 
 
-def load_adapted(folder: Path, precision: str, quantized: bool) -> "PeftModel":
+def load_adapted(folder: Path, precision: str, quantized: bool, trust_remote_code: bool) -> "PeftModel":
     """The base model that the folder's adapter names, held as in training, with the adapter added by peft."""
     from peft import PeftConfig, PeftModel
 
     config = PeftConfig.from_pretrained(str(folder))
-    options: dict[str, object] = {"dtype": "bfloat16" if precision == "bf16-true" else "float32"}
+    where: dict[str, object] = {"trust_remote_code": trust_remote_code}
     if config.revision:
-        options["revision"] = config.revision
+        where["revision"] = config.revision
+    options: dict[str, object] = {"dtype": "bfloat16" if precision == "bf16-true" else "float32"}
     if quantized:
         options |= quantization()
-    base = AutoModelForCausalLM.from_pretrained(config.base_model_name_or_path, **options)
+    name = str(config.base_model_name_or_path)
+    base = model_class.of_folder(name, **where).from_pretrained(name, **where, **options)
     model = PeftModel.from_pretrained(base, str(folder))
     return model if quantized else model.float()
 
@@ -95,12 +98,13 @@ def main() -> None:
     folder = Path(sys.argv[1])
     request = json.load(sys.stdin)
     precision, quantized, probes = request["precision"], request["quantized"], request["probes"]
-    AutoTokenizer.from_pretrained(folder)
+    trust = {"trust_remote_code": request["trust_remote_code"]}  # as the run's settings say
+    AutoTokenizer.from_pretrained(folder, **trust)
     model: PreTrainedModel | PeftModel
     if (folder / "adapter_config.json").exists():
-        model = load_adapted(folder, precision, quantized)
+        model = load_adapted(folder, precision, quantized, **trust)
     else:
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        model = model_class.of_folder(str(folder), **trust).from_pretrained(folder, dtype=torch.float32, **trust)
     model.eval()
     exact = log_probs(model, probes)
     difference = exact - torch.tensor([value for probe in probes for value in probe["log_probs"][1:]])

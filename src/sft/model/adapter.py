@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from sft.errors import UserError
-from sft.model import trained_tokens
+from sft.model import language_part, trained_tokens
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -59,8 +59,11 @@ class Adapter:
                 f"set {setting}=false"
             )
 
-    def lora_config(self, trained: "dict[str, list[int]] | None" = None) -> "LoraConfig":
-        """These settings as peft takes them. `trained`: rows that are trained, by the name of their module."""
+    def lora_config(
+        self, trained: "dict[str, list[int]] | None" = None, leaving_out: "Sequence[str]" = ()
+    ) -> "LoraConfig":
+        """These settings as peft takes them. `trained`: rows that are trained, by the name of their module;
+        `leaving_out`: modules in which none is adapted."""
         from peft import LoraConfig, TaskType
 
         if self.begun is not None:
@@ -72,6 +75,7 @@ class Adapter:
             lora_alpha=self.alpha,
             lora_dropout=self.dropout,
             target_modules=self.target_modules,
+            exclude_modules=rf"({'|'.join(map(re.escape, leaving_out))})(\..*)?" if leaving_out else None,
             use_rslora=self.use_rslora,
             use_dora=self.use_dora,
             modules_to_save=self.modules_to_save,
@@ -96,7 +100,8 @@ class Adapter:
         with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
             warnings.simplefilter("ignore")  # peft explains how it treats some layers
             try:
-                inject_adapter_in_model(self.lora_config(trained), model, adapter_name=NAME)
+                config = self.lora_config(trained, language_part.rest_modules(model))
+                inject_adapter_in_model(config, model, adapter_name=NAME)
             except ValueError as error:
                 message = " ".join(str(error).split())[:300]
                 raise UserError(f"the adapter doesn't fit {type(model).__name__}: {message}") from error
@@ -161,27 +166,31 @@ class Adapter:
                 )
 
     def check_targets(self, model: "PreTrainedModel") -> None:
-        """Refuses a target that names no layer, one that isn't linear, or the input embeddings by another name."""
+        """Refuses a target that names no layer of the language part, one that isn't linear, or the input embeddings by
+        another name."""
         from torch import nn
         from transformers.pytorch_utils import Conv1D
 
         targets = self.target_modules
         if targets == "all-linear":
             return
-        linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)]
+        rest = language_part.rest_modules(model)
+        own = {name: m for name, m in model.named_modules() if not f"{name}.".startswith(tuple(f"{r}." for r in rest))}
+        linear = [name for name, module in own.items() if isinstance(module, nn.Linear | Conv1D)]
         choices = f"its linear layers are {', '.join(dict.fromkeys(name.rpartition('.')[2] for name in linear))}"
         head = model.get_output_embeddings()
         tied = head is not None and head.weight is model.get_input_embeddings().weight
         patterns = {targets: targets} if isinstance(targets, str) else {t: rf"(.*\.)?{re.escape(t)}" for t in targets}
         for target, pattern in patterns.items():
             try:
-                modules = {name: module for name, module in model.named_modules() if re.fullmatch(pattern, name)}
+                modules = {name: module for name, module in own.items() if re.fullmatch(pattern, name)}
             except re.error as error:
                 raise UserError(
                     f"adapter.target_modules={target} is no regular expression ({error}): {choices}"
                 ) from error
             if not modules:
-                raise UserError(f"adapter.target_modules: {target} is no layer of {type(model).__name__}: {choices}")
+                of = f"the language part of {type(model).__name__}" if rest else type(model).__name__
+                raise UserError(f"adapter.target_modules: {target} is no layer of {of}: {choices}")
             for name, module in modules.items():
                 if name not in linear:
                     raise UserError(

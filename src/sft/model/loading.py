@@ -1,21 +1,21 @@
 """A model and its tokenizer, by folder or Hub name, checked against each other before any weight is read."""
 
-import json
-import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from safetensors import SafetensorError
-
 from sft.data.clock import check_arguments
 from sft.errors import UserError
 from sft.model import tokenizer as tokenizer_files
 from sft.model.adapter import Adapter, check_whole, quantization
 from sft.model.begun import Begun
+from sft.model.language_part import has_rest
+from sft.model.loading_errors import loading
+from sft.model.model_class import auto_class
 from sft.model.parameters import Parameters
+from sft.model.source_files import check_folder, check_model
 from sft.model.trained_tokens import token_ids
 
 if TYPE_CHECKING:
@@ -25,13 +25,6 @@ if TYPE_CHECKING:
 
     from sft.checkpoint.layout import Read
     from sft.model.sharded_loading import Sharding
-
-
-# Architectures without a causal mask or a head over the vocabulary.
-NOT_CAUSAL = re.compile(
-    r"For(MaskedLM|PreTraining|\w*Classification|QuestionAnswering|MultipleChoice|NextSentencePrediction)$"
-    r"|^(Bert|Roberta|XLMRoberta|DistilBert|Albert|Electra|Deberta|MPNet)\w*Model$"
-)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,27 +122,8 @@ class ModelSource:
             check_folder(self.begun.base, f"model.path={self.path} is an adapter, whose base_model_name_or_path")
         base = Path(str(self.base)).expanduser()
         if base.is_dir():
-            self._check_model(base)
+            check_model(base, self.path)
         tokenizer_files.check_files(self.tokenizer_place()[0])
-
-    def _check_model(self, folder: Path) -> None:
-        if (folder / "config.yaml").is_file() and (folder / "checkpoints").is_dir():
-            raise UserError(f"model.path={self.path} is a run's folder: set model.path={self.path}/export")
-        if not (folder / "config.json").is_file():
-            raise UserError(f"model.path={self.path}: the folder holds no model (config.json)")
-        try:
-            config = json.loads((folder / "config.json").read_text())
-        except ValueError as error:
-            raise UserError(f"model.path={self.path}: its config.json can't be read: {error}") from error
-        kinds = config.get("architectures") or []
-        if any(NOT_CAUSAL.search(kind) for kind in kinds) and not config.get("is_decoder"):
-            raise UserError(
-                f"model.path={self.path} is a {kinds[0]}, no causal language model: choose a model whose config.json "
-                "names one, such as LlamaForCausalLM"
-            )
-        weights = [path for pattern in ("*.safetensors", "*.bin") for path in folder.glob(pattern)]
-        if not any("training_args" not in path.name for path in weights):
-            raise UserError(f"model.path={self.path}: the folder holds no weights (model.safetensors)")
 
     def load_tokenizer(self) -> "PreTrainedTokenizerFast":
         """The tokenizer, with the chat template of `chat_template` where one is given. UserError for one that can't be
@@ -159,10 +133,8 @@ class ModelSource:
         source, revision = self.tokenizer_place()
         check_folder(source, "model.tokenizer" if self.tokenizer else "model.path")
         tokenizer_files.check_files(source)
-        try:
+        with loading("tokenizer", source):
             loaded = AutoTokenizer.from_pretrained(source, revision=revision, trust_remote_code=self.trust_remote_code)
-        except (OSError, ValueError, KeyError, ImportError) as error:
-            raise _not_loaded("tokenizer", source, error) from error
         tokenizer = tokenizer_files.check(loaded, source)
         if self.add_tokens:  # as text: an answer shows them, and special tokens would be left out of it
             tokenizer.add_tokens([AddedToken(text, normalized=False) for text in self.add_tokens])
@@ -204,19 +176,27 @@ class ModelSource:
 
         if self.init == "random":
             fields = dict(self.config)
-            return AutoConfig.for_model(str(fields.pop("model_type", "llama")), **fields)
+            with loading("model", "of model.config"):
+                config = AutoConfig.for_model(str(fields.pop("model_type", "llama")), **fields)
+            if has_rest(config):
+                raise UserError(
+                    f"model.init=random: {config.model_type} has more parts than its language part, and frozen weights "
+                    f"would be in no file: set model.config.model_type={config.get_text_config().model_type}"
+                )
+            return config
         assert self.path is not None and self.base is not None
         check_folder(self.base, "model.path")
-        try:
+        with loading("model", self.path):
             config = AutoConfig.from_pretrained(
                 self.base, revision=self.base_revision, trust_remote_code=self.trust_remote_code
             )
-        except (OSError, ValueError, KeyError) as error:
-            raise _not_loaded("model", self.path, error) from error
         for name, value in self.config.items():
-            if not hasattr(config, name):
+            having = [part for part in (config, config.get_text_config()) if hasattr(part, name)]
+            if not having:
                 raise UserError(f"model.config.{name} is no field of {type(config).__name__} ({self.path})")
-            setattr(config, name, value)
+            with loading("model", self.path, type(config).__name__):  # some check their values
+                for part in having:
+                    setattr(part, name, value)
         return config
 
     def check(self, tokenizer: "PreTrainedTokenizerFast", max_length: int) -> "PretrainedConfig":
@@ -255,26 +235,40 @@ class ModelSource:
         if self.init != "pretrained" or getattr(config, "quantization_config", None):
             return []
         assert self.base is not None
-        try:
+        with loading("model", self.base, architecture(config)):
             if not (files := weight_files(self.base, self.base_revision, download)):
                 return []
             empty = self.empty(config)
             new = missing.check(missing.of_files(empty, files), empty, self.base, self.new_weights or ())
             missing.check_ties(empty, files, self.base)
             return new
-        except UserError:
-            raise
-        except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
-            raise _not_loaded("model", self.base, error) from error
 
     def empty(self, config: "PretrainedConfig", dtype: "torch.dtype | None" = None) -> "PreTrainedModel":
         """The model without its weights: names, shapes and layers."""
         import torch
-        from transformers import AutoModelForCausalLM
 
         options: dict[str, Any] = {"dtype": dtype} if dtype else {}
-        with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(config, trust_remote_code=self.trust_remote_code, **options)
+        with loading("model", self.path or "(random)", architecture(config)), torch.device("meta"):
+            return auto_class(config).from_config(config, trust_remote_code=self.trust_remote_code, **options)
+
+    def _attending(self, make: Callable[..., "PreTrainedModel"]) -> "PreTrainedModel":
+        """A model made with the attention that is asked for. Families that choose their layers by its name know none
+        but their own, which they get where the choice is left to this project."""
+        from sft.model import attention
+
+        asked = attention.asked(self.attention)
+        try:
+            return make(attn_implementation=asked)
+        except (UserError, OSError):
+            raise
+        except Exception:  # whatever the family raises; a fault of another kind comes again
+            if self.attention != "auto":
+                raise
+            return make(attn_implementation=None)
+
+    def keeps_base(self, config: "PretrainedConfig") -> bool:
+        """Whether some of the model's weights aren't trained, so that a checkpoint leaves them to the base's files."""
+        return self.adapter is not None or self.parameters.freezes or has_rest(config)
 
     def load(
         self,
@@ -293,20 +287,19 @@ class ModelSource:
         """
         import torch
         from accelerate import init_empty_weights
-        from transformers import AutoModelForCausalLM
 
-        from sft.model import attention, missing
+        from sft.model import missing
         from sft.model.sharded_loading import first_values, load_sharded
         from sft.model.vocabulary import Growth
 
         config = self.load_config()
         stored_config = self._own_config()
-        new = self.check_weights() if weights or self.adapter or self.parameters.freezes else []
+        weights_wanted = weights or self.keeps_base(config)
+        new = self.check_weights() if weights_wanted else []
         empty = self.empty(stored_config) if new or self.new_ids else None
         drawn = {name: partial(missing.drawn, empty, name) for name in new} if empty else {}
         growth = Growth.of(empty, self.empty(config), self.new_ids) if empty and self.new_ids else None
-        options: dict[str, Any] = {"trust_remote_code": self.trust_remote_code}
-        options |= {"dtype": dtype, "attn_implementation": attention.asked(self.attention)}
+        options: dict[str, Any] = {"trust_remote_code": self.trust_remote_code, "dtype": dtype}
         if self.adapter and sharding is not None:
             check_whole(self.adapter.use_dora, self.adapter.trainable_tokens)
         if self.adapter and self.adapter.quantize:
@@ -317,17 +310,18 @@ class ModelSource:
             options |= quantization()
         path = self.base if self.init == "pretrained" else None
         merges = self.begun is not None and self.adapter is None
+        kind = auto_class(config)
         first: Read | None = None  # what reads the weights, where they were read by range
 
         def load_whole() -> "PreTrainedModel":
             if path is None:
-                return AutoModelForCausalLM.from_config(config, **options)
-            options.update(ignore_mismatched_sizes=True, output_loading_info=True)
-            loaded: Any
-            with missing.without_report():
-                loaded = AutoModelForCausalLM.from_pretrained(
-                    path, config=stored_config, revision=self.base_revision, **options
+                return self._attending(lambda **attention: kind.from_config(config, **options, **attention))
+            reporting: dict[str, Any] = {"ignore_mismatched_sizes": True, "output_loading_info": True}
+            loaded: Any = self._attending(
+                lambda **attention: kind.from_pretrained(
+                    path, config=stored_config, revision=self.base_revision, **options, **reporting, **attention
                 )
+            )
             whole, info = loaded
             lacking = missing.check(info, whole, path, self.new_weights or ())
             with torch.no_grad():
@@ -340,10 +334,10 @@ class ModelSource:
                 growth.apply(whole)
             return whole
 
-        try:
-            if sharding is not None or not (weights or self.adapter or self.parameters.freezes):
+        with loading("model", self.path or "(random)", architecture(config)), missing.without_report():
+            if sharding is not None or not weights_wanted:
                 with init_empty_weights():  # parameters only: buffers such as RoPE's frequencies keep their values
-                    model = AutoModelForCausalLM.from_config(config, **options)
+                    model = self._attending(lambda **attention: kind.from_config(config, **options, **attention))
                 model.tie_weights()
                 first = load_sharded(
                     model,
@@ -351,7 +345,7 @@ class ModelSource:
                     path=None if merges else path,  # a merged weight is in no file
                     revision=self.base_revision,
                     adapter=self.adapter,
-                    weights=weights,
+                    weights=weights_wanted,
                     sharding=sharding,
                     parameters=self.parameters,
                     drawn=drawn,
@@ -360,10 +354,6 @@ class ModelSource:
             else:
                 model = load_whole()
                 self.parameters.choose(model)
-        except UserError:
-            raise
-        except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
-            raise _not_loaded("model", self.path or "(random)", error) from error
         if self.adapter and sharding is None:
             self.adapter.add(model, self.trained_ids)
         if self.adapter and growth:
@@ -383,21 +373,13 @@ class ModelSource:
         return model.train()
 
 
+def architecture(config: "PretrainedConfig") -> str:
+    """What the configuration calls its model."""
+    return ", ".join(config.architectures or ()) or config.model_type
+
+
 def decoder_layers(model: "nn.Module") -> "list[nn.Module]":
     """The layers that the model is made of, as transformers names them for sharding."""
     kinds = set(getattr(model, "_no_split_modules", None) or [])
     # Of a layer that FSDP2 has sharded, the class is a subclass made for it.
     return [module for module in model.modules() if kinds & {kind.__name__ for kind in type(module).__mro__}]
-
-
-def check_folder(source: str, setting: str) -> None:
-    """A source that looks like a path must exist: never ask the Hub for a mistyped folder."""
-    looks_local = source.startswith((".", "/", "~")) or source.count("/") > 1
-    if looks_local and not Path(source).expanduser().is_dir():
-        made = ": make demo trains it" if source.endswith("demo-base/export") else ""
-        raise UserError(f"{setting}={source}: there is no such folder (looked in {Path.cwd()}){made}")
-
-
-def _not_loaded(what: str, source: str, error: Exception) -> UserError:
-    message = " ".join(str(error).split())
-    return UserError(f"the {what} {source} can't be loaded: {message[:300]}")

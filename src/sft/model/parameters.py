@@ -15,6 +15,7 @@ from sft.errors import UserError
 
 if TYPE_CHECKING:  # settings are checked before torch is imported
     from torch import nn
+    from transformers import PreTrainedModel
 
     Named = tuple[str, nn.Parameter]
 
@@ -32,10 +33,12 @@ class Parameters:
     freeze: Sequence[str] | None = None  # all but these
     groups: Sequence[Mapping[str, object]] | None = None  # match, lr, weight_decay; the first that matches counts
 
-    def choose(self, model: "nn.Module") -> None:
-        """Freezes what isn't to be trained; `UserError` for a pattern without a match."""
+    def choose(self, model: "PreTrainedModel") -> None:
+        """Freezes what isn't to be trained, and what text doesn't reach; `UserError` for a pattern without a match."""
         from sft.checkpoint.layout import named_trainable
+        from sft.model.language_part import freeze_rest
 
+        freeze_rest(model)
         if not self.freezes:
             return
         chosen = dict(named_trainable(model))

@@ -46,7 +46,7 @@ def load_sharded(
     Args:
         load_whole: the same model with its weights, where they can't be read range by range from `path`: those drawn
             at random (`path` None), or stored under other names. It takes the whole model's memory.
-        weights: read them; without, and where all of them are trained, their values stay undefined.
+        weights: read them; without, their values stay undefined.
         sharding: without, the model stays whole.
         parameters: which of them are trained; None: all.
         drawn: the value of each weight that the files lack.
@@ -68,7 +68,7 @@ def load_sharded(
         model.tie_weights()  # each module got memory of its own
     for name in flagged:  # the parameters are others now
         setattr(model.get_parameter(name), NO_DECAY, True)
-    if not (weights or adapter or (parameters and parameters.freezes)):
+    if not weights:
         return None
     if growth:
         shapes |= {name: [growth.stored, *shapes[name][1:]] for name in growth.names if name in shapes}

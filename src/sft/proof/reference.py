@@ -15,10 +15,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from sft.data.batch import token_keys
 from sft.model.adapter import initial
+from sft.model.model_class import of_folder
 from sft.model.noise import uniform
 
 if TYPE_CHECKING:  # whose import touches CUDA, which must not happen before a fork
@@ -69,7 +70,7 @@ def train(
     in fp32.
     """
     variant = variant or {}
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).train()
+    model = of_folder(str(folder)).from_pretrained(folder, dtype=torch.float32).train()
     if adapter is not None:
         inject(model, adapter, seed)
     for name, parameter in model.named_parameters():

@@ -13,9 +13,10 @@ from pathlib import Path
 import torch
 from hydra.utils import instantiate
 from omegaconf import DictConfig
-from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from sft.errors import UserError
+from sft.model.model_class import auto_class, of_folder
 from sft.proof import small_config
 from sft.proof.small_config import Form
 
@@ -34,6 +35,7 @@ SIZE_OF = {
     "query_pre_attn_scalar": HEAD_DIM,
 }
 NOISE = 0.05  # of parameters that are all alike
+NUM_TOKENS = 24  # of a trial, more than a window has; the least vocabulary has one more
 
 
 def first_rows(data: DictConfig, num_rows: int) -> None:
@@ -80,12 +82,16 @@ def write_model(
     for form in forms(config, vocab_size):
         try:
             with deterministic(seed):
-                model = AutoModelForCausalLM.from_config(
-                    form(), trust_remote_code=trust_remote_code, dtype=torch.float32
-                )
+                small = form()
+                model = auto_class(small).from_config(small, trust_remote_code=trust_remote_code, dtype=torch.float32)
                 stir(model)
-            check_runs(model)
+            logits = check_runs(model)
             model.save_pretrained(folder)
+            reloaded = of_folder(str(folder), trust_remote_code=trust_remote_code).from_pretrained(
+                folder, trust_remote_code=trust_remote_code, dtype=torch.float32
+            )
+            if not torch.allclose(check_runs(reloaded), logits, atol=1e-5):
+                raise ValueError("it isn't the same after it is saved and loaded")
             return
         except Exception as error:  # whatever an architecture has against a form
             message = " ".join(str(error).split())[:200] or type(error).__name__
@@ -146,16 +152,17 @@ def stir(model: PreTrainedModel) -> None:
                     parameter.add_(NOISE * torch.randn(parameter.shape))
 
 
-def check_runs(model: PreTrainedModel) -> None:
-    """Raises ValueError for a model that is too large, isn't finite, or whose tokens see none before them."""
-    ids = torch.tensor([[0, 1, 2, 3], [4, 1, 2, 3]])
-    model.eval()
+def check_runs(model: PreTrainedModel) -> torch.Tensor:
+    """The logits of a sample; ValueError where they aren't finite, or where a token sees none before it."""
+    ids = torch.arange(NUM_TOKENS).repeat(2, 1)
+    ids[1, 0] = NUM_TOKENS
     with torch.no_grad():
-        first, second = model(input_ids=ids, use_cache=False).logits
+        first, second = model.eval()(input_ids=ids, use_cache=False).logits
     if not first.isfinite().all():
         raise ValueError("its logits aren't finite")
     if torch.allclose(first[1:], second[1:], atol=1e-6):
         raise ValueError("its logits don't depend on earlier tokens")
+    return first
 
 
 def _replace(text: PretrainedConfig, name: str, value: float) -> None:

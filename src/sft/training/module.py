@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from sft.checkpoint.layout import Read
 from sft.data.batch import Batch
 from sft.evaluation.validation_pass import ValidationPass
-from sft.model import noise, router
+from sft.model import language_part, noise, router
 from sft.model import optimizer as optimizers
 from sft.model.isolation import Isolation
 from sft.model.loading import ModelSource
@@ -75,6 +75,8 @@ class SFTModule(L.LightningModule):
         keep = partial(setattr, self, "first_values") if place.rounds and not self.resumed else None
         dtype = weights_dtype(self.trainer)
         self.model = self.source.load(dtype, weights=not self.resumed, sharding=place.sharding, keep=keep)
+        if frozen := language_part.said(self.model):
+            log(frozen)
         self.plain_head = head_is_plain_matrix(self.model)
         self.router = router.attach(self.model, self.objective.router_aux, log)
         self.trainer.datamodule.keyed = noise.attach(self.model, self.source.neftune_alpha, log)  # type: ignore[attr-defined]
