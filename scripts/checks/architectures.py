@@ -10,7 +10,7 @@ import math
 import traceback
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -34,7 +34,7 @@ from sft.export.merge import weights
 from sft.model import sharded_loading
 from sft.model.adapter import NAME as ADAPTER
 from sft.model.adapter import initial
-from sft.model.first_batch import Proof, prove
+from sft.model.first_batch import Proof, Prover
 from sft.model.isolation import Isolation, use_attention
 from sft.model.loading import ModelSource
 from sft.model.loss import head_is_plain_matrix, nll, token_log_probs
@@ -270,10 +270,15 @@ def special_ids(config: Mapping[str, Any]) -> list[int]:
 def proven(source: ModelSource, samples: Samples, place: Place, draws: bool) -> tuple[Any, Proof]:
     """The model, and how its first samples have found it to be called."""
     model = source.load(torch.float32)
-    first = batch_of([samples[number] for number in PROVEN], place)
-    proof = prove(
-        model, first, attention=source.attention, isolate=source.isolate, plain_head=head_is_plain_matrix(model)
-    )
+    proof = Prover(
+        model,
+        [torch.from_numpy(samples[number][0]).long() for number in PROVEN],
+        attention=source.attention,
+        isolate=source.isolate,
+        plain_head=head_is_plain_matrix(model),
+        dtype=torch.float32,
+        forward=nullcontext,
+    ).prove()
     use_attention(model, proof.isolation.attention)
     return model.train(not draws), proof
 
