@@ -54,7 +54,7 @@ def module(model: PreTrainedModel, isolation: Isolation, neftune: float = 5.0, r
     made: Any = SFTModule(None, None, None, 1, 0, objective=OBJECTIVE)  # type: ignore[arg-type]
     made.model, made.isolation, made.plain_head = model, isolation, head_is_plain_matrix(model)
     made.router = router.attach(model, router_aux, print)
-    noise.attach(model, neftune, print)
+    noise.attach(model, neftune)
     return made
 
 
