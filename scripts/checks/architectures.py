@@ -4,6 +4,7 @@ The loop is the model's own class and attention, one sample at a time, plain cro
 must agree in the log-probability of every token and in the gradient of every parameter.
 """
 
+import copy
 import inspect
 import math
 import traceback
@@ -31,6 +32,7 @@ from sft.errors import UserError
 from sft.export.folder import write_model as write_export
 from sft.export.merge import weights
 from sft.model import sharded_loading
+from sft.model.adapter import NAME as ADAPTER
 from sft.model.adapter import initial
 from sft.model.first_batch import Proof, prove
 from sft.model.isolation import Isolation, use_attention
@@ -330,18 +332,18 @@ def attended(source: ModelSource, isolation: Isolation) -> Any:
 
 
 def lora(source: ModelSource, isolation: Isolation, model: Plain, place: Place) -> Row:
-    """Of the adapter's weights alone; the plain loop has the same ones, added to its model by peft itself."""
+    """Of an adapter's weights alone; the plain loop has the same ones, added to its model by peft alone."""
     from peft import inject_adapter_in_model
 
-    adapter = settings.adapter(r=4, alpha=8)
-    trained = attended(replace(source, adapter=adapter), isolation).train(not model.draws)
+    trained = attended(replace(source, adapter=settings.adapter(r=4, alpha=8)), isolation).train(not model.draws)
     drawn = {}
     for name, parameter in trained.named_parameters():
         if parameter.requires_grad:  # B is zero at first, and would leave A without a gradient
             drawn[name] = initial(name.replace("lora_B", "lora_A"), parameter.shape)
             parameter.data.copy_(drawn[name])
-    plain = inject_adapter_in_model(adapter.lora_config(), model.load())
-    plain.load_state_dict(drawn, strict=False)
+    plain = inject_adapter_in_model(copy.deepcopy(trained.peft_config[ADAPTER]), model.load())
+    if unknown := plain.load_state_dict(drawn, strict=False).unexpected_keys:
+        raise Off(f"peft adds no {unknown[0]}")
     log_prob, exact = loop(plain, model.samples)
     own = {name: value for name, value in exact.items() if name in drawn}
     return errors(computed(trained, isolation, model.samples, place), (log_prob, own))
