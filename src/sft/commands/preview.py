@@ -35,7 +35,7 @@ from sft.training.first_batch import prove_here
 from sft.training.prepare import Prepared, quiet, setup
 from sft.training.settings import world_size
 
-WAYS = {"noise": "its own, in a batch of two", "alone": "as here, one at a time", "packed": "as here, packed"}
+WAYS = {"noise": "own, twice in a batch", "alone": "one at a time", "packed": "packed"}
 
 
 def main(config: DictConfig) -> None:
@@ -101,7 +101,7 @@ def figures(prepared: Prepared) -> Table:
 
 def proof_table(proof: Proof) -> Table:
     """How far each way of computing is from the model's own attention on one sample at a time."""
-    heads = ("difference", "log-probabilities", "tolerated", "gradients", "tolerated", "between samples")
+    heads = ("difference", "log p", "tolerated", "gradients", "tolerated", "leak")
     table = Table(*heads, box=None, padding=(0, 2, 0, 0))
     for way, found in proof.differences.items():
         numbers = [found.log_prob, found.tolerated_log_prob, found.gradient, found.tolerated_gradient]

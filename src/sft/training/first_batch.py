@@ -5,7 +5,6 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
 
 import lightning as L
 import numpy as np
@@ -45,9 +44,9 @@ class FirstBatch(Callback):
     def on_fit_start(self, trainer: L.Trainer, module: SFTModule) -> None:
         model, where = module.model, conditions(trainer, module)
         # What the first rank reads, for all.
-        before: dict[str, Any] = together(lambda: provenance.recorded(self.folder).get("first_batch") or {})[0]
+        before = together(lambda: provenance.first_batch(self.folder))[0]
         known = Isolation(before["attention"], before["apart"]) if before else None
-        if known and before.get("where") == where:
+        if known and before and before["where"] == where:
             module.isolation = known
         else:
             proof = prove(trainer, module)
