@@ -77,7 +77,7 @@ def divisors(config: PretrainedConfig) -> list[tuple[int, int]]:
     ]
 
     def rank(pair: tuple[int, int]) -> tuple[bool, bool, float]:
-        even = all(value % (2 * pair[1]) == 0 for value in widths) and width % (pair[0] * pair[1]) == 0
+        even = all(-(-value // pair[1]) % 2 == 0 for value in widths) and width % (pair[0] * pair[1]) == 0
         several = not counts or min(counts) // pair[0] >= 2
         return not even, not several, abs(math.log(width / (pair[0] * pair[1]) / 64))
 
