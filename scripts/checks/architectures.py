@@ -4,12 +4,13 @@ The loop is the model's own class and attention, one sample at a time, plain cro
 must agree in the log-probability of every token and in the gradient of every parameter.
 """
 
+import copy
 import inspect
 import math
 import traceback
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -31,8 +32,9 @@ from sft.errors import UserError
 from sft.export.folder import write_model as write_export
 from sft.export.merge import weights
 from sft.model import sharded_loading
+from sft.model.adapter import NAME as ADAPTER
 from sft.model.adapter import initial
-from sft.model.first_batch import Proof, prove
+from sft.model.first_batch import Proof, Prover
 from sft.model.isolation import Isolation, use_attention
 from sft.model.loading import ModelSource
 from sft.model.loss import head_is_plain_matrix, nll, token_log_probs
@@ -268,10 +270,15 @@ def special_ids(config: Mapping[str, Any]) -> list[int]:
 def proven(source: ModelSource, samples: Samples, place: Place, draws: bool) -> tuple[Any, Proof]:
     """The model, and how its first samples have found it to be called."""
     model = source.load(torch.float32)
-    first = batch_of([samples[number] for number in PROVEN], place)
-    proof = prove(
-        model, first, attention=source.attention, isolate=source.isolate, plain_head=head_is_plain_matrix(model)
-    )
+    proof = Prover(
+        model,
+        [torch.from_numpy(samples[number][0]).long() for number in PROVEN],
+        attention=source.attention,
+        isolate=source.isolate,
+        plain_head=head_is_plain_matrix(model),
+        dtype=torch.float32,
+        forward=nullcontext,
+    ).prove()
     use_attention(model, proof.isolation.attention)
     return model.train(not draws), proof
 
@@ -330,18 +337,18 @@ def attended(source: ModelSource, isolation: Isolation) -> Any:
 
 
 def lora(source: ModelSource, isolation: Isolation, model: Plain, place: Place) -> Row:
-    """Of the adapter's weights alone; the plain loop has the same ones, added to its model by peft itself."""
+    """Of an adapter's weights alone; the plain loop has the same ones, added to its model by peft alone."""
     from peft import inject_adapter_in_model
 
-    adapter = settings.adapter(r=4, alpha=8)
-    trained = attended(replace(source, adapter=adapter), isolation).train(not model.draws)
+    trained = attended(replace(source, adapter=settings.adapter(r=4, alpha=8)), isolation).train(not model.draws)
     drawn = {}
     for name, parameter in trained.named_parameters():
         if parameter.requires_grad:  # B is zero at first, and would leave A without a gradient
             drawn[name] = initial(name.replace("lora_B", "lora_A"), parameter.shape)
             parameter.data.copy_(drawn[name])
-    plain = inject_adapter_in_model(adapter.lora_config(), model.load())
-    plain.load_state_dict(drawn, strict=False)
+    plain = inject_adapter_in_model(copy.deepcopy(trained.peft_config[ADAPTER]), model.load())
+    if unknown := plain.load_state_dict(drawn, strict=False).unexpected_keys:
+        raise Off(f"peft adds no {unknown[0]}")
     log_prob, exact = loop(plain, model.samples)
     own = {name: value for name, value in exact.items() if name in drawn}
     return errors(computed(trained, isolation, model.samples, place), (log_prob, own))

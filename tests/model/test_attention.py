@@ -134,14 +134,8 @@ def flash(
     grouped: bool,
 ) -> Tensor:
     """What the kernel computes, and what it refuses (flash_api.cpp of torch 2.10 to 2.13)."""
-    width = query.shape[-1]
-    assert query.dtype == key.dtype == value.dtype and query.dtype in (torch.bfloat16, torch.float16)
-    assert key.shape == value.shape and key.shape[-1] == width
-    assert width % 8 == 0 and width <= 256 and not 192 < width <= 224
-    assert grouped or query.shape[1] == key.shape[1]
-    assert {row.stride(-1) for row in (query, key, value)} == {1}
-    assert bounds.dtype == torch.int32 and longest >= int(bounds.diff().max()) and bounds.diff().min() >= 0
-    assert bounds[0] == 0 and bounds[-1] == len(query)
+    assert query.dtype in (torch.bfloat16, torch.float16)
+    takes(query, key, value, bounds, longest, grouped)
     outs = []
     for start, end in pairwise(bounds.tolist()):
         if end > start:
@@ -149,6 +143,17 @@ def flash(
             allowed = seen_within(end - start, *window)
             outs.append(F.scaled_dot_product_attention(*rows, attn_mask=allowed, scale=scale, enable_gqa=True))
     return torch.cat(outs, dim=1).transpose(0, 1).to(query.dtype)
+
+
+def takes(query: Tensor, key: Tensor, value: Tensor, bounds: Tensor, longest: int, grouped: bool) -> None:
+    width = query.shape[-1]
+    assert query.dtype == key.dtype == value.dtype
+    assert key.shape == value.shape and key.shape[-1] == width
+    assert width % 8 == 0 and width <= 256 and not 192 < width <= 224
+    assert grouped or query.shape[1] == key.shape[1]
+    assert {row.stride(-1) for row in (query, key, value)} == {1}
+    assert bounds.dtype == torch.int32 and longest >= int(bounds.diff().max()) and bounds.diff().min() >= 0
+    assert bounds[0] == 0 and bounds[-1] == len(query)
 
 
 def seen_within(length: int, left: int, right: int) -> Tensor:
@@ -211,7 +216,7 @@ def flash_forward(  # type: ignore[no-untyped-def]
     """torch's operation behind the kernel, by the one for the processor: results and log Σ exp(score) [H, T]."""
     assert cum_seq_q is cum_seq_k and max_q == max_k and dropout_p == 0 and not return_debug_mask
     assert is_causal == (window_size_left == -1) and window_size_right == 0
-    flash(query, key, value, cum_seq_q, max_q, scale, (window_size_left, 0), grouped=True)
+    takes(query, key, value, cum_seq_q, max_q, grouped=True)
     outs, sums = [], []
     for start, end in pairwise(cum_seq_q.tolist()):
         if end > start:
@@ -294,6 +299,55 @@ def test_kernel_makes_the_same(kernel: Callable, options: dict, monkeypatch: pyt
         monkeypatch.undo()  # has none: a call for each sample
     found = attend(qkv(dtype=torch.bfloat16), **options)
     torch.testing.assert_close(found.float(), by_hand(**options), rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.parametrize("options", [each for each in OPTIONS if "sinks" in each], ids=str)
+def test_gradients_with_sinks_are_exact(options: dict, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(varlen, "forward", flash_forward)
+    monkeypatch.setattr(varlen, "backward", flash_backward)
+    rows = [row.requires_grad_() for row in [*qkv(), torch.tensor(SINKS)]]
+    bounds, window, chunk = boundaries()["cu_seq_lens_q"], options.get("window"), options.get("chunk")
+    scale = options.get("scaling", 8**-0.5)
+    found = varlen.attend(*rows[:3], bounds, max(LENGTHS), scale, window, chunk, rows[3])
+    exact, _ = packed_attention(
+        Attention(), *rows[:3], visible(window, chunk), **boundaries(), scaling=scale, s_aux=rows[3]
+    )
+    torch.testing.assert_close(found, exact, rtol=1e-6, atol=1e-6)
+    weight = torch.randn(exact.shape, generator=torch.Generator().manual_seed(1))
+    gradients = [torch.autograd.grad((each * weight).sum(), rows) for each in (exact, found)]
+    for one, other in zip(*gradients, strict=True):
+        assert one.norm() > 0.1
+        assert (one - other).norm() <= 1e-6 * one.norm()
+
+
+@pytest.mark.parametrize("window", [None, 4])
+def test_operations_behind_the_kernel_take_what_they_get(window: int | None) -> None:
+    """torch's own, which tell shapes without a device."""
+    shapes = [(10, 4, 8), (10, 2, 8), (10, 2, 8)]
+    rows = [torch.empty(shape, device="meta", dtype=torch.bfloat16, requires_grad=True) for shape in shapes]
+    sink = torch.empty(4, device="meta", requires_grad=True)
+    bounds = torch.empty(3, device="meta", dtype=torch.int32)
+    out = varlen._WithSinks.apply(*rows, sink, bounds, 7, 0.3, window)
+    assert out.shape == shapes[0] and out.dtype == torch.bfloat16
+    out.sum().backward()
+    assert [row.grad.shape for row in rows] == shapes and sink.grad.shape == (4,)
+
+
+@pytest.mark.parametrize(
+    ("lengths", "chunk", "expected"),
+    [
+        ([3, 5, 5, 1, 4], 3, [0, 3, 6, 8, 11, 13, 14, 17, 18]),
+        ([4, 4], 4, [0, 4, 8]),
+        ([9], 2, [0, 2, 4, 6, 8, 9]),
+        ([1, 1, 1], 2, [0, 1, 2, 3]),
+        ([2, 1, 6], 5, [0, 2, 3, 8, 9]),
+    ],
+)
+def test_boundaries_of_chunks(lengths: list[int], chunk: int, expected: list[int]) -> None:
+    bounds = torch.tensor([0, *torch.tensor(lengths).cumsum(0)], dtype=torch.int32)
+    cut = varlen.cut_bounds(bounds, max(lengths), chunk, sum(lengths))
+    assert cut.dtype == torch.int32 and sorted(set(cut.tolist())) == expected == cut.tolist()[: len(expected)]
+    assert len(cut) <= len(bounds) + sum(lengths) // chunk
 
 
 @pytest.mark.parametrize(("width", "value_width"), [(8, 8), (12, 12), (80, 80), (24, 16), (192, 128), (200, 200)])

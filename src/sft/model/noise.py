@@ -25,14 +25,29 @@ HALF = 2**31
 
 
 class Tokens:
-    """Those of the micro-batch under way, whose keys its random numbers are drawn from."""
+    """Those of the forward pass under way, whose keys its random numbers are drawn from."""
 
     key_T: Tensor | None = None  # int32; None: torch draws
     cu_seqlens: Tensor
+    by_sample = False  # whether what a model draws from torch's stream by itself is its sample's own
+    _seeds: list[int] | None = None
 
-    def use(self, batch: Batch) -> None:
-        self.key_T, self.cu_seqlens = batch.get("keys"), batch["cu_seqlens"]
-        self._seeds: list[int] | None = None
+    def use(self, batch: Batch, alone: bool = False) -> None:
+        """`alone`: the batch is one sample, from whose seed torch's stream begins."""
+        self.key_T, self.cu_seqlens, self._seeds = batch.get("keys"), batch["cu_seqlens"], batch.get("seeds")
+        self.by_sample = alone and self._seeds is not None
+        if alone and self._seeds:
+            torch.manual_seed(self._seeds[0] + HALF)
+
+    def use_in_backward(self, output: Tensor) -> None:
+        """Has the backward pass of a forward pass's output see the tokens of now, from which gradient checkpointing
+        computes layers a second time, though others have had their forward pass since.
+
+        Autograd takes what was computed last first, so all of one forward pass comes before any of those before it.
+        """
+        seen = dict(vars(self))
+        if output.requires_grad:
+            output.register_hook(lambda _: vars(self).update(seen))
 
     def seeds(self) -> list[int] | None:
         """A number for each sample, its first token's key."""
@@ -44,11 +59,8 @@ class Tokens:
 TOKENS = Tokens()
 
 
-def attach(model: PreTrainedModel, neftune_alpha: float, log: Callable[[str], None]) -> bool:
-    """Has the model's dropout drawn by token, and adds NEFTune's noise; whether it needs the tokens' keys.
-
-    `log` gets a line, once, if the model draws other random numbers in its first forward pass of training.
-    """
+def attach(model: PreTrainedModel, neftune_alpha: float) -> bool:
+    """Has the model's dropout drawn by token, and adds NEFTune's noise; whether it needs the tokens' keys."""
     config = vars(model.config.get_text_config())
     drops = [value for name, value in config.items() if "dropout" in name or name.endswith("_pdrop")]
     for name, module in model.named_modules():
@@ -57,7 +69,6 @@ def attach(model: PreTrainedModel, neftune_alpha: float, log: Callable[[str], No
             drops.append(module.p)
     if neftune_alpha:
         model.get_input_embeddings().register_forward_hook(partial(_add_noise, neftune_alpha))
-    _watch(model, log)
     return bool(neftune_alpha) or any(isinstance(value, float) and value > 0 for value in drops)
 
 
@@ -116,8 +127,9 @@ def _channels(salt: int, num_channels: int, device: torch.device) -> Tensor:
     return torch.from_numpy(numbers.view(np.int32)).to(device)
 
 
-def _watch(model: nn.Module, log: Callable[[str], None]) -> None:
-    """Compares the states of torch's streams before and after the first forward pass of training."""
+def watch(model: nn.Module, log: Callable[[str], None]) -> None:
+    """`log` gets a line, once, if the model draws random numbers by itself in its next forward pass of training, as
+    the states of torch's streams before and after it tell."""
 
     def states() -> list[Tensor]:
         return [torch.get_rng_state(), *([torch.cuda.get_rng_state()] if torch.cuda.is_initialized() else [])]
@@ -131,7 +143,7 @@ def _watch(model: nn.Module, log: Callable[[str], None]) -> None:
         if not begun:
             return
         hooks[1].remove()
-        if not all(map(torch.equal, begun, states())):
+        if not (TOKENS.by_sample or all(map(torch.equal, begun, states()))):
             log(
                 "this model draws random numbers of its own in training, which can't be drawn by token: with another "
                 "micro_batch_size or number of ranks they are others"

@@ -138,7 +138,7 @@ def cut_bounds(bounds: Tensor, longest: int, chunk: int, num_tokens: int) -> Ten
     offsets = torch.arange(0, longest, chunk, dtype=bounds.dtype, device=bounds.device)
     starts = bounds[:-1, None] + offsets  # [N, chunks of the longest sample]
     starts = starts.where(starts < bounds[1:, None], num_tokens).flatten().sort().values
-    return F.pad(starts[: len(bounds) + num_tokens // chunk], (0, 1), value=num_tokens)
+    return F.pad(starts[: len(bounds) - 1 + num_tokens // chunk], (0, 1), value=num_tokens)
 
 
 @lru_cache(maxsize=1)

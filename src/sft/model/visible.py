@@ -73,8 +73,7 @@ def make_mask(
         CannotPack: it is neither causal nor sliding nor chunked, or some tokens are padding.
     """
     seen = _read(mask_function)
-    size = seen and (seen.chunk if seen.window is None else seen.window)
-    if attention_mask is not None or seen is None or local_size != size:
+    if attention_mask is not None or seen is None or local_size not in (seen.window, seen.chunk):
         raise CannotPack("The model has an attention mask that is neither causal nor sliding nor chunked")
     return seen
 

@@ -1,12 +1,15 @@
 """Where a run came from: code, command, versions."""
 
+import json
 import platform
 import subprocess
 import sys
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TypedDict
+from typing import Any, TypedDict
+
+from sft.runs.files import write_json
 
 PACKAGES = (
     "torch",
@@ -46,6 +49,20 @@ def collect() -> Provenance:
         "python": platform.python_version(),
         "versions": {package: _version(package) for package in PACKAGES},
     }
+
+
+def recorded(folder: Path) -> dict[str, Any]:  # type: ignore[explicit-any]
+    """A run's provenance.json; empty where there is none."""
+    try:
+        return dict(json.loads((folder / "provenance.json").read_text()))
+    except FileNotFoundError:
+        return {}
+
+
+def amend(folder: Path, **parts: object) -> None:
+    """Writes parts into a run's provenance.json, if there is one."""
+    if before := recorded(folder):
+        write_json(folder / "provenance.json", before | parts)
 
 
 def _version(package: str) -> str:

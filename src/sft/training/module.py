@@ -79,7 +79,10 @@ class SFTModule(L.LightningModule):
             log(frozen)
         self.plain_head = head_is_plain_matrix(self.model)
         self.router = router.attach(self.model, self.objective.router_aux, log)
-        self.trainer.datamodule.keyed = noise.attach(self.model, self.source.neftune_alpha, log)  # type: ignore[attr-defined]
+        self.trainer.datamodule.keyed = noise.attach(self.model, self.source.neftune_alpha)  # type: ignore[attr-defined]
+
+    def on_train_start(self) -> None:
+        noise.watch(self.model, log)
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         # Random numbers are a function of the place in the run, as the step plan is: a resumed step draws
@@ -113,9 +116,13 @@ class SFTModule(L.LightningModule):
 
     def _sums(self, batch: Batch) -> dict[str, Tensor]:
         """Of one forward pass."""
-        noise.TOKENS.use(batch)
-        total = nll(self.model, batch, plain_head=self.plain_head, objective=self.objective)
-        return {"nll": total} | (self.router.measure(batch) if self.router else {})
+        noise.TOKENS.use(batch, alone=self.isolation.apart)
+        sums = {"nll": nll(self.model, batch, plain_head=self.plain_head, objective=self.objective)}
+        if self.router:
+            sums |= self.router.measure(batch)
+        for value in sums.values():
+            noise.TOKENS.use_in_backward(value)
+        return sums
 
     def configure_gradient_clipping(
         self,
