@@ -364,7 +364,12 @@ class ModelSource:
         if self.gradient_checkpointing:
             # The first of the two names is new in transformers 5.2x and warns of the second.
             enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-            enable({"use_reentrant": False})
+            try:
+                enable({"use_reentrant": False})
+            except ValueError as error:
+                raise UserError(
+                    f"{type(model).__name__} has no gradient checkpointing: set model.gradient_checkpointing=false"
+                ) from error
         if self.compile:
             # A graph for all layers, of any number of tokens: packs have as many as they have.
             for layer in decoder_layers(model):
