@@ -8,7 +8,7 @@ import torch
 
 from sft.data.batch import Batch
 from sft.data.labels import IGNORE
-from sft.model import loss
+from sft.model import head, loss
 from sft.proof import excerpt
 from sft.proof.cells import Cell
 from sft.training import strategies
@@ -42,8 +42,8 @@ def divided_by_the_accumulation_again_by_deepspeed() -> None:
 
 
 def _with_inputs(**changes: object) -> None:
-    original = loss.model_inputs
-    loss.model_inputs = lambda model, batch: (
+    original = head.model_inputs
+    head.model_inputs = lambda model, batch: (
         original(model, batch) | {name: value(batch) if callable(value) else value for name, value in changes.items()}
     )
 

@@ -19,7 +19,7 @@ def varlen_attn(
     enable_gqa: bool = False,  # torch 2.11 doesn't know of it
 ) -> Tensor:
     """The kernel's result by operations that a graph can hold."""
-    position = torch.arange(query.shape[0])
+    position = torch.arange(query.shape[0], device=query.device)
     sample = torch.searchsorted(cu_seq_q, position, right=True, out_int32=True)
     allowed = (sample[:, None] == sample) & (position[:, None] >= position)
     rows = (row.transpose(0, 1) for row in (query, key, value))

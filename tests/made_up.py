@@ -55,6 +55,7 @@ def pack(lengths: list[int]) -> dict:
         "max_seqlen": max(lengths),
         "step_weight": sum(length - NUM_PROMPT for length in lengths),
         "num_tokens": bounds[-1],
+        "counts": np.array([[length, max(0, length - NUM_PROMPT), 0] for length in lengths]),
     }
 
 

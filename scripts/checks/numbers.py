@@ -17,9 +17,11 @@ from checks.process import Failed, Place, only_trace
 from sft.data.batch import Batch, make_batch, to_device
 from sft.data.labels import IGNORE
 from sft.model import attention as packed
+from sft.model import varlen
 from sft.model.adapter import initial
 from sft.model.loading import ModelSource, decoder_layers
 from sft.model.loss import head_is_plain_matrix, linear_nll, nll
+from sft.model.visible import visible
 from sft.proof.excerpt import Excerpt
 
 # Largest relative error of a vector of numbers, ‖a − b‖ / ‖b‖. In bf16 a rounding is 2^-9 = 0.002 of a number, and some
@@ -64,20 +66,23 @@ def device(place: Place) -> tuple[str, dict[str, Any]]:
 
 # --- attention ---
 
-# Query heads, heads of keys and values, width, width of values, lengths of the samples, window.
+# Query heads, heads of keys and values, width, width of values, lengths of the samples, what else.
 LENGTHS = [1, 700, 33, 1314, 2, 512]
 ATTENTION = {
-    "grouped heads": (14, 2, 64, 64, LENGTHS, None),
-    "width 96": (4, 4, 96, 96, LENGTHS, None),
-    "width 128": (8, 2, 128, 128, LENGTHS, None),
-    "width 256": (4, 1, 256, 256, LENGTHS, None),
-    "width 72": (4, 2, 72, 72, LENGTHS, None),
-    "width 200": (2, 2, 200, 200, LENGTHS, None),
-    "width 192, values 128": (4, 4, 192, 128, LENGTHS, None),
-    "window": (8, 2, 64, 64, LENGTHS, 128),
-    "one token": (8, 2, 64, 64, [1], None),
-    "samples of one token": (8, 2, 64, 64, [1] * 64, None),
-    "8 k tokens": (2, 1, 64, 64, [8192], None),
+    "grouped heads": (14, 2, 64, 64, LENGTHS, {}),
+    "width 96": (4, 4, 96, 96, LENGTHS, {}),
+    "width 128": (8, 2, 128, 128, LENGTHS, {}),
+    "width 256": (4, 1, 256, 256, LENGTHS, {}),
+    "width 72": (4, 2, 72, 72, LENGTHS, {}),
+    "width 200": (2, 2, 200, 200, LENGTHS, {}),
+    "width 192, values 128": (4, 4, 192, 128, LENGTHS, {}),
+    "window": (8, 2, 64, 64, LENGTHS, {"window": 128}),
+    "chunks": (8, 2, 64, 64, LENGTHS, {"chunk": 256}),
+    "sinks": (8, 2, 64, 64, LENGTHS, {"sinks": 1}),
+    "sinks, window, width 192, values 128": (4, 4, 192, 128, LENGTHS, {"sinks": 1, "window": 128}),
+    "one token": (8, 2, 64, 64, [1], {}),
+    "samples of one token": (8, 2, 64, 64, [1] * 64, {}),
+    "8 k tokens": (2, 1, 64, 64, [8192], {}),
 }
 
 
@@ -86,15 +91,19 @@ def attention(place: Place) -> tuple[str, dict[str, Any]]:
     figures: dict[str, Any] = {}
     torch.set_num_threads(8 if place.gpu else 1)
     calls = count_calls()
-    for name, (heads, groups, width, value_width, lengths, window) in ATTENTION.items():
+    for name, (heads, groups, width, value_width, lengths, what) in ATTENTION.items():
         if not place.gpu:
-            lengths, window = [-(-length // 32) for length in lengths], window and window // 32
-        figures[name] = one_attention(place, heads, groups, width, value_width, lengths, window)
-    expected = {False: len(ATTENTION) - 1, True: int("window_size" in packed.KERNEL_OPTIONS)}
-    if place.gpu and packed.varlen_attn is not None and calls != expected:
+            lengths, what = (
+                [-(-length // 32) for length in lengths],
+                {key: -(-size // 32) for key, size in what.items()},
+            )
+        figures[name] = one_attention(place, heads, groups, width, value_width, lengths, **what)
+    windows = sum("window" in what for *_, what in ATTENTION.values())
+    expected = {False: len(ATTENTION) - windows, True: windows * ("window_size" in varlen.KERNEL_OPTIONS)}
+    if place.gpu and varlen.varlen_attn is not None and calls != expected:
         raise Failed(f"torch's varlen kernel was called {calls[False]} times and {calls[True]} with a window")
     figures["kernel calls"] = sum(calls.values())
-    figures["kernel options"] = sorted(packed.KERNEL_OPTIONS)
+    figures["kernel options"] = sorted(varlen.KERNEL_OPTIONS)
     limit = ROUNDED if place.gpu else EXACT
     for name in ATTENTION:
         for part, value in figures[name].items():
@@ -106,18 +115,26 @@ def attention(place: Place) -> tuple[str, dict[str, Any]]:
 
 def count_calls() -> dict[bool, int]:
     """Calls of the kernel from now on, without and with a window."""
-    calls, original = {False: 0, True: 0}, packed._varlen
+    calls, original = {False: 0, True: 0}, varlen.attend
 
     def counted(*arguments: Any) -> Tensor:
-        calls[arguments[-1] is not None] += 1
+        calls[arguments[6] is not None] += 1
         return original(*arguments)
 
-    packed._varlen = counted  # type: ignore[assignment]
+    varlen.attend = counted  # type: ignore[assignment]
     return calls
 
 
 def one_attention(
-    place: Place, heads: int, groups: int, width: int, value_width: int, lengths: list[int], window: int | None
+    place: Place,
+    heads: int,
+    groups: int,
+    width: int,
+    value_width: int,
+    lengths: list[int],
+    window: int | None = None,
+    chunk: int | None = None,
+    sinks: int = 0,
 ) -> dict[str, float]:
     """Relative errors of the output and of the gradients together."""
     generator = torch.Generator().manual_seed(0)
@@ -126,19 +143,30 @@ def one_attention(
     shapes = [(1, heads, num, width), (1, groups, num, width), (1, groups, num, value_width)]
     drawn = [torch.randn(shape, generator=generator).to(dtype) for shape in shapes]
     back = torch.randn(1, num, heads, value_width, generator=generator).to(dtype)
-    rows = query, key, value = [row.clone().to(place.device).requires_grad_() for row in drawn]
+    if sinks:
+        drawn.append(torch.randn(heads, generator=generator))
+    rows = query, key, value, *sink = [row.clone().to(place.device).requires_grad_() for row in drawn]
     bounds = torch.tensor([0, *np.cumsum(lengths)], dtype=torch.int32, device=place.device)
-    options: dict[str, Any] = {"cu_seq_lens_q": bounds, "max_length_q": max(lengths), "sliding_window": window}
-    out, _ = packed.packed_attention(nn.Module(), query, key, value, None, **options)
+    options: dict[str, Any] = {"cu_seq_lens_q": bounds, "max_length_q": max(lengths)}
+    options["s_aux"] = sink[0] if sinks else None
+    out, _ = packed.packed_attention(nn.Module(), query, key, value, visible(window, chunk), **options)
     out.backward(back.to(place.device))
-    exact_rows = query, key, value = [row.double().requires_grad_() for row in drawn]
-    exact = written_out(query, key, value, lengths, window)
+    exact_rows = query, key, value, *sink = [row.double().requires_grad_() for row in drawn]
+    exact = written_out(query, key, value, lengths, window, chunk, *sink)
     exact.backward(back.double())
     gradients = [torch.cat([row.grad.flatten().cpu() for row in each]) for each in (rows, exact_rows)]  # type: ignore[union-attr]
     return {"out": error(out, exact), "gradient": error(*gradients)}
 
 
-def written_out(query: Tensor, key: Tensor, value: Tensor, lengths: list[int], window: int | None) -> Tensor:
+def written_out(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    lengths: list[int],
+    window: int | None,
+    chunk: int | None,
+    sink: Tensor | None = None,
+) -> Tensor:
     """Attention of each sample and head by itself: scores, mask, softmax, sum. [1, T, H, E]"""
     ratio = query.shape[1] // key.shape[1]
     outs = []
@@ -146,10 +174,14 @@ def written_out(query: Tensor, key: Tensor, value: Tensor, lengths: list[int], w
         position = torch.arange(end - start)
         distance = position[:, None] - position
         hidden = (distance < 0) | (distance >= (window or end))
+        hidden |= position[:, None] // (chunk or end) != position // (chunk or end)
         heads = []
         for head in range(query.shape[1]):
             scores = query[0, head, start:end] @ key[0, head // ratio, start:end].T / math.sqrt(query.shape[-1])
-            heads.append(scores.masked_fill(hidden, -math.inf).softmax(-1) @ value[0, head // ratio, start:end])
+            scores = scores.masked_fill(hidden, -math.inf)
+            if sink is not None:
+                scores = torch.cat([scores, sink[head].expand(end - start, 1)], dim=1)
+            heads.append(scores.softmax(-1)[:, : end - start] @ value[0, head // ratio, start:end])
         outs.append(torch.stack(heads, 1))
     return torch.cat(outs)[None]
 
@@ -328,7 +360,7 @@ def compiled(place: Place) -> tuple[str, dict[str, Any]]:
     within("gradient", worst, GRADIENT["bf16-mixed"])
     breaks = sum(counters["graph_break"].values())
     figures = {"gradient": worst, "graphs": graphs, "graph_breaks": breaks, "first_seconds": seconds[0]}
-    if packed.varlen_attn is not None and (breaks or graphs[-1] > graphs[1]):
+    if varlen.varlen_attn is not None and (breaks or graphs[-1] > graphs[1]):
         raise Failed(f"{breaks} graph breaks, and graphs after each pack {graphs}: it compiles anew for packs")
     layers = len(decoder_layers(other))
     return f"gradient {worst:.1e}; {graphs[-1]} graphs for {layers} layers, compiled in {seconds[0]:.0f} s", figures

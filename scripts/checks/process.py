@@ -52,9 +52,9 @@ def only_trace() -> None:
     from torch import nn
 
     from kernel import varlen_attn
-    from sft.model import attention
+    from sft.model import varlen
 
-    attention.varlen_attn, attention._kernel_takes = varlen_attn, lambda *_: True
+    varlen.varlen_attn, varlen.takes = varlen_attn, lambda *_: True
     original = nn.Module.compile
     nn.Module.compile = lambda self, **options: original(self, backend="eager", **options)  # type: ignore[method-assign]
 
@@ -110,8 +110,13 @@ class Result:
         return document | ({"tail": self.tail} if self.tail else {})
 
 
-def run(checks: list[Check], place: Place, jobs: int, seconds: float) -> Generator[Result, None, None]:
-    """The result of each check as it ends; they begin in their order, `jobs` at a time, and end within `seconds`."""
+def run(
+    checks: list[Check], place: Place, jobs: int, seconds: float, limit: float = 600
+) -> Generator[Result, None, None]:
+    """The result of each check as it ends; they begin in their order, `jobs` at a time, and end within `seconds`.
+
+    `limit`: seconds that one may take on a processor.
+    """
     deadline = time.monotonic() + seconds
     server: Any = multiprocessing.get_context("forkserver")
     server.set_forkserver_preload([*PRELOADED, *([] if place.gpu else PRELOADED_CPU)])
@@ -129,7 +134,7 @@ def run(checks: list[Check], place: Place, jobs: int, seconds: float) -> Generat
                 if reason := why_not(check, place) or ("no time is left" if left < LEAST else None):
                     yield Result(check, "not run", reason)
                 else:
-                    started = Running(check, place, min(left, check.seconds if place.gpu else 600), server)
+                    started = Running(check, place, min(left, check.seconds if place.gpu else limit), server)
                     running[started.pipe] = started
             if not running:
                 continue

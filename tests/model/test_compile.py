@@ -11,7 +11,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 import kernel
 import settings
 from made_up import pack
-from sft.model import attention
+from sft.model import varlen
 from sft.model.loss import nll
 
 PACKS = [[5, 9, 9, 3, 17], [30], [4, 4, 12], [7] * 9]
@@ -33,8 +33,8 @@ def test_one_graph_for_all_layers_and_packs(
     checkpointing: bool, model_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     torch._dynamo.reset()
-    monkeypatch.setattr(attention, "varlen_attn", kernel.varlen_attn)
-    monkeypatch.setattr(attention, "_kernel_takes", lambda query, *_: attention._has_flash_attention(query.device))
+    monkeypatch.setattr(varlen, "varlen_attn", kernel.varlen_attn)
+    monkeypatch.setattr(varlen, "takes", lambda query, *_: varlen._has_flash_attention(query.device))
     # What a graph can't hold, as the driver's answer.
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9 + 0 * os.getpid(), 0))
     graphs = CompileCounterWithBackend("eager")

@@ -12,6 +12,7 @@ from conftest import tiny_llama
 from made_up import NUM_PROMPT, pack
 from sft.data.labels import IGNORE
 from sft.model import attention, loss
+from sft.model.inputs import model_inputs
 from sft.model.loss import Objective, head_is_plain_matrix, linear_nll, nll, token_log_probs
 
 LENGTHS = [5, 9, 9, 3, 17]
@@ -77,7 +78,7 @@ def test_what_would_let_samples_see_each_other(model: PreTrainedModel, leak: dic
     # Why `model_inputs` has no cache and no mask: with transformers' own attention either leaks without a word.
     batch = pack(LENGTHS)
     other = plain(model)
-    inputs = loss.model_inputs(model, batch)
+    inputs = model_inputs(model, batch)
     isolated = other(**inputs).logits
     leaking = other(**{**inputs, **leak}).logits
     alone = torch.cat([other(ids, use_cache=False).logits for ids in samples(batch)], dim=1)

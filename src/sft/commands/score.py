@@ -15,6 +15,7 @@ from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
+import torch
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from transformers import AutoTokenizer, PreTrainedModel
@@ -29,6 +30,7 @@ from sft.data.store import Store
 from sft.errors import UserError
 from sft.export.folder import load_exported
 from sft.model import attention
+from sft.model.isolation import Isolation, use_attention
 from sft.model.loss import head_is_plain_matrix, token_log_probs
 from sft.runs.files import output_file
 from sft.runs.run import Run
@@ -62,22 +64,27 @@ def main(config: DictConfig) -> None:
     if samples is None:
         raise UserError(f"{run.folder} has no validation data: name what to score with data=")
     model = load_exported(folder, attention.NAME, trusted)
+    isolation = Isolation()
     opened = path.open("w") if path else nullcontext(sys.stdout)
     with opened as output:
-        for line in scores(model, samples, data_config.max_length):
+        for line in scores(model, samples, data_config.max_length, isolation):
             print(json.dumps(line), file=output)
     if config.output:
         print(f"{len(samples)} samples scored: {config.output}")
 
 
-def scores(model: PreTrainedModel, samples: Store, max_length: int) -> Iterator[dict[str, object]]:
-    """The line of each sample."""
+def scores(
+    model: PreTrainedModel, samples: Store, max_length: int, isolation: Isolation
+) -> Iterator[dict[str, object]]:
+    """The line of each sample, by a model whose samples are kept from one another in this way."""
+    use_attention(model, isolation.attention)
     plain_head = head_is_plain_matrix(model)
     plan = eval_plan(samples.lengths, max_length=max_length, packing=False, micro_batch_size=16, world_size=1, rank=0)
     for indices in plan:
         batch = make_batch(samples, indices, 1)
         bounds, in_response = batch["cu_seqlens"].tolist(), batch["labels"][0] != IGNORE
-        log_probs = token_log_probs(model, to_device(batch, model.device), plain_head=plain_head).double().cpu()
+        parts = isolation.parts(to_device(batch, model.device))
+        log_probs = torch.cat([token_log_probs(model, part, plain_head=plain_head) for part in parts]).double().cpu()
         for index, start, end in zip(indices.tolist(), bounds[:-1], bounds[1:], strict=True):
             sample, response = log_probs[start:end], in_response[start:end]
             yield {

@@ -23,7 +23,10 @@ class Batch(TypedDict):
     max_seqlen: int  # tokens of the longest sample
     step_weight: float  # sum of weights of the whole global step, all ranks and micro-batches: its loss's divisor
     num_tokens: int  # tokens of this micro-batch; 0 if it is empty
+    counts: NDArray[np.int64]  # [num_samples, 3], known without a device: tokens, `predicting` and `fixed` of a sample
     keys: NotRequired[Tensor]  # int32 [T], which random numbers of each token are drawn from
+    seeds: NotRequired[list[int]]  # [num_samples]: the first key of each sample, known without a device
+    num_parts: NotRequired[int]  # forward passes of every rank for this micro-batch, where samples run apart
     samples: NotRequired[NDArray[np.int64]]  # [num_samples], in validation: their numbers in its set
     fixed: NotRequired[Tensor]  # int64 [M], in validation: positions whose next token the base model is compared at
 
@@ -76,11 +79,12 @@ def make_batch(
         "max_seqlen": max(lengths),
         "step_weight": step_weight,
         "num_tokens": num_tokens,
+        "counts": np.array([[len(labels), np.count_nonzero(labels != IGNORE), 0] for _, labels in pairs]),
     }
     if draw is not None:
         numbers = [-1] if len(indices) == 0 else indices.tolist()
         keys = [token_keys(*draw, number, length) for number, length in zip(numbers, lengths, strict=True)]
-        batch["keys"] = torch.from_numpy(np.concatenate(keys))
+        batch["keys"], batch["seeds"] = torch.from_numpy(np.concatenate(keys)), [int(key[0]) for key in keys]
     return batch
 
 

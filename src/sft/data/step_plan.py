@@ -106,19 +106,35 @@ def share(
     empty, but each rank has as many as in any step.
     """
     assert len(step.packs) <= world_size * micro_batch_size * accumulation, "a step larger than the global batch"
-    cost = [int((lengths[samples].astype(np.int64) ** 2).sum()) for samples in step.packs]
-    by_cost = sorted(range(len(cost)), key=lambda i: -cost[i])
-    mine = [i for place, i in enumerate(by_cost) if _snake(place, world_size) == rank]
+    order, _, rank_P = _dealt(step, lengths, world_size)
+    mine = order[rank_P == rank].tolist()
     return [
         _joined([step.packs[i] for i in mine[a * micro_batch_size : (a + 1) * micro_batch_size]])
         for a in range(accumulation)
     ]
 
 
-def _snake(place: int, world_size: int) -> int:
-    """0, 1, ..., w-1, w-1, ..., 1, 0, 0, 1, ..."""
-    turn, rank = divmod(place, world_size)
-    return rank if turn % 2 == 0 else world_size - 1 - rank
+def most_samples(
+    step: Step, lengths: NDArray[np.int32], *, world_size: int, micro_batch_size: int, accumulation: int
+) -> list[int]:
+    """Of each of the `accumulation` micro-batches, the number of samples of the rank that has most of them; an empty
+    one counts as one."""
+    order, turn_P, rank_P = _dealt(step, lengths, world_size)
+    num_samples = np.zeros((accumulation, world_size), dtype=np.int64)
+    np.add.at(num_samples, (turn_P // micro_batch_size, rank_P), np.array([len(step.packs[i]) for i in order]))
+    most: list[int] = num_samples.max(axis=1).clip(1).tolist()
+    return most
+
+
+def _dealt(
+    step: Step, lengths: NDArray[np.int32], world_size: int
+) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
+    """The packs of a step, the costliest first, and of each of them its place among those of its rank, and the rank:
+    0, 1, ..., w-1, w-1, ..., 1, 0, 0, 1, ..."""
+    starts = np.cumsum([0, *map(len, step.packs[:-1])])
+    cost = np.add.reduceat(lengths[np.concatenate(step.packs)].astype(np.int64) ** 2, starts)
+    turn, rank = np.divmod(np.arange(len(step.packs)), world_size)
+    return np.argsort(-cost, kind="stable"), turn, np.where(turn % 2 == 0, rank, world_size - 1 - rank)
 
 
 def _joined(packs: list[NDArray[np.int64]]) -> NDArray[np.int64]:
@@ -132,10 +148,24 @@ def eval_plan(
 
     They are dealt to the ranks in turn; every rank has the same number, and the last of some ranks may be empty.
     """
+    return _eval_batches(lengths, max_length, packing, micro_batch_size, world_size)[rank::world_size]
+
+
+def most_eval_samples(
+    lengths: NDArray[np.int32], *, max_length: int, packing: bool, micro_batch_size: int, world_size: int
+) -> list[int]:
+    """Of each of the micro-batches of an `eval_plan`, as `most_samples`."""
+    sizes = [len(batch) for batch in _eval_batches(lengths, max_length, packing, micro_batch_size, world_size)]
+    return [max(1, *sizes[start : start + world_size]) for start in range(0, len(sizes), world_size)]
+
+
+def _eval_batches(
+    lengths: NDArray[np.int32], max_length: int, packing: bool, micro_batch_size: int, world_size: int
+) -> list[NDArray[np.int64]]:
+    """Those of all ranks, in turn."""
     packs = _packs(lengths, np.arange(len(lengths)), max_length, packing)
     batches = [_joined(packs[i : i + micro_batch_size]) for i in range(0, len(packs), micro_batch_size)]
-    batches += [_joined([])] * (-len(batches) % world_size)
-    return batches[rank::world_size]
+    return batches + [_joined([])] * (-len(batches) % world_size)
 
 
 def default_step(lengths: NDArray[np.int32], max_length: int, packing: bool) -> tuple[int, int]:

@@ -44,12 +44,13 @@ class FixedTokens:
     def of_batch(
         self, samples: NDArray[np.int64], lengths: NDArray[np.int32]
     ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Those of a batch of these samples, end to end: their numbers and their positions in the batch, both [M].
-        `lengths` [num_samples]: of all samples."""
+        """Those of a batch of these samples, end to end: their numbers and their ascending positions in the batch, both
+        [M]. `lengths` [num_samples]: of all samples."""
         starts = dict(zip(samples.tolist(), np.cumsum([0, *lengths[samples]]).tolist(), strict=False))
         numbers = np.flatnonzero(np.isin(self.sample, samples))
         positions = [starts[sample] for sample in self.sample[numbers].tolist()] + self.position[numbers]
-        return numbers, positions.astype(np.int64)
+        order = np.argsort(positions)  # a batch has its samples in any order
+        return numbers[order], positions[order].astype(np.int64)
 
 
 class Base:

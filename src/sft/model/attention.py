@@ -1,9 +1,9 @@
 """Attention for packs: each sample of a flat row attends to itself alone.
 
-One name, `packed`, is registered with transformers; the tensors choose the kernel behind it:
+One name, `packed`, is registered with transformers. Which tokens of its own sample a token sees is what the model says
+(`visible`); the tensors choose the kernel behind the name:
 
-- CUDA in bf16 or fp16, also by autocast: `torch.nn.attention.varlen.varlen_attn` (FlashAttention inside torch, from
-  2.10 on; no extra wheel);
+- CUDA in bf16 or fp16, also by autocast: FlashAttention inside torch (`varlen`);
 - everything else: a call of scaled dot-product attention for each sample.
 
 A run that sets `model.attention=flash_attention_2` (or 3) takes the user's own FlashAttention instead; it
@@ -12,32 +12,25 @@ reads the same `cu_seq_lens_q`, `cu_seq_lens_k`, `max_length_q` and `max_length_
 Shape suffixes: T tokens of the row, H heads, G key/value heads, D head width (E where the values have another).
 """
 
-import inspect
 from contextlib import nullcontext
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
-from sft.errors import UserError
+from sft.model import varlen
 from sft.model.noise import TOKENS, seeded
+from sft.model.visible import NAME as NAME
+from sft.model.visible import CannotPack, Visible
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-varlen_attn: Any
-try:
-    from torch.nn.attention.varlen import varlen_attn
-except ImportError:  # before torch 2.10
-    varlen_attn = None
-
-NAME = "packed"
-# What the kernel can be told, which differs: 2.10 has `is_causal`, 2.11 `window_size` and `scale`, 2.12 `enable_gqa`.
-KERNEL_OPTIONS = frozenset(inspect.signature(varlen_attn).parameters) if varlen_attn else frozenset()
-WIDEST_HEAD = 256  # of the kernel
+# What a model is called with and may hand on to its attention. Any other tensor would change the scores.
+PASSED_ON = frozenset({"cu_seq_lens_k", "position_ids", "seq_idx", "cu_seqlens"})
 
 
 def packed_attention(
@@ -45,7 +38,7 @@ def packed_attention(
     query_1HTD: Tensor,
     key_1GTD: Tensor,
     value_1GTE: Tensor,
-    attention_mask: Tensor | None,
+    attention_mask: Visible | None,
     *,
     cu_seq_lens_q: Tensor | None = None,
     max_length_q: int | None = None,
@@ -54,27 +47,41 @@ def packed_attention(
     sliding_window: int | None = None,
     softcap: float | None = None,
     s_aux: Tensor | None = None,
-    **_: object,
+    is_causal: bool | None = None,
+    **others: object,
 ) -> tuple[Tensor, None]:
-    """Causal attention within each sample of one flat row; returns [1, T, H, E] and no weights."""
-    if s_aux is not None:
-        raise UserError(
-            f"{type(module).__name__} has attention sinks, which attention=packed doesn't compute: "
-            "set model.attention=flash_attention_3 and install FlashAttention"
-        )
-    # A mask, or a missing boundary, would mean that the samples are not told apart: never guess here.
-    assert attention_mask is None and cu_seq_lens_q is not None and query_1HTD.shape[0] == 1
+    """Attention within each sample of one flat row; returns [1, T, H, E] and no weights.
+
+    Args:
+        attention_mask: which tokens of its sample a token sees.
+        s_aux: attention sinks [H], scores of no token.
+
+    Raises:
+        CannotPack: the model wants something else of its attention.
+    """
+    seen, name = attention_mask, type(module).__name__
+    # Never guess: without boundaries samples would see each other; without `seen`, a token who knows what.
+    if cu_seq_lens_q is None or max_length_q is None or not (1, query_1HTD.shape[2]) == key_1GTD.shape[::2]:
+        raise CannotPack(f"{name} attends to other tokens than those of one flat row with boundaries")
+    if not isinstance(seen, Visible) or False in (is_causal, getattr(module, "is_causal", True)):
+        raise CannotPack(f"{name} has a mask of its own, or none")
+    if seen.window == 0 or (sliding_window or seen.window) != seen.window:
+        raise CannotPack(f"{name} has a sliding window of {sliding_window}, and one of {seen.window} by its mask")
+    for what, value in others.items():
+        if isinstance(value, Tensor) and what not in PASSED_ON:
+            raise CannotPack(f"{name} hands {what} to its attention")
     rows = query_1HTD, key_1GTD, value_1GTE
     device_type = query_1HTD.device.type
     if torch.is_autocast_enabled(device_type):
         # Rotary embeddings leave queries and keys in fp32, and autocast knows nothing of this kernel.
         rows = tuple(row.to(torch.get_autocast_dtype(device_type)) for row in rows)  # type: ignore[assignment]
-    window = sliding_window if sliding_window and max_length_q and sliding_window < max_length_q else None
+    window = seen.window if seen.window and seen.window < max_length_q else None
+    chunk = seen.chunk if seen.chunk and seen.chunk < max_length_q else None
     scale = query_1HTD.shape[-1] ** -0.5 if scaling is None else scaling
-    if max_length_q and not softcap and not dropout and _kernel_takes(*rows, window):
-        return _varlen(*rows, cu_seq_lens_q, max_length_q, scale, window), None
+    if not softcap and not dropout and varlen.takes(*rows, window):
+        return varlen.attend(*rows, cu_seq_lens_q, max_length_q, scale, window, chunk, s_aux), None
     salt = getattr(module, "layer_idx", None) or 0
-    return _by_sample(*rows, cu_seq_lens_q, scale, dropout, window, softcap, salt), None
+    return _by_sample(*rows, cu_seq_lens_q, scale, dropout, window, chunk, softcap, s_aux, salt), None
 
 
 @torch.compiler.disable  # as many calls as there are samples, which no graph can know
@@ -86,27 +93,24 @@ def _by_sample(
     scale: float,
     dropout: float,
     window: int | None,
+    chunk: int | None,
     softcap: float | None,
+    sink_H: Tensor | None,
     salt: int,
 ) -> Tensor:
     """A call for each sample, [1, T, H, E]. Dropout is drawn by sample, for the layer `salt`."""
-    lengths, rows = _lengths(cu_seq_lens), _ungrouped(query_1HTD, key_1GTD, value_1GTE)
+    lengths, rows = _lengths(cu_seq_lens), varlen.ungrouped(query_1HTD, key_1GTD, value_1GTE)
     # `split` and not slices: its backward is one `cat`, a slice's is a row of zeros for every sample.
     samples = zip(*(row.split(lengths, dim=2) for row in rows), strict=True)
     seeds = TOKENS.seeds() if dropout else None
     outs = []
-    for number, (query, key, value) in enumerate(samples):
-        with seeded(seeds[number], salt, query.device) if seeds is not None else nullcontext():
-            outs.append(_attend(query, key, value, scale, dropout, window, softcap))
-    return torch.cat(outs, dim=2).transpose(1, 2)
-
-
-def _ungrouped(query_1HTD: Tensor, key_1GTD: Tensor, value_1GTE: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """With as many heads of keys and values as of queries."""
-    num = query_1HTD.shape[1] // key_1GTD.shape[1]
-    if num == 1:
-        return query_1HTD, key_1GTD, value_1GTE
-    return query_1HTD, key_1GTD.repeat_interleave(num, dim=1), value_1GTE.repeat_interleave(num, dim=1)
+    for number, sample in enumerate(samples):
+        with seeded(seeds[number], salt, query_1HTD.device) if seeds is not None else nullcontext():
+            for query, key, value in (
+                zip(*(row.split(chunk, dim=2) for row in sample), strict=True) if chunk else [sample]
+            ):
+                outs.append(_attend(query, key, value, scale, dropout, window, softcap, sink_H))
+    return torch.cat([out.transpose(1, 2) for out in outs], dim=1)  # contiguous, as some models want it
 
 
 @lru_cache(maxsize=1)
@@ -117,34 +121,36 @@ def _lengths(cu_seq_lens: Tensor) -> list[int]:
 
 
 def _attend(
-    query: Tensor, key: Tensor, value: Tensor, scale: float, dropout: float, window: int | None, softcap: float | None
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scale: float,
+    dropout: float,
+    window: int | None,
+    softcap: float | None,
+    sink_H: Tensor | None,
 ) -> Tensor:
-    """Causal attention over one sample, [1, H, length, E], with an optional sliding window and soft-capped scores."""
-    if not window and not softcap:
+    """Causal attention over one sample or chunk, [1, H, length, E], with an optional sliding window, soft-capped scores
+    and sinks."""
+    given = softcap or sink_H is not None
+    if not window and not given:
         return F.scaled_dot_product_attention(query, key, value, dropout_p=dropout, is_causal=True, scale=scale)
     length = query.shape[2]
     position = torch.arange(length, device=query.device)
     distance = position[:, None] - position
     allowed = (distance >= 0) & (distance < (window or length))
-    if not softcap:
+    if not given:
         return F.scaled_dot_product_attention(query, key, value, attn_mask=allowed, dropout_p=dropout, scale=scale)
     scores = query @ key.transpose(2, 3) * scale
-    scores = (softcap * torch.tanh(scores / softcap)).masked_fill(~allowed, float("-inf"))
-    weights = F.dropout(scores.softmax(-1, dtype=torch.float32).to(query.dtype), dropout)
-    return weights @ value
-
-
-def _kernel_takes(query: Tensor, key: Tensor, value: Tensor, window: int | None) -> bool:
-    """Whether torch's varlen kernel can do it."""
-    return (
-        varlen_attn is not None
-        and query.is_cuda
-        and query.dtype in (torch.bfloat16, torch.float16)
-        and query.dtype == key.dtype == value.dtype
-        and max(query.shape[-1], value.shape[-1]) <= WIDEST_HEAD
-        and (window is None or "window_size" in KERNEL_OPTIONS)
-        and _has_flash_attention(query.device)
-    )
+    if softcap:
+        scores = softcap * torch.tanh(scores / softcap)
+    scores = scores.masked_fill(~allowed, float("-inf"))
+    if sink_H is not None:
+        scores = torch.cat([scores, sink_H.to(scores.dtype)[:, None, None].expand(1, -1, length, 1)], dim=-1)
+    weights = scores.softmax(-1, dtype=torch.float32).to(query.dtype)
+    if sink_H is not None:
+        weights = weights[..., :-1]
+    return F.dropout(weights, dropout) @ value
 
 
 def asked(setting: str) -> str | None:
@@ -162,59 +168,9 @@ def kernel(model: "PreTrainedModel", device: torch.device, arithmetic: torch.dty
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     row = torch.empty(1, 1, 1, width, device=device, dtype=arithmetic)
     others = getattr(config, "attn_logit_softcapping", None) or getattr(config, "attention_dropout", 0)
-    if not others and _kernel_takes(row, row, row, getattr(config, "sliding_window", None)):
+    if not others and varlen.takes(row, row, row, getattr(config, "sliding_window", None)):
         return "torch.nn.attention.varlen (FlashAttention)"
     return "scaled_dot_product_attention, a call for each sample"
 
 
-@torch.compiler.assume_constant_result  # no part of a graph
-def _has_flash_attention(device: torch.device) -> bool:
-    """Compiled into torch for Ampere (compute capability 8.0) and later."""
-    return torch.cuda.get_device_capability(device) >= (8, 0)
-
-
-def _varlen(
-    query_1HTD: Tensor,
-    key_1GTD: Tensor,
-    value_1GTE: Tensor,
-    cu_seq_lens: Tensor,
-    longest: int,
-    scale: float,
-    window: int | None,
-) -> Tensor:
-    """The same by one call of torch's varlen kernel, [1, T, H, E]."""
-    out_width = value_1GTE.shape[-1]
-    width = _kernel_width(max(query_1HTD.shape[-1], out_width))
-    options: dict[str, Any] = {}
-    if "enable_gqa" in KERNEL_OPTIONS:
-        options["enable_gqa"] = query_1HTD.shape[1] != key_1GTD.shape[1]
-        rows = query_1HTD, key_1GTD, value_1GTE
-    else:
-        rows = _ungrouped(query_1HTD, key_1GTD, value_1GTE)
-    # [T, H, D]; zeros at the end of a head change no score, and what they make of the values is cut off below.
-    query, key, value = (_widened(row[0].transpose(0, 1), width) for row in rows)
-    if "scale" in KERNEL_OPTIONS:
-        options["scale"] = scale
-    elif scale != width**-0.5:
-        query = query * (scale * width**0.5)
-    if "window_size" in KERNEL_OPTIONS:
-        options["window_size"] = (window - 1 if window else -1, 0)
-    else:
-        options["is_causal"] = True
-    out: Tensor = varlen_attn(query, key, value, cu_seq_lens, cu_seq_lens, longest, longest, **options)
-    return (out if out_width == width else out[..., :out_width])[None]
-
-
-def _kernel_width(width: int) -> int:
-    """The narrowest head of at least this width that every card has a backward pass for: of multiples of 8, and not of
-    200 to 224, which compute capabilities 8.6, 8.9 and 12 lack."""
-    return WIDEST_HEAD if width > 192 else -(-width // 8) * 8
-
-
-def _widened(rows_THD: Tensor, width: int) -> Tensor:
-    missing = width - rows_THD.shape[-1]
-    return F.pad(rows_THD, (0, missing)) if missing else rows_THD
-
-
-# No mask function is registered under this name, so transformers builds no mask at all.
 AttentionInterface.register(NAME, packed_attention)

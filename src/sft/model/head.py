@@ -7,6 +7,10 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from sft.data.batch import Batch
+from sft.errors import UserError
+from sft.model.inputs import chooses_positions, model_inputs
+
 
 def head_is_plain_matrix(model: PreTrainedModel) -> bool:
     """Whether the model returns the product of the head's input with one matrix, and does nothing to it.
@@ -23,10 +27,43 @@ def head_is_plain_matrix(model: PreTrainedModel) -> bool:
     before = logits._version
     with forward_replaced(backbone, lambda *_, **__: _Outputs(hidden)), forward_replaced(head, lambda _: logits):
         try:  # not by a call of the model, whose hooks would gather weights
-            returned = model.forward(input_ids=torch.zeros(1, 1, dtype=torch.long), use_cache=False).logits
+            returned = _logits(model, model.forward(input_ids=torch.zeros(1, 1, dtype=torch.long), use_cache=False))
         except Exception:  # whatever a model does between the two, which the stand-ins can't answer
             return False
     return returned is logits and logits._version == before
+
+
+def logits_at(model: PreTrainedModel, batch: Batch, position_N: Tensor) -> Tensor:
+    """The model's logits at these positions of a batch, [N, V]."""
+    inputs = model_inputs(model, batch)
+    if chooses_positions(model):
+        return _logits(model, model(**inputs, logits_to_keep=position_N))[0]
+    return _logits(model, model(**inputs))[0, position_N]
+
+
+def in_place_of_head(
+    model: PreTrainedModel, batch: Batch, position_N: Tensor, function: Callable[[Tensor, Tensor], Tensor]
+) -> Tensor:
+    """`function(hidden [N, C], the head's weight [V, C])` at these positions of a batch, of a model whose head is a
+    plain matrix.
+
+    It is computed within the model's own forward pass: a strategy that shards the weights gathers them by hooks on the
+    modules it calls.
+    """
+    head, inputs = model.get_output_embeddings(), model_inputs(model, batch)
+    chooses = chooses_positions(model)
+    if chooses:
+        inputs["logits_to_keep"] = position_N
+    of_hidden = lambda hidden: function(hidden[0] if chooses else hidden[0, position_N], head.weight)  # noqa: E731
+    with forward_replaced(head, of_hidden):
+        return _logits(model, model(**inputs))
+
+
+def _logits(model: PreTrainedModel, outputs: object) -> Tensor:
+    logits = outputs[0] if isinstance(outputs, tuple) else getattr(outputs, "logits", None)
+    if isinstance(logits, Tensor):
+        return logits
+    raise UserError(f"{type(model).__name__} returns no logits: it can't be trained as a causal language model")
 
 
 def product_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:

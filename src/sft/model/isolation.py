@@ -6,9 +6,9 @@ Which of the two a model can do, and by which attention, is found by `first_batc
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import pairwise
-from typing import cast
 
+import numpy as np
+import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
 from sft.data.batch import Batch
@@ -28,25 +28,49 @@ class Isolation:
 
 
 def one_by_one(batch: Batch) -> list[Batch]:
-    """A batch for each sample; then empty ones, up to `num_parts`, so that all ranks make equally many passes."""
-    bounds, predicting = batch["cu_seqlens"].tolist(), batch["predicting"]
-    parts = []
-    for number, (start, end) in enumerate(pairwise(bounds)):
-        of_sample = (predicting >= start) & (predicting < end)
-        part = {**batch, **{name: batch[name][:, start:end] for name in ("input_ids", "labels", "position_ids")}}
-        part["predicting"] = predicting[of_sample] - start
-        part["weights"] = None if batch["weights"] is None else batch["weights"][of_sample]
-        part["cu_seqlens"] = batch["cu_seqlens"][number : number + 2] - start
-        part["max_seqlen"] = part["num_tokens"] = end - start
-        if "keys" in batch:
-            part["keys"] = batch["keys"][start:end]
+    """A batch for each sample; then empty ones, up to `num_parts`, so that all ranks make equally many passes.
+
+    Where the tensors are on CUDA, the host doesn't wait for them.
+    """
+    parts, start = [], np.zeros(3, dtype=np.int64)
+    for number, count in enumerate(batch["counts"]):
+        spans = [slice(begin, end) for begin, end in zip(start.tolist(), (start + count).tolist(), strict=True)]
+        parts.append(_part(batch, slice(number, number + 1), *spans))
+        start += count
+    for _ in range(batch.get("num_parts", 0) - len(parts)):
+        # One token without loss, as in `make_batch`: the first of a sample is never supervised.
+        empty = _part(batch, slice(0, 1), slice(0, 1), slice(0, 0), slice(0, 0))
+        empty["num_tokens"], empty["counts"] = 0, np.array([[1, 0, 0]])
         if "samples" in batch:
-            part["samples"] = batch["samples"][number : number + 1]
-        if "fixed" in batch:
-            fixed = batch["fixed"]
-            part["fixed"] = fixed[(fixed >= start) & (fixed < end)] - start
-        parts.append(cast(Batch, part))
+            empty["samples"] = batch["samples"][:0]
+        parts.append(empty)
     return parts
+
+
+def _part(batch: Batch, sample: slice, tokens: slice, predicting: slice, fixed: slice) -> Batch:
+    """One sample of a batch, or the first tokens of one."""
+    start, length, weights = tokens.start, tokens.stop - tokens.start, batch["weights"]
+    part: Batch = {
+        "input_ids": batch["input_ids"][:, tokens],
+        "labels": batch["labels"][:, tokens],
+        "position_ids": batch["position_ids"][:, tokens],
+        "predicting": batch["predicting"][predicting] - start,
+        "weights": None if weights is None else weights[predicting],
+        "cu_seqlens": torch.arange(2, dtype=torch.int32, device=batch["cu_seqlens"].device) * length,
+        "max_seqlen": length,
+        "step_weight": batch["step_weight"],
+        "num_tokens": min(length, batch["num_tokens"]),
+        "counts": batch["counts"][sample],
+    }
+    if "keys" in batch:
+        part["keys"] = batch["keys"][tokens]
+    if "seeds" in batch:
+        part["seeds"] = batch["seeds"][sample]
+    if "samples" in batch:
+        part["samples"] = batch["samples"][sample]
+    if "fixed" in batch:
+        part["fixed"] = batch["fixed"][fixed] - start
+    return part
 
 
 def configs(model: PreTrainedModel) -> list[PretrainedConfig]:

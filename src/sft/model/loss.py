@@ -12,8 +12,6 @@ of supervised tokens times the vocabulary.
 Shape suffixes: T tokens of the row, N supervised tokens, C hidden channels, V vocabulary.
 """
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -24,9 +22,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from sft.data.batch import Batch
-from sft.model.head import forward_replaced, product_dtype
 from sft.model.head import head_is_plain_matrix as head_is_plain_matrix
-from sft.model.inputs import model_inputs
+from sft.model.head import in_place_of_head, logits_at, product_dtype
 
 
 @dataclass(frozen=True)
@@ -57,9 +54,8 @@ CHUNK_ELEMENTS = {"cpu": 2**23, "cuda": 2**27}
 def nll(model: PreTrainedModel, batch: Batch, *, plain_head: bool, objective: Objective | None = None) -> Tensor:
     """Sum of weight · −log p over the batch's supervised tokens, float32 scalar; [3] with an `objective`'s other parts.
 
-    The loss is computed in the place of the head, within the model's own forward pass: a strategy that shards the
-    weights gathers them by hooks on the modules it calls. The head is called once a batch, on every rank, also where
-    no token is supervised, so ranks never wait for each other's collectives.
+    The loss is computed in the place of the head, within the model's own forward pass. The head is called once a batch,
+    on every rank, also where no token is supervised, so ranks never wait for each other's collectives.
 
     Args:
         plain_head: whether the head is a plain matrix (`head_is_plain_matrix`); else the model makes its logits.
@@ -67,9 +63,8 @@ def nll(model: PreTrainedModel, batch: Batch, *, plain_head: bool, objective: Ob
     adds = objective if objective and (objective.label_smoothing or objective.z_loss) else None
     position_N = batch["predicting"]
     target_N, token_weight_N = batch["labels"][0, position_N + 1], batch["weights"]
-    inputs = model_inputs(model, batch)
     if not plain_head:
-        logits_NV = model(**inputs, logits_to_keep=position_N).logits[0]
+        logits_NV = logits_at(model, batch, position_N)
         if adds:
             logits_NV = logits_NV.float()
             parts_3N = adds.parts(-_log_probs(logits_NV, target_N), logits_NV.logsumexp(-1), logits_NV.mean(-1))
@@ -78,8 +73,7 @@ def nll(model: PreTrainedModel, batch: Batch, *, plain_head: bool, objective: Ob
             return F.cross_entropy(logits_NV.float(), target_N, reduction="sum")
         return -(_log_probs(logits_NV, target_N) * token_weight_N).sum()
     function = partial(linear_nll, target_N=target_N, token_weight_N=token_weight_N, adds=adds)
-    with head_replaced(model, function):
-        return model(**inputs, logits_to_keep=position_N).logits
+    return in_place_of_head(model, batch, position_N, function)
 
 
 @torch.no_grad()
@@ -88,21 +82,13 @@ def token_log_probs(model: PreTrainedModel, batch: Batch, *, plain_head: bool) -
     token_T = batch["input_ids"][0]
     position_N = (batch["position_ids"][0] != 0).nonzero()[:, 0] - 1
     target_N = token_T[position_N + 1]
-    inputs = model_inputs(model, batch)
     if plain_head:
-        with head_replaced(model, partial(linear_log_probs, target_N=target_N)):
-            log_prob_N = model(**inputs, logits_to_keep=position_N).logits
+        log_prob_N = in_place_of_head(model, batch, position_N, partial(linear_log_probs, target_N=target_N))
     else:
-        log_prob_N = _log_probs(model(**inputs, logits_to_keep=position_N).logits[0], target_N)
+        log_prob_N = _log_probs(logits_at(model, batch, position_N), target_N)
     log_prob_T = torch.zeros(len(token_T), dtype=torch.float32, device=token_T.device)
     log_prob_T[position_N + 1] = log_prob_N
     return log_prob_T
-
-
-def head_replaced(model: PreTrainedModel, function: Callable[[Tensor, Tensor], Tensor]) -> AbstractContextManager[None]:
-    """While it lasts the model returns, as its logits, `function(hidden [N, C], the head's weight [V, C])`."""
-    head = model.get_output_embeddings()
-    return forward_replaced(head, lambda hidden_1NC: function(hidden_1NC[0], head.weight))
 
 
 def linear_log_probs(hidden_NC: Tensor, weight_VC: Tensor, target_N: Tensor) -> Tensor:

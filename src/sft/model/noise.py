@@ -25,14 +25,29 @@ HALF = 2**31
 
 
 class Tokens:
-    """Those of the micro-batch under way, whose keys its random numbers are drawn from."""
+    """Those of the forward pass under way, whose keys its random numbers are drawn from."""
 
     key_T: Tensor | None = None  # int32; None: torch draws
     cu_seqlens: Tensor
+    by_sample = False  # whether what a model draws from torch's stream by itself is its sample's own
+    _seeds: list[int] | None = None
 
-    def use(self, batch: Batch) -> None:
-        self.key_T, self.cu_seqlens = batch.get("keys"), batch["cu_seqlens"]
-        self._seeds: list[int] | None = None
+    def use(self, batch: Batch, alone: bool = False) -> None:
+        """`alone`: the batch is one sample, from whose seed torch's stream begins."""
+        self.key_T, self.cu_seqlens, self._seeds = batch.get("keys"), batch["cu_seqlens"], batch.get("seeds")
+        self.by_sample = alone and self._seeds is not None
+        if alone and self._seeds:
+            torch.manual_seed(self._seeds[0] + HALF)
+
+    def use_in_backward(self, output: Tensor) -> None:
+        """Has the backward pass of a forward pass's output see the tokens of now, from which gradient checkpointing
+        computes layers a second time, though others have had their forward pass since.
+
+        Autograd takes what was computed last first, so all of one forward pass comes before any of those before it.
+        """
+        seen = dict(vars(self))
+        if output.requires_grad:
+            output.register_hook(lambda _: vars(self).update(seen))
 
     def seeds(self) -> list[int] | None:
         """A number for each sample, its first token's key."""
@@ -131,7 +146,7 @@ def _watch(model: nn.Module, log: Callable[[str], None]) -> None:
         if not begun:
             return
         hooks[1].remove()
-        if not all(map(torch.equal, begun, states())):
+        if not (TOKENS.by_sample or all(map(torch.equal, begun, states()))):
             log(
                 "this model draws random numbers of its own in training, which can't be drawn by token: with another "
                 "micro_batch_size or number of ranks they are others"

@@ -15,9 +15,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from sft.data.batch import Batch
-from sft.model.head import forward_replaced, product_dtype
-from sft.model.inputs import model_inputs
-from sft.model.loss import chunk_rows, head_replaced
+from sft.model.head import forward_replaced, in_place_of_head, logits_at, product_dtype
+from sft.model.inputs import chooses_positions
+from sft.model.loss import chunk_rows
 
 AtFixed = Callable[[Tensor, int], None]  # takes log-probabilities [R, V], and which of the M the first is of
 
@@ -41,7 +41,6 @@ def measured_nll(
     position_N, weight_N = batch["predicting"], batch["weights"]
     target_N, num = batch["labels"][0, position_N + 1], len(position_N)
     positions = position_N if at_fixed is None else torch.cat([position_N, batch["fixed"]])
-    inputs = model_inputs(model, batch)
     parts: list[Tensor] = []
 
     if plain_head:
@@ -66,17 +65,17 @@ def measured_nll(
                 at_fixed(log_probs, start - num)
             return sum_of_all
 
-        with head_replaced(model, function):
-            total = model(**inputs, logits_to_keep=positions).logits
+        total = in_place_of_head(model, batch, positions, function)
     else:
         # The head's products at the supervised tokens are those that they are without the other positions.
         apart: AbstractContextManager[None] = nullcontext()
-        if at_fixed is not None and (head := model.get_output_embeddings()) is not None:
+        head = model.get_output_embeddings()
+        if at_fixed is not None and head is not None and chooses_positions(model):
             forward = head.forward
             parts_of = lambda hidden: (forward(hidden[:, :num]), forward(hidden[:, num:]))  # noqa: E731
             apart = forward_replaced(head, lambda hidden: torch.cat(parts_of(hidden), dim=1))
         with apart:
-            logits_NV = model(**inputs, logits_to_keep=positions).logits[0]
+            logits_NV = logits_at(model, batch, positions)
         log_probs_NV = logits_NV[:num].float().log_softmax(-1)
         nll_N = F.nll_loss(log_probs_NV, target_N, reduction="none")
         total = F.nll_loss(log_probs_NV, target_N, reduction="sum") if weight_N is None else (nll_N * weight_N).sum()

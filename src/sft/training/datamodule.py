@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any, cast
 
 import lightning as L
 import numpy as np
@@ -18,11 +19,15 @@ from sft.data.step_plan import (
     default_step,
     epoch_plan,
     eval_plan,
+    most_eval_samples,
+    most_samples,
     num_steps,
     share,
 )
 from sft.errors import UserError
 from sft.evaluation.base import FixedTokens
+from sft.model.isolation import Isolation
+from sft.training.strategies import placement
 
 
 class SFTDataModule(L.LightningDataModule):
@@ -127,17 +132,31 @@ class SFTDataModule(L.LightningDataModule):
     def _training(self) -> Iterator[Batch]:
         """This rank's micro-batches of all steps that are left."""
         assert self.trainer is not None
+        division = {
+            "world_size": self.trainer.world_size,
+            "micro_batch_size": self.micro_batch_size,
+            "accumulation": self.accumulation(),
+        }
+        keyed, counted = self.keyed or self._isolation().apart, self._waits_for_other_ranks()
         for global_step in range(self.start_step, self.num_steps):
-            step = self.step(global_step)
-            for indices in share(
-                step,
-                self.train.lengths,
-                world_size=self.trainer.world_size,
-                micro_batch_size=self.micro_batch_size,
-                accumulation=self.accumulation(),
-                rank=self.trainer.global_rank,
-            ):
-                yield make_batch(self.train, indices, step.weight, (self.seed, global_step) if self.keyed else None)
+            step, draw = self.step(global_step), (self.seed, global_step) if keyed else None
+            most = most_samples(step, self.train.lengths, **division) if counted else None
+            shared = share(step, self.train.lengths, **division, rank=self.trainer.global_rank)
+            for number, indices in enumerate(shared):
+                batch = make_batch(self.train, indices, step.weight, draw)
+                if most is not None:
+                    batch["num_parts"] = most[number]
+                yield batch
+
+    def _isolation(self) -> Isolation:
+        assert self.trainer is not None
+        return cast(Isolation, self.trainer.lightning_module.isolation)
+
+    def _waits_for_other_ranks(self) -> bool:
+        """Whether each forward pass has collectives, so that all ranks must make equally many."""
+        assert self.trainer is not None
+        shards = placement(self.trainer.strategy).sharding is not None
+        return shards and self.trainer.world_size > 1 and self._isolation().apart
 
     def val_dataloader(self) -> "list[_Batches]":
         val = self.val
@@ -156,7 +175,10 @@ class SFTDataModule(L.LightningDataModule):
         batch = make_batch(val, samples, step_weight)
         batch["samples"] = samples
         if self.fixed is not None:
-            batch["fixed"] = torch.from_numpy(self.fixed.of_batch(samples, val.lengths)[1])
+            fixed = self.fixed.of_batch(samples, val.lengths)[1]
+            batch["fixed"] = torch.from_numpy(fixed)
+            ends = batch["counts"][:, 0].cumsum()
+            batch["counts"][:, 2] = np.diff(np.searchsorted(fixed, ends), prepend=0)
         return batch
 
     def _evaluation(
@@ -168,15 +190,24 @@ class SFTDataModule(L.LightningDataModule):
         """This rank's micro-batches of these samples."""
         trainer = self.trainer
         assert trainer is not None
-        plan = eval_plan(
-            val.lengths[samples],
-            max_length=self.max_length,
-            packing=self.packing,
-            micro_batch_size=self.micro_batch_size,
-            world_size=trainer.world_size,
-            rank=trainer.global_rank,
-        )
-        return _Batches(len(plan), lambda: (make(val, samples[indices], 1) for indices in plan))
+        settings: Any = {
+            "max_length": self.max_length,
+            "packing": self.packing,
+            "micro_batch_size": self.micro_batch_size,
+            "world_size": trainer.world_size,
+        }
+        lengths = val.lengths[samples]
+        plan = eval_plan(lengths, **settings, rank=trainer.global_rank)
+
+        def made() -> Iterator[Batch]:
+            most = most_eval_samples(lengths, **settings) if self._waits_for_other_ranks() else None
+            for number, indices in enumerate(plan):
+                batch = make(val, samples[indices], 1)
+                if most is not None:
+                    batch["num_parts"] = most[number]
+                yield batch
+
+        return _Batches(len(plan), made)
 
     def transfer_batch_to_device(self, batch: Batch, device: torch.device, dataloader_idx: int) -> Batch:
         return to_device(batch, device)

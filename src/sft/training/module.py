@@ -113,9 +113,13 @@ class SFTModule(L.LightningModule):
 
     def _sums(self, batch: Batch) -> dict[str, Tensor]:
         """Of one forward pass."""
-        noise.TOKENS.use(batch)
-        total = nll(self.model, batch, plain_head=self.plain_head, objective=self.objective)
-        return {"nll": total} | (self.router.measure(batch) if self.router else {})
+        noise.TOKENS.use(batch, alone=self.isolation.apart)
+        sums = {"nll": nll(self.model, batch, plain_head=self.plain_head, objective=self.objective)}
+        if self.router:
+            sums |= self.router.measure(batch)
+        for value in sums.values():
+            noise.TOKENS.use_in_backward(value)
+        return sums
 
     def configure_gradient_clipping(
         self,
