@@ -53,7 +53,6 @@ def own_code(model_folder: Path, tmp_path: Path) -> Path:
     return folder
 
 
-@pytest.mark.xdist_group("architectures")
 def test_code_of_its_own(
     sft: Sft, own_code: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

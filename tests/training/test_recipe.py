@@ -35,6 +35,7 @@ def test_a_recipe_is_what_the_run_was(sft: Sft) -> None:
         "optimizer_dtype": "float32",
         "attention": "auto",
         "attention_kernel": "scaled_dot_product_attention, a call for each sample",
+        "experts": None,
         "gradient_checkpointing": False,
         "activation_offload": False,
         "compile": False,

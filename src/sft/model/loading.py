@@ -301,7 +301,7 @@ class ModelSource:
         import torch
         from accelerate import init_empty_weights
 
-        from sft.model import missing
+        from sft.model import experts, missing
         from sft.model.sharded_loading import first_values, load_sharded
         from sft.model.vocabulary import Growth
 
@@ -368,6 +368,7 @@ class ModelSource:
             else:
                 model = load_whole()
                 self.parameters.choose(model)
+        experts.group(model)
         if self.adapter and sharding is None:
             self.adapter.add(model, self.trained_ids)
         if self.adapter and growth:
