@@ -10,7 +10,7 @@ import math
 import traceback
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -27,18 +27,21 @@ import settings
 from checks.numbers import batch_of, gradient
 from checks.process import Place
 from made_up import OneRank
+from sft.checkpoint.layout import named_trainable, persistent_buffers
 from sft.data.labels import IGNORE
 from sft.errors import UserError
 from sft.export.folder import write_model as write_export
-from sft.export.merge import weights
+from sft.export.merge import completed, weights
 from sft.model import sharded_loading
 from sft.model.adapter import NAME as ADAPTER
 from sft.model.adapter import initial
-from sft.model.first_batch import Proof, prove
+from sft.model.first_batch import Proof, Prover
 from sft.model.isolation import Isolation, use_attention
 from sft.model.loading import ModelSource
 from sft.model.loss import head_is_plain_matrix, nll, token_log_probs
+from sft.proof.excerpt import Excerpt
 from sft.proof.shrink import write_model
+from sft.training.first_batch import first_samples
 
 PACKED, APART, REFUSED, WRONG, TRACEBACK = "packed", "apart", "refused", "silently wrong", "traceback"
 # The largest difference of a token's log-probability; of the gradient ‖a − b‖ / ‖b‖, of all parameters together and of
@@ -47,7 +50,6 @@ PACKED, APART, REFUSED, WRONG, TRACEBACK = "packed", "apart", "refused", "silent
 FORWARD, GRADIENT, WORST, SMALLEST = 1e-4, 1e-4, 1e-3, 1e-2
 VOCAB = 267
 LENGTHS = (70, 33, 1, 51, 2, 30)  # longer than windows and chunks of the small models
-PROVEN = (5, 4, 1)  # of these, those that a model is proven on: 30, 2 and 33 tokens
 
 QUICK = (  # one of each kind
     *("llama", "gpt2", "opt", "openai-gpt"),  # dense, and older ones with positions of their own
@@ -270,10 +272,15 @@ def special_ids(config: Mapping[str, Any]) -> list[int]:
 def proven(source: ModelSource, samples: Samples, place: Place, draws: bool) -> tuple[Any, Proof]:
     """The model, and how its first samples have found it to be called."""
     model = source.load(torch.float32)
-    first = batch_of([samples[number] for number in PROVEN], place)
-    proof = prove(
-        model, first, attention=source.attention, isolate=source.isolate, plain_head=head_is_plain_matrix(model)
-    )
+    proof = Prover(
+        model,
+        first_samples(Excerpt(samples, 0), torch.device(place.device)),
+        attention=source.attention,
+        isolate=source.isolate,
+        plain_head=head_is_plain_matrix(model),
+        dtype=torch.float32,
+        forward=nullcontext,
+    ).prove()
     use_attention(model, proof.isolation.attention)
     return model.train(not draws), proof
 
@@ -388,10 +395,14 @@ def export(source: ModelSource, trained: Any, model: Plain) -> Row:
             if parameter.requires_grad:
                 parameter.mul_(1.01)
                 exact.get_parameter(name).mul_(1.01)
-    specs: Any = {name: (value.dtype, list(value.shape)) for name, value in weights(trained).items()}
+    held = dict([*named_trainable(trained), *persistent_buffers(trained)])
+    specs: Any = {name: (value.dtype, list(value.shape)) for name, value in held.items()}
+    read: Any = lambda name: held[name].detach()  # noqa: E731
+    if source.keeps_base(source.load_config()):
+        specs, read = completed(source, specs, read)
     said: list[str] = []
     folder = model.folder.with_name(f"{model.folder.name}-export")
-    write_export(folder, source, specs, weights(trained).__getitem__, GenerationConfig(), log=said.append)
+    write_export(folder, source, specs, read, GenerationConfig(), log=said.append)
     row: Row = {"way": "whole" if said else "by weight"}
     reloaded = model.load(folder).eval()
     exact.eval()

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from functools import partial
 from math import prod
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -107,6 +108,7 @@ def flat(samples: Sequence[Tensor]) -> Batch:
         "max_seqlen": max(lengths),
         "step_weight": 1.0,
         "num_tokens": len(ids),
+        "counts": np.array([[length, length - 1, 0] for length in lengths]),
     }
 
 
