@@ -51,13 +51,12 @@ def collect() -> Provenance:
     }
 
 
-def recorded(folder: Path) -> dict[str, Any]:
+def recorded(folder: Path) -> dict[str, Any]:  # type: ignore[explicit-any]
     """A run's provenance.json; empty where there is none."""
     try:
-        found: dict[str, Any] = json.loads((folder / "provenance.json").read_text())
+        return dict(json.loads((folder / "provenance.json").read_text()))
     except FileNotFoundError:
         return {}
-    return found
 
 
 def amend(folder: Path, **parts: object) -> None:
