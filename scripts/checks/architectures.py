@@ -35,6 +35,7 @@ from sft.export.merge import completed, weights
 from sft.model import sharded_loading
 from sft.model.adapter import NAME as ADAPTER
 from sft.model.adapter import initial
+from sft.model.cause import first_line
 from sft.model.first_batch import Proof, Prover
 from sft.model.isolation import Isolation, use_attention
 from sft.model.loading import ModelSource
@@ -175,7 +176,10 @@ class Off(Exception):
 
 def write_small(folder: Path, name: str) -> None:
     """A small model of this type, as its configuration's defaults have it; BERT and the like as decoders."""
-    config = AutoConfig.for_model(name)
+    try:
+        config = AutoConfig.for_model(name)
+    except Exception as error:  # transformers' own
+        raise UserError(f"its configuration has no defaults to make small ({first_line(error)})") from error
     if getattr(config, "is_decoder", None) is False and not getattr(config, "is_encoder_decoder", False):
         config.is_decoder = True
     write_model(folder, config, VOCAB, seed=0)
@@ -231,7 +235,8 @@ def log_probs(model: nn.Module, ids: np.ndarray) -> Tensor:
     """Of one sample, as its model is called by itself. [tokens − 1]"""
     row = torch.from_numpy(ids.astype(np.int64))[None]
     names = inspect.signature(model.forward).parameters
-    inputs = {"input_ids": row} | ({"use_cache": False} if "use_cache" in names else {})
+    takes_any = any(each.kind is inspect.Parameter.VAR_KEYWORD for each in names.values())
+    inputs = {"input_ids": row} | ({"use_cache": False} if "use_cache" in names or takes_any else {})
     try:
         logits = model(**inputs).logits
     except ValueError as error:  # in training some want to be told that nothing is an image
