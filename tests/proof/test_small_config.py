@@ -83,7 +83,7 @@ def test_lists_of_layers_and_their_numbers_are_cut_alike() -> None:
     assert list(fields("gemma4_text", Form(97, 1, 32))["per_layer_config"].items()) == [(1, {"head_dim": 16})]
     # Llama 4: layers without rotation and with experts are numbered.
     llama4 = fields("llama4_text", Form(97, 1, 32), moe_layers=[1, 3, 5], num_hidden_layers=8)
-    assert [llama4["moe_layers"], llama4["no_rope_layers"]] == [[1, 2], [1, 1, 0]]  # of layers 0, 1 and 3
+    assert [llama4["moe_layers"], llama4["no_rope_layers"]] == [[1, 2], [1, 1, 0, 0]]  # of 0, 1, 3 and 7
     assert llama4["attention_chunk_size"] == 16
 
 

@@ -114,8 +114,8 @@ def small(config: PretrainedConfig, form: Form) -> dict[str, Any]:
                 for new, old in enumerate(kept)
                 if old in by_layer
             }
-        elif kept and (layers := by_layers(name, value, num_layers, kept)) is not None:
-            fields[name] = [smaller(name, each, form) for each in layers]
+        elif kept and (layers := by_layers(name, value, num_layers, kept, form)) is not None:
+            fields[name] = layers
         elif kept and PREFIX.search(name) and is_count(value, 0):
             fields[name] = sum(layer < value for layer in kept)
         elif kept and SUFFIX.search(name) and is_count(value, 0):
@@ -179,12 +179,12 @@ def is_count(value: object, least: int = 2) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= least
 
 
-def by_layers(name: str, value: object, num_layers: int, kept: list[int]) -> list[Any] | None:
+def by_layers(name: str, value: object, num_layers: int, kept: list[int], form: Form) -> list[Any] | None:
     """The entries of a list that are of the layers kept, or those of its entries that number them; else None."""
     if not isinstance(value, list | tuple):
         return None
     if len(value) == num_layers:
-        return [value[layer] for layer in kept]
+        return [smaller(name, value[layer], form) for layer in kept]
     if re.search("layer|idx|index", name) and all(is_count(each, 0) and each < num_layers for each in value):
         return [new for new, old in enumerate(kept) if old in value]
     return None
