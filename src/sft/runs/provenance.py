@@ -73,7 +73,8 @@ def amend(folder: Path, **parts: object) -> None:
         write_json(folder / "provenance.json", before | parts)
 
 
-def _recorded(folder: Path) -> dict:  # type: ignore[type-arg]
+def _recorded(folder: Path) -> dict:
+    """Empty where there is none."""
     try:
         return json.loads((folder / "provenance.json").read_text())
     except FileNotFoundError:
