@@ -42,8 +42,8 @@ AUTO, OWN, APART = "auto", "own", "apart"  # with PACKED, the values of model.at
 FLOORS = {"float32": (2e-5, 2e-4, 1e-5), "tf32": (2e-2, 5e-2, 1e-2), "bfloat16": (0.1, 0.1, 0.1)}
 TIMES_NOISE = 8.0
 LARGEST_NOISE = 100.0  # floors
-# Of a token's own gradient: more of one by tokens that don't matter is no rounding. Kernels of recurrent layers sum over
-# a boundary what cancels, in fp32.
+# Of a token's own gradient: more of one by a token that mustn't matter is no rounding. Kernels of recurrent layers sum,
+# in fp32, over a boundary what cancels.
 REACH = 2e-5
 SMALL = 1e-3  # of the largest gradient's norm: a smaller one is measured by this
 
@@ -253,8 +253,8 @@ class Prover:
                 "trainer.precision=32-true"
             )
         half = len(longest) // 2
-        ahead = reach(self.model, self._rows(longest[None]), 0, half)
-        read = max(together(lambda: float(ahead[half:].max() / ahead.max())))
+        ahead = reach(self.model, self._rows(longest[None]), 0, half)  # the last of which is predicted from half - 2
+        read = max(together(lambda: float(ahead[half - 1 :].max() / ahead.max())))
         if read > REACH:
             raise UserError(
                 f"{name} is no causal language model: by its own attention tokens see those that follow (gradients of "
