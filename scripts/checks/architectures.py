@@ -27,18 +27,22 @@ import settings
 from checks.numbers import batch_of, gradient
 from checks.process import Place
 from made_up import OneRank
+from sft.checkpoint.layout import named_trainable, persistent_buffers
 from sft.data.labels import IGNORE
 from sft.errors import UserError
 from sft.export.folder import write_model as write_export
-from sft.export.merge import weights
+from sft.export.merge import completed, weights
 from sft.model import sharded_loading
 from sft.model.adapter import NAME as ADAPTER
 from sft.model.adapter import initial
+from sft.model.cause import first_line
 from sft.model.first_batch import Proof, Prover
 from sft.model.isolation import Isolation, use_attention
 from sft.model.loading import ModelSource
 from sft.model.loss import head_is_plain_matrix, nll, token_log_probs
+from sft.proof.excerpt import Excerpt
 from sft.proof.shrink import write_model
+from sft.training.first_batch import first_samples
 
 PACKED, APART, REFUSED, WRONG, TRACEBACK = "packed", "apart", "refused", "silently wrong", "traceback"
 # The largest difference of a token's log-probability; of the gradient ‖a − b‖ / ‖b‖, of all parameters together and of
@@ -47,7 +51,6 @@ PACKED, APART, REFUSED, WRONG, TRACEBACK = "packed", "apart", "refused", "silent
 FORWARD, GRADIENT, WORST, SMALLEST = 1e-4, 1e-4, 1e-3, 1e-2
 VOCAB = 267
 LENGTHS = (70, 33, 1, 51, 2, 30)  # longer than windows and chunks of the small models
-PROVEN = (5, 4, 1)  # of these, those that a model is proven on: 30, 2 and 33 tokens
 
 QUICK = (  # one of each kind
     *("llama", "gpt2", "opt", "openai-gpt"),  # dense, and older ones with positions of their own
@@ -173,7 +176,10 @@ class Off(Exception):
 
 def write_small(folder: Path, name: str) -> None:
     """A small model of this type, as its configuration's defaults have it; BERT and the like as decoders."""
-    config = AutoConfig.for_model(name)
+    try:
+        config = AutoConfig.for_model(name)
+    except Exception as error:  # transformers' own
+        raise UserError(f"its configuration has no defaults to make small ({first_line(error)})") from error
     if getattr(config, "is_decoder", None) is False and not getattr(config, "is_encoder_decoder", False):
         config.is_decoder = True
     write_model(folder, config, VOCAB, seed=0)
@@ -229,7 +235,8 @@ def log_probs(model: nn.Module, ids: np.ndarray) -> Tensor:
     """Of one sample, as its model is called by itself. [tokens − 1]"""
     row = torch.from_numpy(ids.astype(np.int64))[None]
     names = inspect.signature(model.forward).parameters
-    inputs = {"input_ids": row} | ({"use_cache": False} if "use_cache" in names else {})
+    takes_any = any(each.kind is inspect.Parameter.VAR_KEYWORD for each in names.values())
+    inputs = {"input_ids": row} | ({"use_cache": False} if "use_cache" in names or takes_any else {})
     try:
         logits = model(**inputs).logits
     except ValueError as error:  # in training some want to be told that nothing is an image
@@ -272,7 +279,7 @@ def proven(source: ModelSource, samples: Samples, place: Place, draws: bool) -> 
     model = source.load(torch.float32)
     proof = Prover(
         model,
-        [torch.from_numpy(samples[number][0]).long() for number in PROVEN],
+        first_samples(Excerpt(samples, 0), torch.device(place.device)),
         attention=source.attention,
         isolate=source.isolate,
         plain_head=head_is_plain_matrix(model),
@@ -393,10 +400,14 @@ def export(source: ModelSource, trained: Any, model: Plain) -> Row:
             if parameter.requires_grad:
                 parameter.mul_(1.01)
                 exact.get_parameter(name).mul_(1.01)
-    specs: Any = {name: (value.dtype, list(value.shape)) for name, value in weights(trained).items()}
+    held = dict([*named_trainable(trained), *persistent_buffers(trained)])
+    specs: Any = {name: (value.dtype, list(value.shape)) for name, value in held.items()}
+    read: Any = lambda name: held[name].detach()  # noqa: E731
+    if source.keeps_base(source.load_config()):
+        specs, read = completed(source, specs, read)
     said: list[str] = []
     folder = model.folder.with_name(f"{model.folder.name}-export")
-    write_export(folder, source, specs, weights(trained).__getitem__, GenerationConfig(), log=said.append)
+    write_export(folder, source, specs, read, GenerationConfig(), log=said.append)
     row: Row = {"way": "whole" if said else "by weight"}
     reloaded = model.load(folder).eval()
     exact.eval()

@@ -153,9 +153,7 @@ def check_first_batch(config: DictConfig) -> list[str]:
 
     proof = prove_small(config)
     if proof is None:
-        return [
-            "no small form of the model runs here, so the job alone proves that it computes what it should"
-        ]
+        return ["no small form of the model runs here, so the job alone proves that it computes what it should"]
     if not proof.reason:
         return []
     return [f"{proof.reason} (found on a small form here; the job proves it again on its own device)"]
