@@ -121,7 +121,7 @@ class BackwardLeak(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:
-        return grad + 0.05 * grad.roll(-1, dims=1)
+        return grad + 0.05 * F.pad(grad[:, 1:], (0, 0, 0, 1))
 
 
 def gain_without_a_gradient(model: PreTrainedModel, patch: pytest.MonkeyPatch) -> None:
@@ -280,3 +280,10 @@ def test_the_slower_way_has_its_price() -> None:
     prover = Prover(model, samples, "own", "auto", True, torch.float32, contextlib.nullcontext, (16.0, 256.0))
     assert 1 < (prover.prove().slower or 0) < 16
     assert replace(prover, per_pass=(1.0, 256.0)).prove().slower == 1
+
+
+def test_a_model_that_reads_ahead_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = made()
+    with_mlp(lambda hidden: hidden + 1e-3 * hidden.roll(-1, dims=-2))(model, monkeypatch)
+    with pytest.raises(UserError, match=r"llama is no causal language model: .* tokens see those that follow"):
+        proven(model)
