@@ -204,6 +204,8 @@ def model_card(
         "step": f"{step} of {state['num_steps']}{place and f', {place}'}",
         **({"weights": f"an average of the steps' ({json.dumps(settings['averaging'])})"} if average else {}),
         "validation loss": loss,
+        **({"first batch": provenance["first_batch"]["said"]} if "first_batch" in provenance else {}),
+        **({"code": provenance["code"]} if "code" in provenance else {}),
         "commit": provenance["commit"],
     }
     lines = ["---", f"library_name: {'peft' if merge is False else 'transformers'}", "pipeline_tag: text-generation"]

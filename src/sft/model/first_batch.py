@@ -1,17 +1,25 @@
 """The model is proven on a few samples of its own first: that it computes here what its authors wrote.
 
-Three ways of the same samples are compared, on the real weights and device, in log-probabilities and in gradients:
+The same samples are run in three ways, on the real weights and device, in training mode without noise:
 
     own     the model's own attention, each sample alone: what its authors wrote
     alone   the attention of this project, each sample alone
     packed  the same attention, the samples in one row
 
+Log-probabilities of all tokens and gradients are compared. How far two ways may differ depends on the arithmetic and on
+how far `own` differs from itself where it only runs in another shape, a sample twice in a batch. Of a row of packed
+samples it is asked besides, and sharply, since the shapes are the same: whether a sample's log-probabilities have a
+gradient by another's tokens, and whether they change where the other's tokens are replaced.
+
 Where `alone` differs from `own`, the model's own attention is used; where `packed` differs, the samples of a
 micro-batch run apart. A model that neither helps is refused. No list of names decides.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack
+from dataclasses import asdict, dataclass, field, replace
+from math import inf, isfinite
 
 import torch
 from torch import Tensor
@@ -19,12 +27,57 @@ from transformers import PreTrainedModel
 
 from sft.data.batch import Batch
 from sft.errors import UserError
+from sft.model import cause
 from sft.model.attention import NAME as PACKED
+from sft.model.inputs import is_own
 from sft.model.isolation import Isolation, attending, one_by_one, own_attention
-from sft.model.loss import token_log_probs
+from sft.model.loss import graph_log_probs
+from sft.model.measured_pass import EMBEDDINGS, Measured, Pass, flat, log_probs, measured, reach, rows_pass
+from sft.model.measured_pass import without_noise as without_noise
+from sft.ranks import together
 
 AUTO, OWN, APART = "auto", "own", "apart"  # with PACKED, the values of model.attention and model.isolate
-TOLERANCE = 1e-4
+# What rounding may come to in another order of additions, in nats, in shares of a gradient's norm, and in nats by what
+# experts' numbers of tokens change: measured over families, docs/limits.md.
+FLOORS = {"float32": (2e-5, 2e-4, 1e-5), "tf32": (2e-2, 5e-2, 1e-2), "bfloat16": (0.1, 0.1, 0.1)}
+TIMES_NOISE = 8.0
+LARGEST_NOISE = 100.0  # floors
+SMALL = 1e-3  # of the largest gradient's norm: a smaller one is measured by this
+
+
+@dataclass(frozen=True)
+class Difference:
+    """How far a way of computing is from `own`, beside what is tolerated."""
+
+    log_prob: float = 0.0  # the largest of a token, in nats
+    tolerated_log_prob: float = 0.0
+    gradient: float = 0.0  # of the tensor that is furthest from what is tolerated of it, as a share of its norm
+    tolerated_gradient: float = 0.0
+    tensor: str = ""
+    leak: float = 0.0  # in nats, by the tokens of another sample
+    tolerated_leak: float = 0.0
+    reach: float = 0.0  # of other samples' tokens: their largest gradient as a share of its own tokens'
+    error: str | None = None  # in which it ended
+
+    @property
+    def excess(self) -> float:
+        """In tolerances: up to 1 is alike."""
+        parts = (self.log_prob, self.tolerated_log_prob), (self.gradient, self.tolerated_gradient)
+        shares = [part / tolerated if tolerated else part and inf for part, tolerated in parts]
+        return inf if self.error else max(share if share == share else inf for share in shares)
+
+    @property
+    def leaks(self) -> bool:
+        return self.reach > 0 or self.leak > self.tolerated_leak
+
+    def __str__(self) -> str:
+        if self.error:
+            return self.error
+        between = f", {max(self.leak, self.reach):.1e} between samples" if self.leaks else ""
+        return (
+            f"{self.log_prob:.1e} in log-probabilities (tolerated {self.tolerated_log_prob:.1e}), "
+            f"{self.gradient:.1e} in gradients ({self.tolerated_gradient:.1e}){between}"
+        )
 
 
 @dataclass(frozen=True)
@@ -32,46 +85,311 @@ class Proof:
     """What was found."""
 
     isolation: Isolation
-    reason: str | None = None  # why it is another than was hoped for, and what that costs
-    differences: Mapping[str, float] = field(default_factory=dict)  # from `own`, by way
+    differences: Mapping[str, Difference]  # by way; `noise` is that of `own` in another shape
+    reason: str | None = None  # why the samples aren't packed
+    slower: float | None = None  # about how many times, than packed
+    training_mode: bool = True  # else the model draws random numbers in it
+    seconds: float = 0.0
+
+    @property
+    def said(self) -> str:
+        """What a user should know, in a line."""
+        mode = "" if self.training_mode else "; found in evaluation mode, since in training the model draws at random"
+        if self.reason:
+            return self.reason + mode
+        if "packed" in self.differences:
+            return f"packed samples are computed as by the model's own code: {self.differences['packed']}{mode}"
+        return f"samples run {self.isolation}, as the settings say{mode}"
+
+    def record(self) -> dict[str, object]:
+        """For provenance.json."""
+        return {
+            **asdict(self.isolation),
+            "said": self.said,
+            "slower": self.slower,
+            "differences": {way: asdict(found) for way, found in self.differences.items()},
+            "training_mode": self.training_mode,
+            "seconds": round(self.seconds, 2),
+        }
 
 
-def prove(model: PreTrainedModel, batch: Batch, *, attention: str, isolate: str, plain_head: bool) -> Proof:
-    """How the samples of a model are to be kept from one another, found on those of `batch`, two or three short ones.
+def arithmetic(dtype: torch.dtype, device: torch.device) -> str:
+    """The key of `FLOORS`."""
+    if dtype == torch.float32:
+        return "tf32" if device.type == "cuda" and torch.get_float32_matmul_precision() != "highest" else "float32"
+    return "bfloat16"
+
+
+@dataclass
+class Prover:
+    """Finds how the samples of a model are to be kept from one another, on a few of them; on all ranks alike.
 
     Args:
+        samples: their token ids, int64 [length], on the device; the same on all ranks.
         attention: auto, packed, own, or another name that transformers knows.
         isolate: auto, packed or apart.
-
-    Raises:
-        UserError: the settings ask for what the model can't do, or nothing helps.
+        dtype: of the arithmetic.
+        forward: the context of a forward pass, as the precision of training has it.
+        per_pass: how many samples, and tokens, a forward pass of training has in the mean; None: nobody asks for the
+            cost.
     """
-    own = own_attention(model)
-    ours = PACKED if attention == AUTO else own if attention == OWN else attention
 
-    def measure(name: str, apart: bool) -> Tensor | None:
-        batches = one_by_one(batch) if apart else [batch]
-        training = [module for module in model.modules() if module.training]
+    model: PreTrainedModel
+    samples: Sequence[Tensor]
+    attention: str
+    isolate: str
+    plain_head: bool
+    dtype: torch.dtype
+    forward: Callable[[], AbstractContextManager[object]]
+    per_pass: tuple[float, float] | None = None
+    found: dict[str, Difference] = field(default_factory=dict)
+    noise: dict[str, float] = field(default_factory=dict)  # by tensor, as a share of its gradient's norm
+    reference: float = 0.0  # what another row's tokens change in a row of `own`, in nats
+
+    def prove(self) -> Proof:
+        """UserError where the settings ask for what the model can't do, or nothing helps."""
+        begun, model = time.perf_counter(), self.model
+        in_training = [module for module in model.modules() if module.training]
+        self.own = own_attention(model)
+        self.floors = FLOORS[arithmetic(self.dtype, self.samples[0].device)]
+        with ExitStack() as stack:
+            stack.enter_context(without_noise(model))
+            if any(module._compiled_call_impl for module in model.modules()):
+                stack.enter_context(torch.compiler.set_stance("force_eager"))
+            try:
+                isolation, reason = self._decide()
+                slower = self._slower(isolation, *self.per_pass) if isolation.apart and self.per_pass else None
+                is_training = model.training
+            finally:
+                for module in in_training:
+                    module.training = True
+        seconds = time.perf_counter() - begun
+        if reason and slower:
+            reason += f", about {slower:.1f} x slower" if slower >= 1.05 else ", at no cost here"
+        if reason and (advice := cause.advice(model)) and self.found.get("packed", Difference()).leaks:
+            reason += f"; {advice}"
+        return Proof(isolation, self.found, reason, slower, is_training, seconds)
+
+    def _decide(self) -> tuple[Isolation, str | None]:
+        name, ours = cause.name(self.model), {AUTO: PACKED, OWN: self.own}.get(self.attention, self.attention)
+        with attending(self.model, self.own):
+            expected = self._expected()
+        whole = sum(expected[1:], start=expected[0])
+        if self.attention == OWN:
+            return Isolation(self.own, apart=True), None
+        batch = flat(self.samples)
+        with attending(self.model, ours):
+            self.found["alone"] = self._difference(whole, [self._packed(part) for part in one_by_one(batch)])
+            knows_bounds = not is_own(self.model)
+        if (alone := self.found["alone"]).excess > 1:
+            if self.attention != AUTO:
+                raise UserError(
+                    f"model.attention={self.attention}: {name} computes something else by it: {self._figures()}: set "
+                    "model.attention=auto"
+                )
+            if self.isolate == PACKED:
+                raise UserError(
+                    f"model.isolate=packed: {name} computes something else by packed attention: {self._figures()}: set "
+                    "model.isolate=auto"
+                )
+            why = alone.error or f"{alone}"
+            return Isolation(self.own, apart=True), (
+                f"{name} doesn't compute by packed attention what its own does ({why}): its own is used, and samples "
+                "run one at a time"
+            )
+        if self.isolate == APART or not knows_bounds:
+            return Isolation(ours, apart=True), None
+        with attending(self.model, ours):
+            packed = self._difference(whole, [self._packed(batch)])
+            packed = packed if packed.error else self._alike(lambda: self._leaks(packed))
+        self.found["packed"] = packed
+        if packed.excess <= 1 and not packed.leaks:
+            return Isolation(ours), None
+        if self.isolate == PACKED:
+            raise UserError(
+                f"model.isolate=packed: {name} doesn't keep packed samples apart: {self._figures()}: set "
+                "model.isolate=auto"
+            )
+        if packed.error:
+            what = f"{name} fails on packed samples ({packed.error})"
+        elif packed.leaks:
+            what = f"{name} carries state across samples ({packed})"
+        else:
+            what = f"{name} computes something else of packed samples ({packed})"
+        return Isolation(ours, apart=True), f"{what}: they run one at a time"
+
+    def _expected(self) -> list[Measured]:
+        """Of each sample, by the model's own attention. Notes its noise; UserError where it is no measure."""
+        name, longest = cause.name(self.model), max(self.samples, key=len)
+
+        def each() -> list[Measured]:
+            return [measured(self.model, self._rows(sample[None])) for sample in self.samples]
+
+        def drawn() -> bool:
+            """Whether random numbers were drawn that matter."""
+            if all(map(torch.equal, states, _states())):
+                return False
+            first, second = log_probs(self._rows(longest[None], seed=1)), log_probs(self._rows(longest[None], seed=2))
+            return not torch.equal(first, second)
+
+        torch.manual_seed(0)
+        states = _states()
         try:
-            model.eval()
-            with attending(model, name):
-                return torch.cat([token_log_probs(model, part, plain_head=plain_head) for part in batches]).double()
-        except Exception:  # whatever a model has against it
-            return None
-        finally:
-            for module in training:
-                module.training = True
+            expected = each()
+            draws = drawn()
+        except Exception as error:  # whatever a model has against it
+            raise UserError(
+                f"{name} fails by its own attention ({self.own}) on a sample of its own: {cause.first_line(error)}"
+            ) from error
+        if any(together(lambda: draws)):
+            self.model.eval()
+            expected = each()
+        if not all(isfinite(float(one.log_probs.sum())) for one in expected):
+            raise UserError(
+                f"{name}: log-probabilities of the first samples aren't finite: look at the model's weights, or set "
+                "trainer.precision=32-true"
+            )
+        place = next(place for place, sample in enumerate(self.samples) if sample is longest)
+        self.found["noise"] = noise = self._alike(lambda: self._own_noise(longest, expected[place]))
+        if noise.log_prob > LARGEST_NOISE * self.floors[0]:
+            raise UserError(
+                f"{name} computes a sample otherwise beside itself in a batch, by {noise.log_prob:.1e} in "
+                "log-probabilities, so nothing can be compared with it: set trainer.precision=32-true, or train "
+                "another model"
+            )
+        return expected
 
-    expected = measure(own, True)
-    if expected is None:
-        raise UserError("the model fails by its own attention")
+    def _own_noise(self, sample: Tensor, expected: Measured) -> Difference:
+        """Of a sample twice in a batch, against it alone."""
+        twice = torch.stack([sample, sample])
+        try:
+            got = measured(self.model, self._rows(twice), scale=0.5)
+            before, after = (
+                log_probs(self._rows(rows))[len(sample) :]
+                for rows in (twice, torch.stack([self._other(sample), sample]))
+            )
+        except Exception:  # no model need know batches
+            return Difference()
+        self.reference = float((after - before).abs().max())
+        halves = got.grads[EMBEDDINGS].unflatten(0, (2, len(sample))).sum(0)
+        self.noise = _shares(replace(got, grads={**got.grads, EMBEDDINGS: halves}), expected)
+        # Of a causal model both rows are what it is alone.
+        log_prob = float((got.log_probs.unflatten(0, (2, len(sample))) - expected.log_probs).abs().max())
+        return Difference(log_prob, gradient=max(self.noise.values()), leak=self.reference)
 
-    def difference(got: Tensor | None) -> float:
-        return float("inf") if got is None else float((got - expected).abs().max())
+    def _difference(self, expected: Measured, passes: Sequence[Pass]) -> Difference:
+        """Of what these come to, one after the other."""
 
-    differences = {"alone": difference(measure(ours, True)), "packed": difference(measure(ours, False))}
-    if differences["alone"] > TOLERANCE:
-        return Proof(Isolation(own, True), "its attention is not ours", differences)
-    if differences["packed"] > TOLERANCE or isolate == APART:
-        return Proof(Isolation(ours, True), "samples of a row see each other", differences)
-    return Proof(Isolation(ours), None, differences)
+        def found() -> Difference:
+            try:
+                parts = [measured(self.model, run) for run in passes]
+                got = sum(parts[1:], start=parts[0])
+            except Exception as error:  # whatever a model has against it
+                return Difference(error=cause.first_line(error))
+            shares = _shares(got, expected)
+            allowed = {name: max(self.floors[1], TIMES_NOISE * self.noise.get(name, 0.0)) for name in shares}
+            worst = max(shares, key=lambda name: shares[name] / allowed[name] if shares[name] == shares[name] else inf)
+            return Difference(
+                log_prob=float((got.log_probs - expected.log_probs).abs().max()),
+                tolerated_log_prob=max(self.floors[0], TIMES_NOISE * self.found["noise"].log_prob),
+                gradient=shares[worst],
+                tolerated_gradient=allowed[worst],
+                tensor=worst,
+            )
+
+        return self._alike(found)
+
+    def _leaks(self, found: Difference) -> Difference:
+        """With what one sample of a row has to do with another, by its gradient and by replaced tokens."""
+        samples = list(self.samples)
+        first, last = len(samples[0]), sum(map(len, samples[:-1]))
+        start, end = len(samples[0]), len(samples[0]) + len(samples[1])
+        reach_T = reach(self.model, self._packed(flat(samples)), start, end)
+        outside = torch.cat([reach_T[:start], reach_T[end:]]).max()
+
+        def row(*changed: int) -> Tensor:
+            rows = [self._other(sample) if place in changed else sample for place, sample in enumerate(samples)]
+            return log_probs(self._packed(flat(rows)))
+
+        base = row()
+        changes = (row(0) - base)[first:], (row(len(samples) - 1) - base)[:last]
+        leak = max(float(change.abs().max()) for change in changes)
+        # Experts' matrices have other shapes for other tokens, so that bits of all tokens change.
+        tolerated = max(self.floors[2], TIMES_NOISE * self.reference) if self.reference or leak else 0.0
+        return replace(found, leak=leak, tolerated_leak=tolerated, reach=float(outside / reach_T.max()))
+
+    def _alike(self, find: Callable[[], Difference]) -> Difference:
+        """The worst of all ranks'."""
+        found = together(find)
+        return max(found, key=lambda one: (one.leaks, one.excess, one.log_prob))
+
+    def _rows(self, rows_BL: Tensor, seed: int = 0) -> Pass:
+        def run() -> Tensor:
+            torch.manual_seed(seed)
+            with self.forward():
+                return rows_pass(self.model, flat([rows_BL[0]]), rows_BL)
+
+        return run
+
+    def _packed(self, batch: Batch) -> Pass:
+        def run() -> Tensor:
+            torch.manual_seed(0)
+            with self.forward():
+                return graph_log_probs(self.model, batch, plain_head=self.plain_head)
+
+        return run
+
+    def _other(self, sample: Tensor) -> Tensor:
+        """Other tokens in its place."""
+        num = int(torch.cat(list(self.samples)).max()) + 1
+        return (sample + 1) % num
+
+    def _figures(self) -> str:
+        """The differences that were found."""
+        return "; ".join(f"{way} {found}" for way, found in self.found.items() if way != "noise")
+
+    def _slower(self, isolation: Isolation, num: float, tokens: float) -> float:
+        """About how many times slower passes of one sample are than of many: a pass is taken to cost a constant and
+        so much for each token."""
+        short, long = round(tokens / num), round(min(tokens, 1024))
+        row = torch.cat(list(self.samples))
+        row = row.repeat(long // len(row) + 1)
+
+        def seconds(length: int) -> float:
+            run = self._packed(flat([row[:length]]))
+            times = []
+            for _ in range(2):
+                begun = time.perf_counter()
+                measured(self.model, run)  # brings its figures to the host
+                times.append(time.perf_counter() - begun)
+            return min(times)
+
+        if not 1 < short < long:
+            return 1.0
+        try:
+            with attending(self.model, isolation.attention):
+                few, many = seconds(short), seconds(long)
+        except Exception:  # an estimate ends no run
+            return 1.0
+        per_token = max(0.0, (many - few) / (long - short))
+        constant = max(0.0, few - per_token * short)
+        slower = (num * constant + per_token * tokens) / (constant + per_token * tokens)
+        return max(together(lambda: slower))
+
+
+def _shares(got: Measured, expected: Measured) -> dict[str, float]:
+    """How far each tensor's gradient is from what is expected, as a share of the latter's norm or of a small part of
+    the largest norm."""
+    names = got.grads.keys() & expected.grads.keys()
+    norms = {name: float(expected.grads[name].norm()) for name in names}
+    least = SMALL * max([norm for name, norm in norms.items() if name != EMBEDDINGS], default=0.0)
+    apart = {name: float((got.grads[name] - expected.grads[name]).norm()) for name in names}
+    return {
+        name: apart[name] / max(norms[name], 1e-30, 0.0 if name == EMBEDDINGS else least) if apart[name] else 0.0
+        for name in sorted(names)
+    }
+
+
+def _states() -> list[Tensor]:
+    """Of torch's streams of random numbers."""
+    return [torch.get_rng_state(), *([torch.cuda.get_rng_state()] if torch.cuda.is_initialized() else [])]

@@ -6,6 +6,7 @@ Which of the two a model can do, and by which attention, is found by `first_batc
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -13,6 +14,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from sft.data.batch import Batch
 from sft.model.attention import NAME as PACKED
+from sft.runs import provenance
 
 
 @dataclass(frozen=True)
@@ -21,6 +23,16 @@ class Isolation:
 
     attention: str = PACKED  # as transformers knows it
     apart: bool = False  # a forward pass for each sample
+
+    @classmethod
+    def recorded(cls, run: Path) -> "Isolation":
+        """As the run in this folder has proven it; packed for runs begun before there was a proof."""
+        found = provenance.first_batch(run)
+        return cls(found["attention"], found["apart"]) if found else cls()
+
+    def __str__(self) -> str:
+        """As one says it of samples."""
+        return f"{'one at a time' if self.apart else 'packed'} by {self.attention} attention"
 
     def parts(self, batch: Batch) -> list[Batch]:
         """The batches that the model is called with for this one: itself, or one for each of its samples."""

@@ -79,6 +79,11 @@ def nll(model: PreTrainedModel, batch: Batch, *, plain_head: bool, objective: Ob
 @torch.no_grad()
 def token_log_probs(model: PreTrainedModel, batch: Batch, *, plain_head: bool) -> Tensor:
     """log p of each token given those before it in its sample, float32 [T]; 0 at first tokens."""
+    return graph_log_probs(model, batch, plain_head=plain_head)
+
+
+def graph_log_probs(model: PreTrainedModel, batch: Batch, *, plain_head: bool) -> Tensor:
+    """The same, with a graph for its gradient."""
     token_T = batch["input_ids"][0]
     position_N = (batch["position_ids"][0] != 0).nonzero()[:, 0] - 1
     target_N = token_T[position_N + 1]
@@ -87,8 +92,7 @@ def token_log_probs(model: PreTrainedModel, batch: Batch, *, plain_head: bool) -
     else:
         log_prob_N = _log_probs(logits_at(model, batch, position_N), target_N)
     log_prob_T = torch.zeros(len(token_T), dtype=torch.float32, device=token_T.device)
-    log_prob_T[position_N + 1] = log_prob_N
-    return log_prob_T
+    return log_prob_T.index_copy(0, position_N + 1, log_prob_N)
 
 
 def linear_log_probs(hidden_NC: Tensor, weight_VC: Tensor, target_N: Tensor) -> Tensor:

@@ -59,11 +59,8 @@ class Tokens:
 TOKENS = Tokens()
 
 
-def attach(model: PreTrainedModel, neftune_alpha: float, log: Callable[[str], None]) -> bool:
-    """Has the model's dropout drawn by token, and adds NEFTune's noise; whether it needs the tokens' keys.
-
-    `log` gets a line, once, if the model draws other random numbers in its first forward pass of training.
-    """
+def attach(model: PreTrainedModel, neftune_alpha: float) -> bool:
+    """Has the model's dropout drawn by token, and adds NEFTune's noise; whether it needs the tokens' keys."""
     config = vars(model.config.get_text_config())
     drops = [value for name, value in config.items() if "dropout" in name or name.endswith("_pdrop")]
     for name, module in model.named_modules():
@@ -72,7 +69,6 @@ def attach(model: PreTrainedModel, neftune_alpha: float, log: Callable[[str], No
             drops.append(module.p)
     if neftune_alpha:
         model.get_input_embeddings().register_forward_hook(partial(_add_noise, neftune_alpha))
-    _watch(model, log)
     return bool(neftune_alpha) or any(isinstance(value, float) and value > 0 for value in drops)
 
 
@@ -131,8 +127,9 @@ def _channels(salt: int, num_channels: int, device: torch.device) -> Tensor:
     return torch.from_numpy(numbers.view(np.int32)).to(device)
 
 
-def _watch(model: nn.Module, log: Callable[[str], None]) -> None:
-    """Compares the states of torch's streams before and after the first forward pass of training."""
+def watch(model: nn.Module, log: Callable[[str], None]) -> None:
+    """`log` gets a line, once, if the model draws random numbers by itself in its next forward pass of training, as
+    the states of torch's streams before and after it tell."""
 
     def states() -> list[Tensor]:
         return [torch.get_rng_state(), *([torch.cuda.get_rng_state()] if torch.cuda.is_initialized() else [])]

@@ -22,6 +22,7 @@ WORDS = {  # of recipe.json, in this order; what else is in it follows under its
     "precision": "precision",
     "weights_dtype": "weights",
     "attention": "attention",
+    "samples": "samples",
     "num_parameters": "parameters",
     "num_trained_parameters": "trained parameters",
     "optimizer": "optimizer",

@@ -105,7 +105,7 @@ def fit(
     except Exception as error:  # whatever Lightning has against the settings
         raise UserError(f"the trainer refuses its settings: {' '.join(str(error).split())}") from error
     # After those that the trainer's settings have added; the last two need the weights that it restores.
-    trainer.callbacks += [saving, FirstBatch(), Recipe(config, folder)]
+    trainer.callbacks += [saving, FirstBatch(folder), Recipe(config, folder)]
     meant = (*devices_and_nodes(config), world_size(config), rank)
     real = (trainer.num_devices, trainer.num_nodes, trainer.world_size, trainer.global_rank)
     if meant != real:

@@ -79,7 +79,10 @@ class SFTModule(L.LightningModule):
             log(frozen)
         self.plain_head = head_is_plain_matrix(self.model)
         self.router = router.attach(self.model, self.objective.router_aux, log)
-        self.trainer.datamodule.keyed = noise.attach(self.model, self.source.neftune_alpha, log)  # type: ignore[attr-defined]
+        self.trainer.datamodule.keyed = noise.attach(self.model, self.source.neftune_alpha)  # type: ignore[attr-defined]
+
+    def on_train_start(self) -> None:
+        noise.watch(self.model, log)
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         # Random numbers are a function of the place in the run, as the step plan is: a resumed step draws

@@ -1,0 +1,282 @@
+"""Faults of each kind, planted in a tiny Llama, and what the model's first batch says of them."""
+
+import contextlib
+import types
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import BloomConfig, BloomForCausalLM, LlamaForCausalLM, PreTrainedModel
+
+from conftest import tiny_llama
+from sft.errors import UserError
+from sft.model import attention, noise
+from sft.model.first_batch import Proof, Prover
+from sft.model.isolation import Isolation
+from sft.model.loss import head_is_plain_matrix
+
+PACKED, APART, OWN = Isolation(), Isolation(apart=True), Isolation("sdpa", apart=True)
+BOTH = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+Fault = Callable[[PreTrainedModel, pytest.MonkeyPatch], None]
+
+
+def made(**config: object) -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    return tiny_llama(attn_implementation="packed", initializer_range=0.2, **config).train()
+
+
+def proven(model: PreTrainedModel, dtype: torch.dtype = torch.float32, **settings: str) -> Proof:
+    draw = torch.Generator().manual_seed(0)
+    samples = [torch.randint(0, 264, (length,), generator=draw) for length in (11, 7, 9)]
+    forward = contextlib.nullcontext if dtype == torch.float32 else lambda: torch.autocast("cpu", torch.bfloat16)
+    asked = {"attention": "auto", "isolate": "auto", **settings}
+    return Prover(model, samples, plain_head=head_is_plain_matrix(model), dtype=dtype, forward=forward, **asked).prove()
+
+
+@BOTH
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_packed_model_is_left_as_it_was(dtype: torch.dtype, checkpointing: bool) -> None:
+    model = made(attention_dropout=0.5)
+    noise.attach(model, 5.0)
+    model.model.norm.eval()
+    if checkpointing:
+        model.activation_checkpointing_enable({"use_reentrant": False})
+    state, weights = torch.get_rng_state(), [parameter.clone() for parameter in model.parameters()]
+    proof = proven(model, dtype)
+    assert proof.isolation == PACKED and proof.reason is None and proof.training_mode
+    assert {*proof.differences} == {"noise", "alone", "packed"}
+    assert proof.differences["packed"].reach == proof.differences["packed"].leak == 0
+    assert torch.equal(state, torch.get_rng_state())
+    assert all(map(torch.equal, weights, model.parameters()))
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert [name for name, module in model.named_modules() if not module.training] == ["model.norm"]
+    assert model.config.attention_dropout == model.model.layers[0].self_attn.attention_dropout == 0.5
+    assert model.config._attn_implementation == "packed"
+    assert not any(module._forward_pre_hooks for module in model.model.layers.modules())
+
+
+def with_attention(change: Callable[..., Tensor]) -> Fault:
+    """Of this project's attention for one sample."""
+
+    def plant(model: PreTrainedModel, patch: pytest.MonkeyPatch) -> None:
+        original = attention._attend
+        patch.setattr(attention, "_attend", lambda *arguments: change(original, *arguments))
+
+    return plant
+
+
+def scaled(original: Any, query: Tensor, key: Tensor, value: Tensor, scale: float, *others: Any) -> Tensor:
+    return original(query, key, value, scale * 1.5, *others)
+
+
+def without_a_causal_mask(
+    original: Any, query: Tensor, key: Tensor, value: Tensor, scale: float, *others: Any
+) -> Tensor:
+    return F.scaled_dot_product_attention(query, key, value, scale=scale)
+
+
+def windowed(original: Any, query: Tensor, key: Tensor, value: Tensor, scale: float, drop: float, *_: Any) -> Tensor:
+    return original(query, key, value, scale, drop, 4, None)
+
+
+class Changed(nn.Module):
+    """A layer's MLP whose output [1, T, C] is changed."""
+
+    def __init__(self, mlp: nn.Module, change: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.mlp, self.change = mlp, change
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return self.change(self.mlp(hidden))
+
+
+def with_mlp(change: Callable[[Tensor], Tensor]) -> Fault:
+    def plant(model: PreTrainedModel, patch: pytest.MonkeyPatch) -> None:
+        model.model.layers[0].mlp = Changed(model.model.layers[0].mlp, change)
+
+    return plant
+
+
+def running(share: float) -> Fault:
+    """A state that runs on from sample to sample, as that of a state-space layer."""
+    return with_mlp(lambda hidden: hidden + share * (hidden.cumsum(1) - hidden))
+
+
+def by_place(hidden: Tensor) -> Tensor:
+    """What counts tokens from the beginning of the row."""
+    place = torch.arange(hidden.shape[1], dtype=hidden.dtype)
+    return hidden + (place / 4)[:, None].sin()
+
+
+class BackwardLeak(torch.autograd.Function):
+    """Right forward; backward a token gets a share of the next one's gradient, whosever that is."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor) -> Tensor:
+        return hidden.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return grad + 0.05 * grad.roll(-1, dims=1)
+
+
+def gain_without_a_gradient(model: PreTrainedModel, patch: pytest.MonkeyPatch) -> None:
+    """A parameter of attention, as the sinks of GPT-OSS, that this project's has no gradient for."""
+    for layer in model.model.layers:
+        layer.self_attn.gain = nn.Parameter(torch.full((32,), 1.1))
+        original = layer.self_attn.forward
+
+        def forward(self: nn.Module, *arguments: Any, original: Any = original, **named: Any) -> tuple[Tensor, Any]:
+            out, weights = original(*arguments, **named)
+            gain = self.gain.detach() if self.config._attn_implementation == "packed" else self.gain
+            return out * gain, weights
+
+        layer.self_attn.forward = types.MethodType(forward, layer.self_attn)
+
+
+def one_sample_less(model: PreTrainedModel, patch: pytest.MonkeyPatch) -> None:
+    """The first two samples of a row are taken for one."""
+    original = attention._lengths.__wrapped__
+    merged = lambda bounds: [sum(found[:2]), *found[2:]] if len(found := original(bounds)) > 1 else found  # noqa: E731
+    patch.setattr(attention, "_lengths", merged)
+
+
+def raises(original: Any, *_: Any) -> Tensor:
+    raise NotImplementedError("no kernel for this\nmodel")
+
+
+FAULTS = {
+    "scale": (with_attention(scaled), OWN, "doesn't compute by packed attention what its own does"),
+    "mask": (with_attention(without_a_causal_mask), OWN, "doesn't compute by packed attention what its own does"),
+    "window": (with_attention(windowed), OWN, "doesn't compute by packed attention what its own does"),
+    "gradient": (gain_without_a_gradient, OWN, "doesn't compute by packed attention what its own does"),
+    "exception": (with_attention(raises), OWN, "(NotImplementedError: no kernel for this)"),
+    "boundary": (one_sample_less, APART, "carries state across samples"),
+    "state": (running(0.05), APART, "carries state across samples"),
+    "small state": (running(1e-4), APART, "carries state across samples"),
+    "backward": (with_mlp(BackwardLeak.apply), APART, "carries state across samples"),
+    "place": (with_mlp(by_place), APART, "computes something else of packed samples"),
+}
+
+
+@BOTH
+@pytest.mark.parametrize("name", FAULTS)
+def test_a_fault_is_found(name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    plant, isolation, reason = FAULTS[name]
+    model = made()
+    plant(model, monkeypatch)
+    proof = proven(model, dtype)
+    assert proof.isolation == isolation
+    assert proof.reason and reason in proof.reason and "one at a time" in proof.reason
+
+
+@pytest.mark.parametrize(
+    ("fault", "settings", "message"),
+    [
+        (
+            "scale",
+            {"attention": "packed"},
+            r"model.attention=packed: llama computes something else by it: alone .*",
+        ),
+        (
+            "scale",
+            {"isolate": "packed"},
+            "model.isolate=packed: llama computes something else by packed attention",
+        ),
+        (
+            "state",
+            {"isolate": "packed"},
+            r"model.isolate=packed: llama doesn't keep .*alone .*packed .*between",
+        ),
+    ],
+    ids=["attention", "isolate", "leak"],
+)
+def test_what_is_asked_for_and_wrong_is_refused(
+    fault: str, settings: dict[str, str], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = made()
+    FAULTS[fault][0](model, monkeypatch)
+    with pytest.raises(UserError, match=message):
+        proven(model, **settings)
+
+
+@pytest.mark.parametrize(
+    ("settings", "isolation"),
+    [
+        ({"attention": "own"}, OWN),
+        ({"isolate": "apart"}, APART),
+        ({"attention": "eager"}, Isolation("eager", apart=True)),
+        ({"attention": "packed", "isolate": "packed"}, PACKED),
+    ],
+    ids=["own", "apart", "eager", "packed"],
+)
+def test_settings_decide(settings: dict[str, str], isolation: Isolation) -> None:
+    proof = proven(made(), **settings)
+    assert proof.isolation == isolation and proof.reason is None
+    with contextlib.suppress(KeyError):
+        assert proof.differences["alone"].log_prob < 1e-5
+
+
+def test_what_own_attention_does_in_another_shape_is_tolerated(monkeypatch: pytest.MonkeyPatch) -> None:
+    # This project's attention is off by a thousandth; the model's own by half of that beside another row.
+    with_attention(lambda original, *arguments: original(*arguments) * 1.001)(model := made(), monkeypatch)
+    assert proven(model).isolation == OWN
+    noisy = with_mlp(lambda hidden: hidden * (1.0005 if len(hidden) > 1 else 1.0))
+    noisy(model, monkeypatch)
+    proof = proven(model)
+    assert proof.isolation == PACKED
+    assert 2e-5 < proof.differences["alone"].log_prob < 8 * proof.differences["noise"].log_prob
+
+
+def test_a_model_that_is_no_measure_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    broken, wrong = made(), made()
+    broken.model.norm.weight.data[0] = float("nan")
+    with pytest.raises(UserError, match="log-probabilities of the first samples aren't finite"):
+        proven(broken)
+    with_mlp(lambda hidden: hidden * len(hidden))(wrong, monkeypatch)
+    with pytest.raises(UserError, match=r"llama computes a sample otherwise beside itself in a batch, by .*e"):
+        proven(wrong)
+
+    def missing(*_: object, **__: object) -> None:
+        raise ImportError("install the kernel\nlike so")
+
+    monkeypatch.setattr(wrong.model.layers[1], "forward", missing)
+    with pytest.raises(UserError, match=r"fails by its own attention \(sdpa\) .*: ImportError: install the kernel$"):
+        proven(wrong)
+
+
+def test_a_model_that_draws_at_random_is_proven_in_evaluation_mode() -> None:
+    model = made()
+    mlp = Changed(model.model.layers[0].mlp, lambda hidden: hidden)
+    mlp.change = lambda hidden: hidden * (torch.rand(hidden.shape) if mlp.training else 1)
+    model.model.layers[0].mlp = mlp
+    proof = proven(model)
+    assert proof.isolation == PACKED and not proof.training_mode and "evaluation mode" in proof.said
+    assert model.training and mlp.training
+
+
+def test_weights_that_are_frozen() -> None:
+    model = made().requires_grad_(False)
+    assert proven(model).isolation == PACKED
+    model.model.layers[1].self_attn.q_proj.weight.requires_grad_(True)
+    assert proven(model).differences["packed"].gradient > 0
+    assert not model.model.embed_tokens.weight.requires_grad
+
+
+def test_bloom_has_its_own_attention() -> None:
+    torch.manual_seed(0)
+    config = BloomConfig(vocab_size=264, hidden_size=32, n_layer=2, n_head=4, initializer_range=0.2)
+    model = BloomForCausalLM._from_config(config, attn_implementation="packed").train()
+    proof = proven(model)
+    assert proof.isolation == replace(OWN, attention="eager") and proof.reason and proof.reason.startswith("bloom ")
+
+
+def test_the_slower_way_has_its_price() -> None:
+    model, samples = made(), [torch.arange(16)] * 3
+    prover = Prover(model, samples, "own", "auto", True, torch.float32, contextlib.nullcontext, (16.0, 256.0))
+    assert 1 < (prover.prove().slower or 0) < 16
+    assert replace(prover, per_pass=(1.0, 256.0)).prove().slower == 1
