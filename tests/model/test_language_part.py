@@ -18,7 +18,10 @@ from transformers import (
 
 import settings
 from conftest import tiny_llama
+from made_up import OneRank
 from sft.errors import UserError
+from sft.model import sharded_loading
+from sft.model.flops import of_model
 from sft.model.language_part import rest, rest_modules, said
 from sft.model.loading import ModelSource
 from sft.model.model_class import auto_class
@@ -156,3 +159,27 @@ def test_a_folder_is_loaded_as_what_it_was(gemma3: Path) -> None:
     assert {name: list(p.shape) for name, p in model.named_parameters()} == {
         name: list(p.shape) for name, p in ours.named_parameters()
     }
+
+
+def test_shards_hold_all_of_it_and_train_the_same(gemma3: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    readers, reader = [], sharded_loading.weight_reader
+
+    def noted(*arguments: Any) -> Any:
+        readers.append(reader(*arguments))
+        return readers[-1]
+
+    monkeypatch.setattr(sharded_loading, "weight_reader", noted)
+    whole, sharded = source_of(gemma3).load(torch.float32), source_of(gemma3).load(torch.float32, sharding=OneRank())
+    for (name, ours), (other, theirs) in zip(sharded.named_parameters(), whole.named_parameters(), strict=True):
+        assert (name, ours.requires_grad) == (other, theirs.requires_grad)
+        assert torch.equal(ours, theirs), name
+    for (name, own), (other, buffer) in zip(sharded.named_buffers(), whole.named_buffers(), strict=True):
+        assert name == other and torch.equal(own, buffer), name
+    # Range by range: Gemma 3's files call the language part otherwise than its model does.
+    assert len(readers) == 1 and readers[0] is not None
+
+
+def test_operations_are_those_of_the_language_part() -> None:
+    model = tiny_gemma3()
+    alone = Gemma3ForCausalLM(model.config.get_text_config())
+    assert of_model(model) == of_model(alone)

@@ -29,7 +29,6 @@ from sft.data.step_plan import eval_plan
 from sft.data.store import Store
 from sft.errors import UserError
 from sft.export.folder import load_exported
-from sft.model import attention
 from sft.model.isolation import Isolation, use_attention
 from sft.model.loss import head_is_plain_matrix, token_log_probs
 from sft.runs.files import output_file
@@ -63,8 +62,8 @@ def main(config: DictConfig) -> None:
     samples = splits.train if config.path is not None else splits.val
     if samples is None:
         raise UserError(f"{run.folder} has no validation data: name what to score with data=")
-    model = load_exported(folder, attention.NAME, trusted)
     isolation = Isolation.recorded(run.folder)
+    model = load_exported(folder, isolation.attention, trusted)
     opened = path.open("w") if path else nullcontext(sys.stdout)
     with opened as output:
         for line in scores(model, samples, data_config.max_length, isolation):

@@ -4,7 +4,7 @@ import json
 import re
 import subprocess
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -12,7 +12,6 @@ import torch
 from huggingface_hub import split_torch_state_dict_into_shards
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerFast
-from transformers.core_model_loading import revert_weight_conversion
 
 from sft.checkpoint import safetensors_file
 from sft.data.chat_template import special_ids
@@ -22,8 +21,9 @@ from sft.model import model_class
 from sft.model.adapter import quantization
 from sft.model.loading import ModelSource
 from sft.model.missing import without_report
+from sft.model.names_on_disk import Specs as Specs
+from sft.model.names_on_disk import names_on_disk
 
-Specs = Mapping[str, tuple[torch.dtype, Sequence[int]]]  # dtype and shape of each weight, by its name in the model
 Read = Callable[[str], Tensor]  # one weight by that name
 
 
@@ -69,20 +69,6 @@ def empty_model(source: ModelSource, dtype: torch.dtype | None = None, adapter: 
         with torch.device("meta"):
             source.adapter.add(model, source.trained_ids)
     return model
-
-
-def names_on_disk(model: PreTrainedModel, specs: Specs) -> dict[str, str] | None:
-    """Each weight's name in the model by its name on disk; None if transformers stores tensors of another form.
-
-    The answer comes from transformers' own conversion, applied to tensors that have a shape and no content: a renamed
-    tensor is still the same object, one that is split, joined or transposed is a new one.
-    """
-    ignored = set(model._keys_to_ignore_on_save or ())
-    empty = {name: torch.empty(s, dtype=d, device="meta") for name, (d, s) in specs.items() if name not in ignored}
-    name_of = {id(tensor): name for name, tensor in empty.items()}
-    converted = revert_weight_conversion(model, dict(empty))
-    names = {stored: name_of[id(tensor)] for stored, tensor in converted.items() if id(tensor) in name_of}
-    return names if len(names) == len(converted) and sorted(names.values()) == sorted(empty) else None
 
 
 def write_shards(folder: Path, specs: Specs, read: Read, names: Mapping[str, str], max_shard_size: int | str) -> None:

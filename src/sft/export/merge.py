@@ -12,9 +12,10 @@ from transformers import PreTrainedModel
 
 from sft.checkpoint import safetensors_file
 from sft.checkpoint.layout import persistent_buffers
-from sft.export.folder import Read, Specs, empty_model, names_on_disk
+from sft.export.folder import Read, Specs, empty_model
 from sft.model.adapter import NAME, TRAINED_WHOLE, stored_name
 from sft.model.loading import ModelSource
+from sft.model.names_on_disk import names_on_disk
 from sft.model.sharded_loading import weight_reader
 from sft.model.trained_tokens import ROWS
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from sft.checkpoint.layout import full_shape
+from sft.model.language_part import rest
 from sft.model.router import NUM_EXPERTS
 
 if TYPE_CHECKING:
@@ -65,11 +66,14 @@ def of_model(model: "PreTrainedModel") -> Flops:
     active = (getattr(config, "num_experts_per_tok", None) or num_experts) / num_experts
     output = model.get_output_embeddings()
     heads = set(output.modules()) if output is not None else set()
+    unused = {id(parameter) for parameter in rest(model).values()}  # which no text runs through
     body, head = 0.0, 0.0
     for name, module in model.named_modules():
         if isinstance(module, nn.Embedding) or "original_module" in name:  # peft's, whose copy is trained
             continue
         for own, parameter in module.named_parameters(recurse=False):
+            if id(parameter) in unused:
+                continue
             each = 6 if parameter.requires_grad else 4
             if module in heads:
                 head += each * _size(module, own, parameter)

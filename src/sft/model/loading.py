@@ -181,7 +181,8 @@ class ModelSource:
             fields = dict(self.config)
             with loading("model", "of model.config"):
                 config = AutoConfig.for_model(str(fields.pop("model_type", "llama")), **fields)
-            if has_rest(config):
+                more = has_rest(config)
+            if more:
                 raise UserError(
                     f"model.init=random: {config.model_type} has more parts than its language part, and frozen weights "
                     f"would be in no file: set model.config.model_type={config.get_text_config().model_type}"

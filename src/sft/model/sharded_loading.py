@@ -14,6 +14,7 @@ from transformers.utils.hub import cached_file
 from sft.checkpoint.layout import Read, Whole, allocate, named_trainable, persistent_buffers
 from sft.checkpoint.safetensors_file import read_range
 from sft.model.adapter import TRAINED_WHOLE, Adapter, base_name
+from sft.model.names_on_disk import names_on_disk
 from sft.model.parameters import NO_DECAY, Parameters
 from sft.model.vocabulary import Growth
 
@@ -55,7 +56,10 @@ def load_sharded(
     Returns what was read, in fp32, for who keeps the weights in another dtype; None where nothing was.
     """
     drawn = drawn or {}
-    shapes = {name: list(tensor.shape) for name, tensor in [*model.named_parameters(), *persistent_buffers(model)]}
+    own_weights = [*model.named_parameters(), *persistent_buffers(model)]
+    shapes = {name: list(tensor.shape) for name, tensor in own_weights}
+    on_disk = names_on_disk(model, {name: (tensor.dtype, tensor.shape) for name, tensor in own_weights}) or {}
+    keys = {name: key for key, name in on_disk.items()}
     if adapter:
         adapter.add(model)
     if parameters:
@@ -73,7 +77,7 @@ def load_sharded(
     if growth:
         shapes |= {name: [growth.stored, *shapes[name][1:]] for name in growth.names if name in shapes}
     stored = {name: shape for name, shape in shapes.items() if name not in drawn}
-    read = weight_reader(path, revision, stored, model.base_model_prefix) if path else None
+    read = weight_reader(path, revision, stored, model.base_model_prefix, keys) if path else None
     if read is None:
         whole = load_whole()
         values = {name: tensor.detach().reshape(-1) for name, tensor in whole.named_parameters()}
@@ -120,17 +124,25 @@ def first_values(model: PreTrainedModel, path: str | None, revision: str | None)
     return lambda name, start, stop: held[name][start:stop]
 
 
-def weight_reader(source: str, revision: str | None, shapes: Mapping[str, list[int]], prefix: str) -> Read | None:
+def weight_reader(
+    source: str,
+    revision: str | None,
+    shapes: Mapping[str, list[int]],
+    prefix: str,
+    on_disk: Mapping[str, str] | None = None,
+) -> Read | None:
     """`read(name, start, stop)` of the flat values of each weight in a model's safetensors files.
 
-    None where the files name or shape their tensors otherwise than the model does.
+    `on_disk`: what transformers calls a weight in files, where that differs. None where they name or shape their
+    tensors in another way.
     """
     files = [safe_open(path, "pt") for path in weight_files(source, revision)]
     file_of = {key: file for file in files for key in file.keys()}  # noqa: SIM118  it is no mapping
     keys = {}
     for name, shape in shapes.items():
         # A file of the bare backbone leaves out the first part of the name.
-        key = name if name in file_of else name.removeprefix(f"{prefix}.")
+        likely = ((on_disk or {}).get(name, name), name, name.removeprefix(f"{prefix}."))
+        key = next((key for key in likely if key in file_of), name)
         if key not in file_of or file_of[key].get_slice(key).get_shape() != shape:
             return None
         keys[name] = key
