@@ -4,12 +4,13 @@ The loop is the model's own class and attention, one sample at a time, plain cro
 must agree in the log-probability of every token and in the gradient of every parameter.
 """
 
+import copy
 import inspect
 import math
 import traceback
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,17 +27,22 @@ import settings
 from checks.numbers import batch_of, gradient
 from checks.process import Place
 from made_up import OneRank
+from sft.checkpoint.layout import named_trainable, persistent_buffers
 from sft.data.labels import IGNORE
 from sft.errors import UserError
 from sft.export.folder import write_model as write_export
-from sft.export.merge import weights
+from sft.export.merge import completed, weights
 from sft.model import sharded_loading
+from sft.model.adapter import NAME as ADAPTER
 from sft.model.adapter import initial
-from sft.model.first_batch import Proof, prove
+from sft.model.cause import first_line
+from sft.model.first_batch import Proof, Prover
 from sft.model.isolation import Isolation, use_attention
 from sft.model.loading import ModelSource
 from sft.model.loss import head_is_plain_matrix, nll, token_log_probs
+from sft.proof.excerpt import Excerpt
 from sft.proof.shrink import write_model
+from sft.training.first_batch import first_samples
 
 PACKED, APART, REFUSED, WRONG, TRACEBACK = "packed", "apart", "refused", "silently wrong", "traceback"
 # The largest difference of a token's log-probability; of the gradient ‖a − b‖ / ‖b‖, of all parameters together and of
@@ -45,7 +51,6 @@ PACKED, APART, REFUSED, WRONG, TRACEBACK = "packed", "apart", "refused", "silent
 FORWARD, GRADIENT, WORST, SMALLEST = 1e-4, 1e-4, 1e-3, 1e-2
 VOCAB = 267
 LENGTHS = (70, 33, 1, 51, 2, 30)  # longer than windows and chunks of the small models
-PROVEN = (5, 4, 1)  # of these, those that a model is proven on: 30, 2 and 33 tokens
 
 QUICK = (  # one of each kind
     *("llama", "gpt2", "opt", "openai-gpt"),  # dense, and older ones with positions of their own
@@ -171,7 +176,10 @@ class Off(Exception):
 
 def write_small(folder: Path, name: str) -> None:
     """A small model of this type, as its configuration's defaults have it; BERT and the like as decoders."""
-    config = AutoConfig.for_model(name)
+    try:
+        config = AutoConfig.for_model(name)
+    except Exception as error:  # transformers' own
+        raise UserError(f"its configuration has no defaults to make small ({first_line(error)})") from error
     if getattr(config, "is_decoder", None) is False and not getattr(config, "is_encoder_decoder", False):
         config.is_decoder = True
     write_model(folder, config, VOCAB, seed=0)
@@ -227,7 +235,8 @@ def log_probs(model: nn.Module, ids: np.ndarray) -> Tensor:
     """Of one sample, as its model is called by itself. [tokens − 1]"""
     row = torch.from_numpy(ids.astype(np.int64))[None]
     names = inspect.signature(model.forward).parameters
-    inputs = {"input_ids": row} | ({"use_cache": False} if "use_cache" in names else {})
+    takes_any = any(each.kind is inspect.Parameter.VAR_KEYWORD for each in names.values())
+    inputs = {"input_ids": row} | ({"use_cache": False} if "use_cache" in names or takes_any else {})
     try:
         logits = model(**inputs).logits
     except ValueError as error:  # in training some want to be told that nothing is an image
@@ -268,10 +277,15 @@ def special_ids(config: Mapping[str, Any]) -> list[int]:
 def proven(source: ModelSource, samples: Samples, place: Place, draws: bool) -> tuple[Any, Proof]:
     """The model, and how its first samples have found it to be called."""
     model = source.load(torch.float32)
-    first = batch_of([samples[number] for number in PROVEN], place)
-    proof = prove(
-        model, first, attention=source.attention, isolate=source.isolate, plain_head=head_is_plain_matrix(model)
-    )
+    proof = Prover(
+        model,
+        first_samples(Excerpt(samples, 0), torch.device(place.device)),
+        attention=source.attention,
+        isolate=source.isolate,
+        plain_head=head_is_plain_matrix(model),
+        dtype=torch.float32,
+        forward=nullcontext,
+    ).prove()
     use_attention(model, proof.isolation.attention)
     return model.train(not draws), proof
 
@@ -330,18 +344,18 @@ def attended(source: ModelSource, isolation: Isolation) -> Any:
 
 
 def lora(source: ModelSource, isolation: Isolation, model: Plain, place: Place) -> Row:
-    """Of the adapter's weights alone; the plain loop has the same ones, added to its model by peft itself."""
+    """Of an adapter's weights alone; the plain loop has the same ones, added to its model by peft alone."""
     from peft import inject_adapter_in_model
 
-    adapter = settings.adapter(r=4, alpha=8)
-    trained = attended(replace(source, adapter=adapter), isolation).train(not model.draws)
+    trained = attended(replace(source, adapter=settings.adapter(r=4, alpha=8)), isolation).train(not model.draws)
     drawn = {}
     for name, parameter in trained.named_parameters():
         if parameter.requires_grad:  # B is zero at first, and would leave A without a gradient
             drawn[name] = initial(name.replace("lora_B", "lora_A"), parameter.shape)
             parameter.data.copy_(drawn[name])
-    plain = inject_adapter_in_model(adapter.lora_config(), model.load())
-    plain.load_state_dict(drawn, strict=False)
+    plain = inject_adapter_in_model(copy.deepcopy(trained.peft_config[ADAPTER]), model.load())
+    if unknown := plain.load_state_dict(drawn, strict=False).unexpected_keys:
+        raise Off(f"peft adds no {unknown[0]}")
     log_prob, exact = loop(plain, model.samples)
     own = {name: value for name, value in exact.items() if name in drawn}
     return errors(computed(trained, isolation, model.samples, place), (log_prob, own))
@@ -386,10 +400,14 @@ def export(source: ModelSource, trained: Any, model: Plain) -> Row:
             if parameter.requires_grad:
                 parameter.mul_(1.01)
                 exact.get_parameter(name).mul_(1.01)
-    specs: Any = {name: (value.dtype, list(value.shape)) for name, value in weights(trained).items()}
+    held = dict([*named_trainable(trained), *persistent_buffers(trained)])
+    specs: Any = {name: (value.dtype, list(value.shape)) for name, value in held.items()}
+    read: Any = lambda name: held[name].detach()  # noqa: E731
+    if source.keeps_base(source.load_config()):
+        specs, read = completed(source, specs, read)
     said: list[str] = []
     folder = model.folder.with_name(f"{model.folder.name}-export")
-    write_export(folder, source, specs, weights(trained).__getitem__, GenerationConfig(), log=said.append)
+    write_export(folder, source, specs, read, GenerationConfig(), log=said.append)
     row: Row = {"way": "whole" if said else "by weight"}
     reloaded = model.load(folder).eval()
     exact.eval()

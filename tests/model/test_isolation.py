@@ -82,9 +82,8 @@ def test_a_batch_in_parts() -> None:
     first, second, empty = one_by_one(batch)
     ids, labels = batch["input_ids"][0].tolist(), batch["labels"][0].tolist()
     assert first["input_ids"].tolist() == [ids[:3]] and second["input_ids"].tolist() == [ids[3:]]
-    assert second["labels"].tolist() == [[IGNORE, IGNORE, *ids[5:]]] and second["position_ids"].tolist() == [
-        [*range(5)]
-    ]
+    assert second["labels"].tolist() == [[IGNORE, IGNORE, *ids[5:]]]
+    assert second["position_ids"].tolist() == [[*range(5)]]
     assert (first["predicting"].tolist(), second["predicting"].tolist()) == ([1], [1, 2, 3])
     assert [*first["weights"].tolist(), *second["weights"].tolist()] == batch["weights"].tolist()  # type: ignore[union-attr]
     assert [part["cu_seqlens"].tolist() for part in (first, second, empty)] == [[0, 3], [0, 5], [0, 1]]

@@ -57,8 +57,11 @@ def test_weights_are_a_function_of_the_seed(tmp_path: Path) -> None:
 
 
 def test_architecture_without_a_small_form_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shrink, "SIZES", ((7, 45),))  # odd, which experts can't be
-    with pytest.raises(UserError, match="no small form of MixtralConfig runs"):
+    inconsistent = AutoConfig.for_model(
+        "llama", hidden_size=24, intermediate_size=8, num_hidden_layers=1, num_attention_heads=3, num_key_value_heads=2
+    )
+    monkeypatch.setattr(shrink, "forms", lambda config, vocab_size: [lambda: inconsistent])
+    with pytest.raises(UserError, match=r"no small form of MixtralConfig runs .*: name another model"):
         shrink.write_model(tmp_path, AutoConfig.for_model("mixtral"), 97, seed=0)
 
 
@@ -105,7 +108,7 @@ def test_rehearsal_and_certificate_train_the_same_small_model(
     names = ("_target_", "tokenizer", "revision", "init", "config", "attention", "compile")
     assert [job.model[name] for name in names] == [cells.model[name] for name in names]
     assert [job.model.tokenizer, job.model.revision] == [str(model_folder), "main"]
-    assert [job.model.attention, job.model.compile, job.model.config] == ["packed", False, {}]
+    assert [job.model.attention, job.model.compile, job.model.config] == ["auto", False, {}]
     assert job.adapter == cells.adapter and job.adapter.dropout == 0
     for config in (job, cells):
         assert [config.trainer.num_nodes, config.trainer.precision] == [1, "bf16-mixed"]

@@ -4,41 +4,38 @@ It runs the same code in seconds, on a processor as well. Sizes are odd, so that
 Dropout is off, since the ranks of two strategies draw different random numbers.
 """
 
-import copy
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
 from hydra.utils import instantiate
 from omegaconf import DictConfig
-from transformers import PretrainedConfig
+from transformers import PretrainedConfig, PreTrainedModel
 
 from sft.errors import UserError
-from sft.model.model_class import auto_class
+from sft.model.model_class import auto_class, of_folder
+from sft.proof import small_config
+from sft.proof.small_config import Form
 
 HEAD_DIM = 8
 # Hidden channels of each head and channels within a layer. Odd ones come first; not every architecture takes them.
 SIZES = ((7, 45), (8, 45), (8, 44), (16, 44))
-# The largest value of each field that an architecture may have.
-LARGEST = {
+# Of fields that some architectures have.
+SIZE_OF = {
     "moe_intermediate_size": 20,
     "shared_expert_intermediate_size": 20,
-    "num_experts": 4,
-    "num_local_experts": 4,
-    "n_routed_experts": 4,
-    "n_shared_experts": 1,
-    "num_experts_per_tok": 2,
-    "n_group": 1,
-    "topk_group": 1,
-    "first_k_dense_replace": 1,
-    "num_nextn_predict_layers": 0,
     "q_lora_rank": 12,
     "kv_lora_rank": 10,
     "qk_rope_head_dim": HEAD_DIM,
     "qk_nope_head_dim": HEAD_DIM,
     "v_head_dim": HEAD_DIM,
     "query_pre_attn_scalar": HEAD_DIM,
-    "sliding_window": 16,  # shorter than the samples, so that it has an effect
 }
+NOISE = 0.05  # of parameters that are all alike
+NUM_TOKENS = 24  # of a trial, more than a window has; the least vocabulary has one more
 
 
 def first_rows(data: DictConfig, num_rows: int) -> None:
@@ -81,64 +78,91 @@ def write_model(
     folder: Path, config: PretrainedConfig, vocab_size: int | None, seed: int, trust_remote_code: bool = False
 ) -> None:
     """Writes a small model of an architecture with weights drawn from the seed; UserError if no small form runs."""
-    for width, intermediate_size in SIZES:
+    message = ""
+    for form in forms(config, vocab_size):
         try:
-            small = smaller(config, vocab_size, width, intermediate_size)
-            with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(seed)
+            with deterministic(seed):
+                small = form()
                 model = auto_class(small).from_config(small, trust_remote_code=trust_remote_code, dtype=torch.float32)
-            with torch.no_grad():
-                model(input_ids=torch.tensor([[0, 1, 2, 3]]), use_cache=False)
+                stir(model)
+            logits = check_runs(model)
             model.save_pretrained(folder)
+            reloaded = of_folder(str(folder), trust_remote_code=trust_remote_code).from_pretrained(
+                folder, trust_remote_code=trust_remote_code, dtype=torch.float32
+            )
+            if not torch.allclose(check_runs(reloaded), logits, atol=1e-5):
+                raise ValueError("it isn't the same after it is saved and loaded")
             return
-        except (ValueError, TypeError, RuntimeError, AttributeError, IndexError, AssertionError) as error:
-            message = " ".join(str(error).split())[:200]
+        except Exception as error:  # whatever an architecture has against a form
+            message = " ".join(str(error).split())[:200] or type(error).__name__
     raise UserError(f"no small form of {type(config).__name__} runs ({message}): name another model with model.path")
 
 
-def smaller(config: PretrainedConfig, vocab_size: int | None, width: int, intermediate_size: int) -> PretrainedConfig:
-    """The configuration of the same architecture with few layers and `width` hidden channels for each head."""
-    small = copy.deepcopy(config)
-    text = small.get_text_config()
-    kept = _kept_layers(text)
-    for name, value in list(vars(text).items()):
-        if isinstance(value, list | tuple) and len(value) == text.num_hidden_layers:
-            setattr(text, name, [value[layer] for layer in kept])
-        elif ("dropout" in name or name.endswith("_pdrop")) and isinstance(value, int | float):
-            setattr(text, name, 0.0)
-        elif name.startswith("rope") and isinstance(value, dict):
-            setattr(text, name, _cut_lists(value))
-    text.num_hidden_layers = len(kept)
-    num_groups = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
-    ratio = text.num_attention_heads // num_groups
+def forms(config: PretrainedConfig, vocab_size: int | None) -> Iterator[Callable[[], PretrainedConfig]]:
+    """What makes a small configuration, the preferred first."""
+    general = [Form(vocab_size, *divisors) for divisors in small_config.divisors(config)]
+    yield from (partial(odd, config, general[0], *sizes) for sizes in SIZES)
+    yield from (partial(form.of, config) for form in general[:3])
+    # Some share weights between layers of a kind.
+    yield from (partial(replace(form, layers=2).of, config) for form in general[:3])
+    yield from (partial(form.of, config) for form in general[3:])
+
+
+def odd(config: PretrainedConfig, form: Form, width: int, intermediate_size: int) -> PretrainedConfig:
+    """A small configuration whose text part has `width` hidden channels for each head."""
+    small = form.of(config)
+    big, text = small_config.text_of(config), small_config.text_of(small)
+    num_groups = getattr(big, "num_key_value_heads", None) or big.num_attention_heads
+    ratio = big.num_attention_heads // num_groups
     num_groups = 1 if num_groups == 1 and ratio > 1 else 3 if ratio <= 3 else 2
     _replace(text, "num_key_value_heads", num_groups)
     text.num_attention_heads = num_groups * min(ratio, 4)
     text.hidden_size = text.num_attention_heads * width
     _replace(text, "head_dim", HEAD_DIM)
     _replace(text, "intermediate_size", intermediate_size)
-    for name, largest in LARGEST.items():
-        _replace(text, name, min(getattr(text, name, None) or 0, largest))
+    for name, size in SIZE_OF.items():
+        if getattr(big, name, None):
+            _replace(text, name, size)
     for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
         setattr(text, name, None)
-    _replace(text, "initializer_range", 0.1)
-    text.vocab_size = vocab_size or text.vocab_size
     return type(config).from_dict(small.to_dict())
 
 
-def _kept_layers(text: PretrainedConfig) -> list[int]:
-    """The first layer of each kind, and at least two layers."""
-    kinds = getattr(text, "layer_types", None) or [""] * text.num_hidden_layers
-    first = [layer for layer, kind in enumerate(kinds) if kind not in kinds[:layer]]
-    others = [layer for layer in range(len(kinds)) if layer not in first]
-    return sorted([*first, *others[: max(0, 2 - len(first))]])
+@contextmanager
+def deterministic(seed: int) -> Iterator[None]:
+    """Draws from the seed; what a class leaves uninitialised is NaN."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        before = torch.are_deterministic_algorithms_enabled()
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        try:
+            yield
+        finally:
+            torch.use_deterministic_algorithms(before)
 
 
-def _cut_lists(value: object) -> object:
-    """Cuts the lists of rotary parameters, which hold a factor for each pair of a head's channels."""
-    if isinstance(value, dict):
-        return {name: _cut_lists(inner) for name, inner in value.items()}
-    return value[: HEAD_DIM // 2] if isinstance(value, list) else value
+def stir(model: PreTrainedModel) -> None:
+    """Adds noise to parameters that are all alike, such as gates of 0, so that every parameter matters."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.numel() and parameter.is_floating_point():
+                if not parameter.isfinite().all():
+                    parameter.zero_()
+                if (parameter == parameter.flatten()[0]).all():
+                    parameter.add_(NOISE * torch.randn(parameter.shape))
+
+
+def check_runs(model: PreTrainedModel) -> torch.Tensor:
+    """The logits of a sample; ValueError where they aren't finite, or where a token sees none before it."""
+    ids = torch.arange(NUM_TOKENS).repeat(2, 1)
+    ids[1, 0] = NUM_TOKENS
+    with torch.no_grad():
+        first, second = model.eval()(input_ids=ids, use_cache=False).logits
+    if not first.isfinite().all():
+        raise ValueError("its logits aren't finite")
+    if torch.allclose(first[1:], second[1:], atol=1e-6):
+        raise ValueError("its logits don't depend on earlier tokens")
+    return first
 
 
 def _replace(text: PretrainedConfig, name: str, value: float) -> None:
