@@ -57,6 +57,7 @@ BENCHMARKS = {
     "data": ("--samples", "1000", "--rows", "200", "--workers", "1"),
     "strategies": ("--only", "ddp"),
     "tracking": ("--threads", "1"),
+    "apart": ("--threads", "1"),
 }
 
 
@@ -268,6 +269,9 @@ def test_benchmark(command: str, tmp_path: Path) -> None:
         assert results["plan"]["num_packs"] == results["plan"]["fewest_packs"]
     elif command == "tracking":
         assert results["ratios"].keys() == results["median_ratios"].keys() >= {"tokens_per_second", "wall"}
+    elif command == "apart":
+        packed, apart = (results["runs"][name][0]["tokens_per_second"] for name in ("packed", "apart"))
+        assert results["slower"] == packed / apart
     else:
         num_bytes = 4 * results["model"]["weights"]
         assert results["strategies"]["ddp"]["bytes_sent"] / num_bytes == pytest.approx(1.0, abs=0.02)

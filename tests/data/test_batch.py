@@ -23,6 +23,7 @@ def test_samples_lie_end_to_end() -> None:
     assert batch["weights"] is None
     assert batch["cu_seqlens"].tolist() == [0, 2, 5]
     assert (batch["max_seqlen"], batch["step_weight"], batch["num_tokens"]) == (3, 30, 5)
+    assert batch["counts"].tolist() == [[2, 1, 0], [3, 2, 0]]
     assert {batch[name].dtype for name in ("input_ids", "labels", "position_ids", "predicting")} == {torch.int64}  # type: ignore
     assert batch["cu_seqlens"].dtype == torch.int32
 

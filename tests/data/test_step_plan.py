@@ -14,6 +14,8 @@ from sft.data.step_plan import (
     default_step,
     epoch_plan,
     eval_plan,
+    most_eval_samples,
+    most_samples,
     num_steps,
     share,
     split_held_out,
@@ -167,6 +169,23 @@ def test_the_last_step_gives_every_rank_as_many_micro_batches() -> None:
         share(step, np.array([2]), world_size=2, micro_batch_size=1, accumulation=2, rank=rank) for rank in range(2)
     ]
     assert [[samples.tolist() for samples in mine] for mine in shares] == [[[0], []], [[], []]]
+
+
+@pytest.mark.parametrize("packing", [True, False])
+@pytest.mark.parametrize(("world_size", "micro_batch_size"), [(1, 1), (2, 3), (4, 1), (5, 2)])
+def test_the_most_samples_of_any_rank(
+    lengths: np.ndarray, packing: bool, world_size: int, micro_batch_size: int
+) -> None:
+    division = {"world_size": world_size, "micro_batch_size": micro_batch_size, "accumulation": 3}
+    plan = plan_of(lengths, packing=packing, size=world_size * micro_batch_size * 3)
+    for k in (0, plan.num_steps - 1):
+        shares = [share(plan.step(k), lengths, **division, rank=rank) for rank in range(world_size)]
+        expected = [max(1, *(len(mine[number]) for mine in shares)) for number in range(3)]
+        assert most_samples(plan.step(k), lengths, **division) == expected
+    settings = {"max_length": MAX_LENGTH, "packing": packing, "micro_batch_size": micro_batch_size}
+    ranks = [eval_plan(lengths, **settings, world_size=world_size, rank=rank) for rank in range(world_size)]
+    expected = [max(1, *map(len, batches)) for batches in zip(*ranks, strict=True)]
+    assert most_eval_samples(lengths, **settings, world_size=world_size) == expected
 
 
 @pytest.mark.parametrize("packing", [True, False])

@@ -6,7 +6,21 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from transformers import MistralConfig, MistralForCausalLM, MixtralConfig, MixtralForCausalLM, PreTrainedModel
+from transformers import (
+    BloomConfig,
+    BloomForCausalLM,
+    FalconH1Config,
+    FalconH1ForCausalLM,
+    MiniMaxConfig,
+    MiniMaxForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+    PreTrainedModel,
+    RwkvConfig,
+    RwkvForCausalLM,
+)
 
 from conftest import tiny_llama
 from sft.evaluation.generation import answer, answering
@@ -64,6 +78,43 @@ def test_answers_are_those_of_a_plain_loop(kind: str) -> None:
     assert getattr(model.config, "output_router_logits", None) is (True if kind == "experts" else None)
     assert torch.equal(torch.get_rng_state(), states[0])
     assert (random.getstate(), np.random.get_state()[1].tolist()) == states[1:]
+
+
+def recurrent(kind: str) -> PreTrainedModel:
+    torch.manual_seed(1)
+    if kind == "rwkv":
+        return RwkvForCausalLM(RwkvConfig(vocab_size=40, hidden_size=32, num_hidden_layers=2, context_length=64))
+    if kind == "minimax":
+        layers = {"layer_types": ["linear_attention", "full_attention"], "head_dim": 8, "block_size": 8}
+        return MiniMaxForCausalLM(MiniMaxConfig(**SIZES, **layers, num_local_experts=4, pad_token_id=0))
+    if kind == "bloom":
+        return BloomForCausalLM(BloomConfig(vocab_size=40, hidden_size=32, n_layer=2, n_head=4, initializer_range=0.3))
+    mamba = {"mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_head": 8, "mamba_d_state": 8, "mamba_n_groups": 1}
+    return FalconH1ForCausalLM(FalconH1Config(**SIZES, **mamba, mamba_chunk_size=8))
+
+
+@pytest.mark.parametrize(
+    ("kind", "batched"), [("rwkv", False), ("minimax", False), ("bloom", True), ("falcon_h1", True)]
+)
+def test_padding_that_would_get_into_a_state_is_left_out(
+    kind: str, batched: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = recurrent(kind).eval()
+    prompts = [[3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5, 8, 9, 7, 9, 3, 2], [8], [2, 7, 1, 8]]
+    with torch.no_grad():
+        expected = [plain(model, prompt, 8) for prompt in prompts]
+    sizes: list[int] = []
+    original = model.generate
+
+    def generate(**options: Any) -> Any:
+        sizes.append(len(options["input_ids"]))
+        return original(**options)
+
+    monkeypatch.setattr(model, "generate", generate)
+    with answering(model):
+        for _ in range(2):
+            assert answer(model, prompts, max_new_tokens=8, pad=0, stops=STOPS) == expected
+    assert sizes == [1, 1, *([3, 3] if batched else [1] * 6)]  # tried once
 
 
 def test_the_model_is_as_it_was_after_a_failure_too() -> None:
