@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import BloomConfig, BloomForCausalLM, LlamaForCausalLM, PreTrainedModel
+from transformers import BertConfig, BertLMHeadModel, BloomConfig, BloomForCausalLM, LlamaForCausalLM, PreTrainedModel
 
 from conftest import tiny_llama
 from sft.errors import UserError
@@ -280,3 +280,18 @@ def test_the_slower_way_has_its_price() -> None:
     prover = Prover(model, samples, "own", "auto", True, torch.float32, contextlib.nullcontext, (16.0, 256.0))
     assert 1 < (prover.prove().slower or 0) < 16
     assert replace(prover, per_pass=(1.0, 256.0)).prove().slower == 1
+
+
+@BOTH
+@pytest.mark.parametrize("is_decoder", [False, True])
+def test_a_model_whose_tokens_see_later_ones_is_refused(dtype: torch.dtype, is_decoder: bool) -> None:
+    size = {"vocab_size": 264, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+    options = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, "initializer_range": 0.5}
+    torch.manual_seed(0)
+    config = BertConfig(**size, **options, intermediate_size=48, is_decoder=is_decoder, attn_implementation="packed")
+    model = BertLMHeadModel(config).train()
+    if is_decoder:
+        assert proven(model, dtype).isolation == PACKED
+        return
+    with pytest.raises(UserError, match=r"^bert is no causal language model: its tokens see later .* by \d.*copy"):
+        proven(model, dtype)

@@ -256,7 +256,20 @@ class Prover:
                 "log-probabilities, so nothing can be compared with it: set trainer.precision=32-true, or train "
                 "another model"
             )
+        ahead = max(together(lambda: self._by_later_tokens(longest)))
+        if ahead > max(self.floors[2], TIMES_NOISE * noise.leak):
+            raise UserError(
+                f"{name} is no causal language model: its tokens see later ones, which change their log-probabilities "
+                f"by {ahead:.1e}, and it would learn to copy them: name another model with model.path"
+            )
         return expected
+
+    def _by_later_tokens(self, sample: Tensor) -> float:
+        """How far log-probabilities of a sample's first half depend on the second, by the model's own attention."""
+        half = len(sample) // 2
+        changed = torch.cat([sample[:half], self._other(sample)[half:]])
+        before, after = (log_probs(self._rows(ids[None]))[:half] for ids in (sample, changed))
+        return float((after - before).abs().max()) if half else 0.0
 
     def _own_noise(self, sample: Tensor, expected: Measured) -> Difference:
         """Of a sample twice in a batch, against it alone."""
