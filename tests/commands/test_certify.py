@@ -166,6 +166,12 @@ def test_rank_that_hangs_is_stopped(tmp_path: Path) -> None:
     assert "gave no answer within 5 s" in str(certificate.results[0].error)
 
 
+def test_model_whose_samples_run_apart_is_certified(tmp_path: Path) -> None:
+    chosen = [cell("ddp", 2, 2, packed=True)]  # each rank has packs of other numbers of samples
+    certificate = made(tmp_path, chosen, None, "+model.config.model_type=bloom")
+    assert certificate.model["model_type"] == "bloom" and certificate.passed
+
+
 def test_own_model_and_data(sft: Sft, model_folder: Path, data_file: Path, tmp_path: Path) -> None:
     # Its vocabulary shrinks to the bytes that occur, its two heads a group stay two.
     settings = (f"model.path={model_folder}", f"data.path={data_file}", "data.max_length=256", "data.num_workers=1")

@@ -51,7 +51,7 @@ def test_answers_are_those_of_a_plain_loop(kind: str) -> None:
     assert len({len(ids) for ids in expected}) > 1
     if kind == "experts":
         router.attach(model, 0.1, print)
-    noise.attach(model, 5.0, print)
+    noise.attach(model, 5.0)
     model.set_attn_implementation(PACKED)
     model.train().model.layers[0].eval()
     modes = [module.training for module in model.modules()]

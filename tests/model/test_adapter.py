@@ -417,3 +417,20 @@ def test_modules_that_can_not_be_trained_whole(model_folder: Path) -> None:
             settings.model_source(path=str(model_folder), adapter=settings.adapter(modules_to_save=[module])).load(
                 torch.float32
             )
+
+
+def test_a_router_that_derives_from_a_linear_layer_is_left_alone(tmp_path: Path) -> None:
+    """It returns a pair, and peft would take it for a matrix."""
+    config = AutoConfig.for_model(
+        "llama4_text", **SIZE, intermediate_size_mlp=32, num_local_experts=2, moe_layers=[0, 1], num_experts_per_tok=1
+    )
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    model = settings.model_source(path=str(tmp_path), adapter=settings.adapter(), attention="eager").load(torch.float32)
+    adapted = {name.split(".lora_")[0] for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert {name.split(".")[-1] for name in adapted} == {
+        *("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+    }
+    model(input_ids=torch.tensor([[1, 2, 3]]), use_cache=False)
+    named = settings.adapter(target_modules=["router"])
+    with pytest.raises(UserError, match=r"router means \S+\.router, no linear layer: "):
+        settings.model_source(path=str(tmp_path), adapter=named).load(torch.float32)

@@ -152,7 +152,7 @@ def takes(query: Tensor, key: Tensor, value: Tensor, bounds: Tensor, longest: in
     assert width % 8 == 0 and width <= 256 and not 192 < width <= 224
     assert grouped or query.shape[1] == key.shape[1]
     assert {row.stride(-1) for row in (query, key, value)} == {1}
-    assert bounds.dtype == torch.int32 and longest >= int(bounds.diff().max()) and bounds.diff().min() >= 0
+    assert bounds.dtype == torch.int32 and longest == int(bounds.diff().max()) and bounds.diff().min() >= 0
     assert bounds[0] == 0 and bounds[-1] == len(query)
 
 

@@ -11,7 +11,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from made_up import SIZE, pack
 from sft.data.labels import IGNORE
-from sft.model.attention import NAME
+from sft.model import varlen
+from sft.model.attention import NAME, kernel
 from sft.model.isolation import attending
 from sft.model.loss import nll
 
@@ -87,3 +88,27 @@ def test_as_its_own_attention_makes_it(family: str) -> None:
     assert not any(name.endswith("sinks") for name in expected) or any(
         gradient.norm() > 1e-3 for name, gradient in expected.items() if name.endswith("sinks")
     )
+
+
+BY_KERNEL = "torch.nn.attention.varlen (FlashAttention)"
+
+
+@pytest.mark.parametrize(
+    ("family", "on_the_processor", "on_cuda"),
+    [
+        ("mistral", "scaled_dot_product_attention, a call for each sample", BY_KERNEL),
+        ("llama4_text", "scaled_dot_product_attention, a call for each sample", BY_KERNEL),
+        ("gpt_oss", "scores written out, a call for each sample", BY_KERNEL),
+        ("gemma2", "scores written out, a call for each sample", "scores written out, a call for each sample"),
+        ("wide", "scaled_dot_product_attention, a call for each sample", f"{BY_KERNEL}; scaled_dot_product_attention"),
+    ],
+)
+def test_kernel_is_named(family: str, on_the_processor: str, on_cuda: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = made("mistral" if family == "wide" else family)
+    if family == "wide":  # as one layer in six of Gemma 4
+        model.model.layers[1].self_attn.head_dim = 512
+    assert kernel(model, torch.device("cpu"), torch.bfloat16) == "eager"
+    with attending(model, NAME):
+        assert kernel(model, torch.device("cpu"), torch.bfloat16) == on_the_processor
+        monkeypatch.setattr(varlen, "takes", lambda query, key, value, window: query.shape[-1] <= 256)
+        assert kernel(model, torch.device("cpu"), torch.bfloat16).startswith(on_cuda)

@@ -15,7 +15,7 @@ from running import Sft
 from sft.data.batch import token_keys
 from sft.model import attention
 from sft.model.loss import nll
-from sft.model.noise import TOKENS, _numbers, attach
+from sft.model.noise import TOKENS, _numbers, attach, watch
 
 LENGTHS = [5, 9, 9, 3, 17]
 
@@ -45,7 +45,8 @@ def gpt2() -> PreTrainedModel:
 def test_a_sample_gets_the_same_numbers_alone_and_in_any_pack(made: object) -> None:
     torch.manual_seed(0)
     model, lines = made().train(), []  # type: ignore[operator]
-    assert attach(model, 5.0, lines.append)
+    assert attach(model, 5.0)
+    watch(model, lines.append)
     losses = {}
     for name, packs in {
         "whole": [[0, 1, 2, 3, 4]],
@@ -83,7 +84,7 @@ def test_numbers_are_uniform_and_independent() -> None:
 def test_dropout_keeps_the_mean() -> None:
     model = nn.Sequential(nn.Dropout(0.25))
     model.config = tiny_llama().config
-    assert attach(model, 0.0, print)  # type: ignore[arg-type]
+    assert attach(model, 0.0)  # type: ignore[arg-type]
     TOKENS.use({"keys": torch.from_numpy(token_keys(0, 0, 0, 400)), "cu_seqlens": torch.tensor([0, 400])})  # type: ignore
     dropped = model.train()(torch.ones(1, 400, 400))
     assert dropped.unique().tolist() == pytest.approx([0, 4 / 3])
@@ -99,7 +100,8 @@ class Jitter(nn.Module):
 
 def test_random_numbers_that_can_not_be_drawn_by_token_are_said() -> None:
     model, lines = Jitter(), []
-    assert not attach(model, 0.0, lines.append)  # type: ignore[arg-type]
+    assert not attach(model, 0.0)  # type: ignore[arg-type]
+    watch(model, lines.append)
     for _ in range(2):
         model(torch.ones(3))
     assert lines == [

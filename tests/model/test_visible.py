@@ -18,7 +18,7 @@ from conftest import tiny_llama
 from made_up import pack
 from sft.model.attention import packed_attention
 from sft.model.loss import nll
-from sft.model.visible import NAME, CannotPack, visible
+from sft.model.visible import NAME, CannotPack, make_mask, visible
 
 MADE = {
     "causal": (create_causal_mask, visible()),
@@ -72,11 +72,18 @@ def test_attention_to_both_sides_is_an_error() -> None:
         ask(create_bidirectional_mask)
 
 
+def test_a_function_of_the_same_name_is_an_error() -> None:
+    def causal_mask_function(batch: object, head: object, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+        return query >= 0
+
+    causal_mask_function.__qualname__ = "causal_mask_function"
+    with pytest.raises(CannotPack):
+        make_mask(mask_function=causal_mask_function)
+
+
 def test_a_size_that_is_another_is_an_error() -> None:
     with pytest.raises(CannotPack):
-        masking_utils.ALL_MASK_ATTENTION_FUNCTIONS[NAME](
-            mask_function=masking_utils.sliding_window_causal_mask_function(3), local_size=4
-        )
+        make_mask(mask_function=masking_utils.sliding_window_causal_mask_function(3), local_size=4)
 
 
 @pytest.mark.parametrize(

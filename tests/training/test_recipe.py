@@ -36,6 +36,7 @@ def test_a_recipe_is_what_the_run_was(sft: Sft) -> None:
         "attention": "packed",
         "samples": "packed",
         "attention_kernel": "scaled_dot_product_attention, a call for each sample",
+        "experts": None,
         "gradient_checkpointing": False,
         "activation_offload": False,
         "compile": False,

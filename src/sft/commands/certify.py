@@ -127,7 +127,8 @@ def prepare(config: DictConfig, folder: Path) -> tuple[DictConfig, Excerpt]:
         samples = made_up(config.seed, GLOBAL_BATCH_SIZE)
     if not (config.model.path or config.model.tokenizer):
         config.model.init, config.model.tokenizer = "random", "none"  # made-up samples need none
-        config.model.config = {**MADE_UP, **config.model.config}
+        if "model_type" not in config.model.config:
+            config.model.config = {**MADE_UP, **config.model.config}
     shrink(config, folder, config.device, config.precision, samples.vocab_size)
     config.callbacks, config.logger = None, None
     # What its cells are about.

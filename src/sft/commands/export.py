@@ -30,6 +30,7 @@ from sft.checkpoint.checkpoint import Checkpoint, best, complete, latest, measur
 from sft.errors import UserError, disk_is_full
 from sft.export.folder import Read, Specs, empty_model, generation_config, verify, write_model
 from sft.export.merge import adapter_config, completed, merged, write_adapter
+from sft.export.processor import copy_files
 from sft.runs.files import check_writable
 from sft.runs.identity import TODAY, Config
 from sft.runs.metrics_file import Metrics
@@ -106,6 +107,7 @@ def export_run(
         )
     generation.save_pretrained(staging)
     tokenizer.save_pretrained(staging)
+    copy_files(source, staging)
     (staging / "README.md").write_text(
         model_card(run, checkpoint.step, checkpoint.state, merge, which(run, checkpoint), average)
     )

@@ -4,6 +4,8 @@
       the first packs of the first step with supervised tokens marked; lengths, fill, and rows used and lost
   sft preview ... preview.packs=5
       more packs
+  sft preview ... check=true
+      loads the model on this machine's device, too, and proves on a few samples that it computes what it should
   sft preview ... preview.dump=samples.jsonl
       also writes every training sample as JSON: source, row, input_ids, labels, and weights where there are any
 
@@ -26,10 +28,14 @@ from transformers import PreTrainedTokenizerFast
 from sft.data.labels import IGNORE
 from sft.data.ledger import Ledger, not_read
 from sft.data.step_plan import DEFAULT_PACKS, check_division
+from sft.model.first_batch import Proof
 from sft.runs.files import output_file
 from sft.runs.run import Run
+from sft.training.first_batch import prove_here
 from sft.training.prepare import Prepared, quiet, setup
 from sft.training.settings import world_size
+
+WAYS = {"noise": "own, twice in a batch", "alone": "one at a time", "packed": "packed"}
 
 
 def main(config: DictConfig) -> None:
@@ -42,6 +48,10 @@ def main(config: DictConfig) -> None:
     console = Console(highlight=False, soft_wrap=True)
     colour = console.color_system is not None and not console.no_color
     show(console, prepared, config.preview.packs, colour)
+    if config.check:
+        proof = prove_here(config, prepared.source, prepared.data)
+        console.print(Text(f"first batch: {proof.said} ({proof.seconds:.1f} s)", "bold"))
+        console.print(proof_table(proof))
     if path:
         dump(path, prepared)
         console.print(f"{len(prepared.splits.train)} samples written: {config.preview.dump}", markup=False)
@@ -86,6 +96,19 @@ def figures(prepared: Prepared) -> Table:
     table.add_row("length", f"{shortest:.0f} to {longest:.0f} tokens, median {median:.0f}")
     table.add_row("packs", f"{num_packs:,} of up to {data.pack_length} tokens, {full}")
     table.add_row("steps", f"{data.num_steps:,} of {data.global_batch_size} packs, {data.steps_per_epoch:,} an epoch")
+    return table
+
+
+def proof_table(proof: Proof) -> Table:
+    """How far each way of computing is from the model's own attention on one sample at a time."""
+    heads = ("difference", "log p", "tolerated", "gradients", "tolerated", "leak")
+    table = Table(*heads, box=None, padding=(0, 2, 0, 0))
+    for way, found in proof.differences.items():
+        numbers = [found.log_prob, found.tolerated_log_prob, found.gradient, found.tolerated_gradient]
+        cells = [f"{number:.1e}" for number in [*numbers, max(found.reach, found.leak)]]
+        if way == "noise":
+            cells[1] = cells[3] = "-"
+        table.add_row(WAYS[way], *(["-"] * 4 + [found.error] if found.error else cells))
     return table
 
 

@@ -180,6 +180,9 @@ def _rehearse(stages: Stages) -> None:
     def on_line(line: str) -> None:
         """Begins and ends the stages of training as its lines come."""
         stages.lines.append(line)
+        if stages.name == "train" and line.startswith("first batch: "):
+            stages.name = "proof"
+            stages.end(line.removeprefix("first batch: "), then="train")
         if stages.name == "train" and re.match("step +1/", line):
             validates = any(line.startswith("step 0: validation") for line in stages.lines)
             stages.end(stages.printed(r"loss [\w.]+"), then="validate" if validates else "save")

@@ -64,7 +64,7 @@ def main(config: DictConfig) -> None:
     if samples is None:
         raise UserError(f"{run.folder} has no validation data: name what to score with data=")
     model = load_exported(folder, attention.NAME, trusted)
-    isolation = Isolation()
+    isolation = Isolation.recorded(run.folder)
     opened = path.open("w") if path else nullcontext(sys.stdout)
     with opened as output:
         for line in scores(model, samples, data_config.max_length, isolation):

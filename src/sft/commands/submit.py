@@ -64,6 +64,7 @@ def _submit(config: DictConfig, job: Job, dry_run: bool, rehearse: bool) -> None
     if state == "finished" and not lifted(run, settings.get("callbacks") or {}):
         raise UserError(f"{run.folder} is finished: nothing to do (another run: run=NAME; anew: remove the folder)")
     notes += check_files(config, run)
+    notes += check_first_batch(config)
 
     nodes = partitions.nodes()
     waits = partitions.check_resources(job, nodes)
@@ -144,6 +145,18 @@ def check_files(config: DictConfig, run: Run) -> list[str]:
     if "model.path" in paths and not config.adapter:
         storage.check_space(run.folder, paths["model.path"])
     return [*dict.fromkeys(notes), *storage.notes(paths)]
+
+
+def check_first_batch(config: DictConfig) -> list[str]:
+    """Returns notes; refuses a job whose model, in small, doesn't compute what the settings ask of it."""
+    from sft.proof.first_batch import prove_small  # with torch, which nothing above needs
+
+    proof = prove_small(config)
+    if proof is None:
+        return ["no small form of the model runs here, so the job alone proves that it computes what it should"]
+    if not proof.reason:
+        return []
+    return [f"{proof.reason} (found on a small form here; the job proves it again on its own device)"]
 
 
 def _queue(command: list[str], job: Job, run: Run) -> int:

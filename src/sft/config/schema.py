@@ -169,7 +169,7 @@ Train = table(  # conf/train.yaml; its groups are checked by the tables below
 )
 STATES = "running queued starting interrupted failed died silent finished new unreadable"
 COMMANDS: dict[str, type[Settings]] = {
-    "preview": table("Preview", Train, preview=table("PreviewOptions", packs=whole(0), dump=maybe(Text))),
+    "preview": table("Preview", Train, check=Yes, preview=table("PreviewOptions", packs=whole(0), dump=maybe(Text))),
     "rehearse": table("Rehearse", Train, rehearse=table("RehearseOptions", num_rows=whole(1), timeout=Positive)),
     "certify": table(
         "Certify",

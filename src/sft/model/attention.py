@@ -159,18 +159,22 @@ def asked(setting: str) -> str | None:
 
 
 def kernel(model: "PreTrainedModel", device: torch.device, arithmetic: torch.dtype) -> str:
-    """What computes the attention of a model in training: the implementation that it was asked for or, of `packed`, the
-    kernel behind it."""
+    """What computes the attention of a model in training: the implementation that it was asked for or, for `packed`,
+    what is behind it; two where layers differ."""
     config = model.config.get_text_config()
     asked = str(config._attn_implementation)
     if asked != NAME:
         return asked
-    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    row = torch.empty(1, 1, 1, width, device=device, dtype=arithmetic)
-    others = getattr(config, "attn_logit_softcapping", None) or getattr(config, "attention_dropout", 0)
-    if not others and varlen.takes(row, row, row, getattr(config, "sliding_window", None)):
-        return "torch.nn.attention.varlen (FlashAttention)"
-    return "scaled_dot_product_attention, a call for each sample"
+    softcap = getattr(config, "attn_logit_softcapping", None)
+    others = softcap or getattr(config, "attention_dropout", 0)
+    sinks = any(name.rpartition(".")[2] == "sinks" for name, _ in model.named_parameters())
+    by_sample = "scores written out" if softcap or sinks else "scaled_dot_product_attention"
+    widths = {getattr(module, "head_dim", None) for module in model.modules()}
+    rows = [torch.empty(1, 1, 1, width, device=device, dtype=arithmetic) for width in widths if isinstance(width, int)]
+    window = getattr(config, "sliding_window", None)
+    taken = {not others and varlen.takes(row, row, row, window) for row in rows} or {False}
+    ways = {True: "torch.nn.attention.varlen (FlashAttention)", False: f"{by_sample}, a call for each sample"}
+    return "; ".join(way for takes, way in ways.items() if takes in taken)
 
 
 AttentionInterface.register(NAME, packed_attention)

@@ -5,6 +5,8 @@ from importlib.util import find_spec
 
 from transformers import PreTrainedModel
 
+from sft.errors import UserError
+
 # Class names of layers that hold a state, and the packages (with their modules) whose kernels keep samples apart.
 KERNELS = (
     ("Mamba", {"mamba-ssm": "mamba_ssm", "causal-conv1d": "causal_conv1d"}),
@@ -31,4 +33,6 @@ def advice(model: PreTrainedModel) -> str | None:
 def first_line(error: BaseException) -> str:
     """An exception in a line of at most 200 characters."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    if isinstance(error, UserError):
+        return str(error).partition(": set ")[0]  # without the advice
     return f"{type(error).__name__}: {lines[0] if lines else ''}"[:200].removesuffix(": ")

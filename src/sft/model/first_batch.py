@@ -130,7 +130,8 @@ class Prover:
         isolate: auto, packed or apart.
         dtype: of the arithmetic.
         forward: the context of a forward pass, as the precision of training has it.
-        per_pass: how many samples, and tokens, a forward pass of training has in the mean.
+        per_pass: how many samples, and tokens, a forward pass of training has in the mean; None: nobody asks for the
+            cost.
     """
 
     model: PreTrainedModel
@@ -140,7 +141,7 @@ class Prover:
     plain_head: bool
     dtype: torch.dtype
     forward: Callable[[], AbstractContextManager[object]]
-    per_pass: tuple[float, float] = (1.0, 1.0)
+    per_pass: tuple[float, float] | None = None
     found: dict[str, Difference] = field(default_factory=dict)
     noise: dict[str, float] = field(default_factory=dict)  # by tensor, as a share of its gradient's norm
     reference: float = 0.0  # what another row's tokens change in a row of `own`, in nats
@@ -157,7 +158,7 @@ class Prover:
                 stack.enter_context(torch.compiler.set_stance("force_eager"))
             try:
                 isolation, reason = self._decide()
-                slower = self._slower(isolation) if isolation.apart else None
+                slower = self._slower(isolation, *self.per_pass) if isolation.apart and self.per_pass else None
                 is_training = model.training
             finally:
                 for module in in_training:
@@ -360,10 +361,9 @@ class Prover:
         """The differences that were found."""
         return "; ".join(f"{way} {found}" for way, found in self.found.items() if way != "noise")
 
-    def _slower(self, isolation: Isolation) -> float:
+    def _slower(self, isolation: Isolation, num: float, tokens: float) -> float:
         """About how many times slower passes of one sample are than of many: a pass is taken to cost a constant and
         so much for each token."""
-        num, tokens = self.per_pass
         short, long = round(tokens / num), round(min(tokens, 1024))
         row = torch.cat(list(self.samples))
         row = row.repeat(long // len(row) + 1)

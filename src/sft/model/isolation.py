@@ -27,7 +27,7 @@ class Isolation:
     @classmethod
     def recorded(cls, run: Path) -> "Isolation":
         """As the run in this folder has proven it; packed for runs begun before there was a proof."""
-        found = provenance.recorded(run).get("first_batch")
+        found = provenance.first_batch(run)
         return cls(found["attention"], found["apart"]) if found else cls()
 
     def __str__(self) -> str:

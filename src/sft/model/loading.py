@@ -1,6 +1,7 @@
 """A model and its tokenizer, by folder or Hub name, checked against each other before any weight is read."""
 
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -164,8 +165,10 @@ class ModelSource:
         """The model's configuration with the overrides of `config`, which must be fields that it has, and with rows for
         new tokens."""
         config = self._own_config()
-        text_config = config.get_text_config()
-        if self.new_ids and self.new_ids[-1] >= text_config.vocab_size:
+        with self._reading(config):
+            text_config = config.get_text_config()
+            num_tokens = text_config.vocab_size
+        if self.new_ids and self.new_ids[-1] >= num_tokens:
             from sft.model.vocabulary import MULTIPLE
 
             text_config.vocab_size = -(-(self.new_ids[-1] + 1) // MULTIPLE) * MULTIPLE
@@ -194,7 +197,7 @@ class ModelSource:
             having = [part for part in (config, config.get_text_config()) if hasattr(part, name)]
             if not having:
                 raise UserError(f"model.config.{name} is no field of {type(config).__name__} ({self.path})")
-            with loading("model", self.path, type(config).__name__):  # some check their values
+            with self._reading(config):  # some check their values
                 for part in having:
                     setattr(part, name, value)
         return config
@@ -221,6 +224,11 @@ class ModelSource:
             )
         return config
 
+    def _reading(self, config: "PretrainedConfig") -> AbstractContextManager[None]:
+        """Whatever transformers raises of this model becomes a UserError."""
+        kinds = ", ".join(config.architectures or ()) or type(config).__name__
+        return loading("model", self.path or "(random)", kinds)
+
     def check_weights(self, download: bool = True) -> list[str]:
         """The weights that the model's files lack, all of which `new_weights` allows. UserError for others, for weights
         of another shape, and for two different ones that should be one.
@@ -235,7 +243,7 @@ class ModelSource:
         if self.init != "pretrained" or getattr(config, "quantization_config", None):
             return []
         assert self.base is not None
-        with loading("model", self.base, architecture(config)):
+        with self._reading(config):
             if not (files := weight_files(self.base, self.base_revision, download)):
                 return []
             empty = self.empty(config)
@@ -248,10 +256,10 @@ class ModelSource:
         import torch
 
         options: dict[str, Any] = {"dtype": dtype} if dtype else {}
-        with loading("model", self.path or "(random)", architecture(config)), torch.device("meta"):
+        with self._reading(config), torch.device("meta"):
             return auto_class(config).from_config(config, trust_remote_code=self.trust_remote_code, **options)
 
-    def _attending(self, make: Callable[..., "PreTrainedModel"]) -> "PreTrainedModel":
+    def _attending(self, config: "PretrainedConfig", make: Callable[..., "PreTrainedModel"]) -> "PreTrainedModel":
         """A model made with the attention that is asked for. Families that choose their layers by its name know none
         but their own, which they get where the choice is left to this project."""
         from sft.model import attention
@@ -261,10 +269,15 @@ class ModelSource:
             return make(attn_implementation=asked)
         except (UserError, OSError):
             raise
-        except Exception:  # whatever the family raises; a fault of another kind comes again
-            if self.attention != "auto":
-                raise
-            return make(attn_implementation=None)
+        except Exception as error:  # whatever the family raises; a fault of another kind comes again
+            if self.attention == "auto":
+                return make(attn_implementation=None)
+            self.empty(config)  # by its own attention: the fault, if it is another
+            message = f"{type(error).__name__}: {' '.join(str(error).split())}"[:200]
+            raise UserError(
+                f"model.attention={self.attention} isn't for {type(config).__name__} ({message}): set "
+                "model.attention=auto"
+            ) from error
 
     def keeps_base(self, config: "PretrainedConfig") -> bool:
         """Whether some of the model's weights aren't trained, so that a checkpoint leaves them to the base's files."""
@@ -288,7 +301,7 @@ class ModelSource:
         import torch
         from accelerate import init_empty_weights
 
-        from sft.model import missing
+        from sft.model import experts, missing
         from sft.model.sharded_loading import first_values, load_sharded
         from sft.model.vocabulary import Growth
 
@@ -315,12 +328,13 @@ class ModelSource:
 
         def load_whole() -> "PreTrainedModel":
             if path is None:
-                return self._attending(lambda **attention: kind.from_config(config, **options, **attention))
+                return self._attending(config, lambda **how: kind.from_config(config, **options, **how))
             reporting: dict[str, Any] = {"ignore_mismatched_sizes": True, "output_loading_info": True}
             loaded: Any = self._attending(
-                lambda **attention: kind.from_pretrained(
-                    path, config=stored_config, revision=self.base_revision, **options, **reporting, **attention
-                )
+                stored_config,
+                lambda **how: kind.from_pretrained(
+                    path, config=stored_config, revision=self.base_revision, **options, **reporting, **how
+                ),
             )
             whole, info = loaded
             lacking = missing.check(info, whole, path, self.new_weights or ())
@@ -334,10 +348,10 @@ class ModelSource:
                 growth.apply(whole)
             return whole
 
-        with loading("model", self.path or "(random)", architecture(config)), missing.without_report():
+        with self._reading(config), missing.without_report():
             if sharding is not None or not weights_wanted:
                 with init_empty_weights():  # parameters only: buffers such as RoPE's frequencies keep their values
-                    model = self._attending(lambda **attention: kind.from_config(config, **options, **attention))
+                    model = self._attending(config, lambda **how: kind.from_config(config, **options, **how))
                 model.tie_weights()
                 first = load_sharded(
                     model,
@@ -354,6 +368,7 @@ class ModelSource:
             else:
                 model = load_whole()
                 self.parameters.choose(model)
+        experts.group(model)
         if self.adapter and sharding is None:
             self.adapter.add(model, self.trained_ids)
         if self.adapter and growth:
@@ -364,18 +379,18 @@ class ModelSource:
         if self.gradient_checkpointing:
             # The first of the two names is new in transformers 5.2x and warns of the second.
             enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-            enable({"use_reentrant": False})
+            try:
+                enable({"use_reentrant": False})
+            except ValueError as error:
+                raise UserError(
+                    f"{type(model).__name__} has no gradient checkpointing: set model.gradient_checkpointing=false"
+                ) from error
         if self.compile:
             # A graph for all layers, of any number of tokens: packs have as many as they have.
             for layer in decoder_layers(model):
                 layer.compile(dynamic=True)
         # from_pretrained leaves it in eval mode, where dropout and gradient checkpointing are off.
         return model.train()
-
-
-def architecture(config: "PretrainedConfig") -> str:
-    """What the configuration calls its model."""
-    return ", ".join(config.architectures or ()) or config.model_type
 
 
 def decoder_layers(model: "nn.Module") -> "list[nn.Module]":

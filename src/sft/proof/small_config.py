@@ -18,6 +18,7 @@ from transformers import PretrainedConfig
 WINDOW = 16  # tokens that a layer sees at once, fewer than a sample has, so that the limit has an effect
 NUM_LAYERS = 2  # at least
 MOST_LAYERS = 6  # of all combinations of kinds; else each value of each kind occurs once
+MOST_COMPUTED = 12  # of kinds that recur by a period
 NUM_EXPERTS, TOP_K, NUM_GROUPS = 4, 2, 2
 FEWEST_CHANNELS, MOST_CHANNELS = 16, 512
 NUM_STATES = 4  # of a state-space channel
@@ -77,7 +78,7 @@ def divisors(config: PretrainedConfig) -> list[tuple[int, int]]:
     ]
 
     def rank(pair: tuple[int, int]) -> tuple[bool, bool, float]:
-        even = all(value % (2 * pair[1]) == 0 for value in widths) and width % (pair[0] * pair[1]) == 0
+        even = all(-(-value // pair[1]) % 2 == 0 for value in widths) and width % (pair[0] * pair[1]) == 0
         several = not counts or min(counts) // pair[0] >= 2
         return not even, not several, abs(math.log(width / (pair[0] * pair[1]) / 64))
 
@@ -192,9 +193,13 @@ def by_layers(name: str, value: object, num_layers: int, kept: list[int]) -> lis
 def kept_layers(config: PretrainedConfig, fields: Mapping[str, Any], num_layers: int, each: int) -> list[int]:
     """The first layers of each kind, `each` of them, and at least two in all.
 
-    A kind is told by all lists with an entry for each layer, those that a class computes included.
+    A kind is told by all lists with an entry for each layer. Where a class computes such a list, from periods that no
+    selection of layers keeps, all layers up to the last of these are kept.
     """
-    computed = [name for name in dir(type(config)) if isinstance(getattr(type(config), name), property)]
+    of_class = type(config)
+    computed = [
+        name for name in dir(of_class) if name.startswith("layer") and isinstance(getattr(of_class, name), property)
+    ]
     lists = {}
     for name in (*fields, *computed):
         try:
@@ -221,6 +226,8 @@ def kept_layers(config: PretrainedConfig, fields: Mapping[str, Any], num_layers:
             if not seen.issuperset(enumerate(kind)):
                 first.append(layer)
                 seen.update(enumerate(kind))
+    if lists.keys() & set(computed) - fields.keys() and max(first) < MOST_COMPUTED:
+        first = [*range(max(first) + 1)]
     others = [layer for layer in range(num_layers) if layer not in first]
     return sorted([*first, *others[: max(0, NUM_LAYERS - len(first))]])
 

@@ -7,7 +7,7 @@ import sys
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import TypedDict
 
 from sft.runs.files import write_json
 
@@ -35,6 +35,15 @@ class Provenance(TypedDict):
     versions: dict[str, str]
 
 
+class FirstBatch(TypedDict):
+    """Of what a model's first batch has proven (`sft.model.first_batch`), what others read."""
+
+    attention: str  # as transformers knows it
+    apart: bool  # the samples of a micro-batch run apart
+    said: str  # in a line
+    where: dict[str, object]  # device, versions and settings
+
+
 def now() -> str:
     """The time in UTC, to the second."""
     return datetime.now(UTC).isoformat(timespec="seconds")
@@ -51,18 +60,24 @@ def collect() -> Provenance:
     }
 
 
-def recorded(folder: Path) -> dict[str, Any]:  # type: ignore[explicit-any]
-    """A run's provenance.json; empty where there is none."""
-    try:
-        return dict(json.loads((folder / "provenance.json").read_text()))
-    except FileNotFoundError:
-        return {}
+def first_batch(folder: Path) -> FirstBatch | None:
+    """What a run's first batch has proven; None of one that has none yet, or was begun before there was one."""
+    found: dict[str, FirstBatch] = _recorded(folder)
+    return found.get("first_batch")
 
 
 def amend(folder: Path, **parts: object) -> None:
     """Writes parts into a run's provenance.json, if there is one."""
-    if before := recorded(folder):
+    before: dict[str, object] = _recorded(folder)
+    if before:
         write_json(folder / "provenance.json", before | parts)
+
+
+def _recorded(folder: Path) -> dict:  # type: ignore[type-arg]
+    try:
+        return json.loads((folder / "provenance.json").read_text())
+    except FileNotFoundError:
+        return {}
 
 
 def _version(package: str) -> str:

@@ -1,14 +1,16 @@
 """The callback that has a run's model proven on its first samples before the first step, once for each kind of device
 and set of versions."""
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
 
 import lightning as L
 import numpy as np
 import torch
 from lightning.pytorch.callbacks import Callback
+from omegaconf import DictConfig
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
@@ -17,6 +19,7 @@ from sft.data.batch import SampleSet
 from sft.model.first_batch import Proof, Prover
 from sft.model.isolation import Isolation, use_attention
 from sft.model.loading import ModelSource
+from sft.model.loss import head_is_plain_matrix
 from sft.ranks import together
 from sft.runs import provenance
 from sft.training.datamodule import SFTDataModule
@@ -41,9 +44,9 @@ class FirstBatch(Callback):
     def on_fit_start(self, trainer: L.Trainer, module: SFTModule) -> None:
         model, where = module.model, conditions(trainer, module)
         # What the first rank reads, for all.
-        before: dict[str, Any] = together(lambda: provenance.recorded(self.folder).get("first_batch") or {})[0]
+        before = together(lambda: provenance.first_batch(self.folder))[0]
         known = Isolation(before["attention"], before["apart"]) if before else None
-        if known and before.get("where") == where:
+        if known and before and before["where"] == where:
             module.isolation = known
         else:
             proof = prove(trainer, module)
@@ -60,23 +63,47 @@ class FirstBatch(Callback):
 def prove(trainer: L.Trainer, module: SFTModule) -> Proof:
     """That of a trainer's model on its training samples."""
     data: SFTDataModule = trainer.datamodule  # type: ignore[attr-defined]
-    passes = data.num_packs / data.micro_batch_size
-    proof = Prover(
-        module.model,
-        first_samples(data.train, module.device),
-        attention=module.source.attention,
-        isolate=module.source.isolate,
-        plain_head=module.plain_head,
-        dtype=torch.bfloat16 if str(trainer.precision).startswith("bf16") else torch.float32,
-        forward=trainer.precision_plugin.forward_context,
-        per_pass=(len(data.train) / passes, data.tokens_per_epoch / passes),
-    ).prove()
+    forward = trainer.precision_plugin.forward_context
+    proof = _prover(module.model, module.source, data, module.device, str(trainer.precision), forward).prove()
     if module.router:
         module.router.logits = None
     for part in module.model.modules():
         if isinstance(part, FSDPModule):
             part.reshard()  # the outermost is still gathered, which the first rank alone would end in Recipe
     return proof
+
+
+def prove_here(config: DictConfig, source: ModelSource, data: SFTDataModule) -> Proof:
+    """That of a configuration's model on this machine's device, by one process without a strategy."""
+    precision, gpu = str(config.trainer.precision), torch.cuda.is_available() and config.trainer.accelerator != "cpu"
+    device = torch.device("cuda" if gpu else "cpu")
+    torch.manual_seed(config.seed)
+    model = source.load(torch.bfloat16 if precision == "bf16-true" else torch.float32).to(device)
+    bf16 = precision.startswith("bf16")
+    return _prover(
+        model, source, data, device, precision, lambda: torch.autocast(device.type, torch.bfloat16, enabled=bf16)
+    ).prove()
+
+
+def _prover(
+    model: PreTrainedModel,
+    source: ModelSource,
+    data: SFTDataModule,
+    device: torch.device,
+    precision: str,
+    forward: Callable[[], AbstractContextManager[object]],
+) -> Prover:
+    passes = data.num_packs / data.micro_batch_size
+    return Prover(
+        model,
+        first_samples(data.train, device),
+        attention=source.attention,
+        isolate=source.isolate,
+        plain_head=head_is_plain_matrix(model),
+        dtype=torch.bfloat16 if precision.startswith("bf16") else torch.float32,
+        forward=forward,
+        per_pass=(len(data.train) / passes, data.tokens_per_epoch / passes),
+    )
 
 
 def conditions(trainer: L.Trainer, module: SFTModule) -> dict[str, object]:

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from sft.checkpoint.layout import full_shape
 from sft.config import CONF
+from sft.model import experts
 from sft.model.attention import kernel
 from sft.model.flops import of_model
 from sft.ranks import together
@@ -73,6 +74,7 @@ def of_run(trainer: L.Trainer, module: SFTModule) -> dict[str, object]:
         "attention": module.isolation.attention,
         "samples": "one at a time" if module.isolation.apart else "packed",
         "attention_kernel": kernel(model, module.device, _arithmetic(trainer)),
+        "experts": experts.kernel(model),
         "gradient_checkpointing": source.gradient_checkpointing,
         "activation_offload": source.activation_offload,
         "compile": source.compile,
