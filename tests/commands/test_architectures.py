@@ -98,7 +98,7 @@ def test_trains_exports_reloads_and_answers(
     export = run / "export"
     assert json.loads((export / "verified.json").read_text())["equal"]
     assert json.loads((export / "config.json").read_text())["architectures"] == [name]
-    before, after = ({k: v for k, v in tensors(folder).items()} for folder in (base, export))
+    before, after = (dict(tensors(folder).items()) for folder in (base, export))
     assert before.keys() == after.keys()
     kept = {key for key in before if torch.equal(before[key], after[key])}
     assert {key for key in before if key.startswith(frozen)} <= kept if frozen else True

@@ -78,7 +78,8 @@ def prove_here(config: DictConfig, source: ModelSource, data: SFTDataModule) -> 
     precision, gpu = str(config.trainer.precision), torch.cuda.is_available() and config.trainer.accelerator != "cpu"
     device = torch.device("cuda" if gpu else "cpu")
     torch.manual_seed(config.seed)
-    model = source.load(torch.bfloat16 if precision == "bf16-true" else torch.float32).to(device)
+    model = source.load(torch.bfloat16 if precision == "bf16-true" else torch.float32)
+    model.to(device)  # type: ignore[arg-type]  # transformers wraps the method
     bf16 = precision.startswith("bf16")
     return _prover(
         model, source, data, device, precision, lambda: torch.autocast(device.type, torch.bfloat16, enabled=bf16)
