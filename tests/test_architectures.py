@@ -45,10 +45,10 @@ EXPECTED = {
     "gemma3n_text": PACKED,
     "gemma4_text": PACKED,
     "gemma3": PACKED,
-    "qwen2_5_vl": PACKED,
+    "qwen3_vl": PACKED,
 }
 
-NOT_OFFERED = {("openai-gpt", "checkpointing")}  # by transformers
+NOT_OFFERED = {("openai-gpt", "checkpointing"), ("mamba2", "lora"), ("falcon_h1", "lora")}  # by transformers, by peft
 
 
 def row_of(name: str, folder: Path) -> dict[str, Any]:

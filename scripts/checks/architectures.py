@@ -61,7 +61,7 @@ QUICK = (  # one of each kind
     *("mamba2", "falcon_h1", "lfm2", "qwen3_5_text"),  # states, with attention, convolutions, linear attention
     *("bart", "bert", "xlnet"),  # half of an encoder-decoder, an encoder as a decoder, no order of tokens
     *("gemma3n_text", "gemma4_text"),  # embeddings for each layer
-    *("gemma3", "qwen2_5_vl"),  # vision-language, with positions of three rows
+    *("gemma3", "qwen3_vl"),  # vision-language, with positions of three rows
 )
 
 Samples = list[tuple[np.ndarray, np.ndarray]]
