@@ -213,8 +213,11 @@ class Plain:
             log_probs(model, self.samples[0][0])
             self.draws = not torch.equal(before, torch.get_rng_state())
             model.eval()
-            half = log_probs(model, self.samples[0][0][:35])
-            self.reads_ahead = float((half - log_probs(model, self.samples[0][0])[:34]).abs().max())
+            ids = self.samples[0][0]
+            half = len(ids) // 2
+            other = np.concatenate([ids[:half], ids[: half - 1 : -1]])  # the rest the other way round
+            before, after = (log_probs(model, each)[: half - 1] for each in (ids, other))
+            self.reads_ahead = float((after - before).abs().max())
         model.train(not self.draws)
         self.log_probs, self.gradient = loop(model, self.samples)
 
