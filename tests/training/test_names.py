@@ -91,6 +91,7 @@ SAME = {
     "data.num_workers": "2",
     "data.cache_dir": "OTHER_CACHE",
     "model.attention": "sdpa",
+    "model.isolate": "apart",
     "model.gradient_checkpointing": "true",
     "model.activation_offload": "true",
     "trainer.detect_anomaly": "true",

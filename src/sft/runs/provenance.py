@@ -7,7 +7,7 @@ import sys
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import TypedDict
 
 from sft.runs.files import write_json
 
@@ -73,7 +73,8 @@ def amend(folder: Path, **parts: object) -> None:
         write_json(folder / "provenance.json", before | parts)
 
 
-def _recorded(folder: Path) -> Any:  # type: ignore[explicit-any]  # of whatever JSON can hold
+def _recorded(folder: Path) -> dict:
+    """Empty where there is none."""
     try:
         return json.loads((folder / "provenance.json").read_text())
     except FileNotFoundError:

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from lightning.pytorch.callbacks import Callback
 from omegaconf import DictConfig
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
 
@@ -79,7 +79,7 @@ def prove_here(config: DictConfig, source: ModelSource, data: SFTDataModule) -> 
     device = torch.device("cuda" if gpu else "cpu")
     torch.manual_seed(config.seed)
     model = source.load(torch.bfloat16 if precision == "bf16-true" else torch.float32)
-    model.to(device)  # type: ignore[arg-type]  # transformers wraps the method
+    nn.Module.to(model, device)
     bf16 = precision.startswith("bf16")
     return _prover(
         model, source, data, device, precision, lambda: torch.autocast(device.type, torch.bfloat16, enabled=bf16)
