@@ -61,7 +61,7 @@ QUICK = (  # one of each kind
     *("mamba2", "falcon_h1", "lfm2", "qwen3_5_text"),  # states, with attention, convolutions, linear attention
     *("bart", "bert", "xlnet"),  # half of an encoder-decoder, an encoder as a decoder, no order of tokens
     *("gemma3n_text", "gemma4_text"),  # embeddings for each layer
-    *("gemma3", "qwen2_5_vl"),  # vision-language, with positions of three rows
+    *("gemma3", "qwen3_vl"),  # vision-language, with positions of three rows
 )
 
 Samples = list[tuple[np.ndarray, np.ndarray]]
@@ -213,8 +213,11 @@ class Plain:
             log_probs(model, self.samples[0][0])
             self.draws = not torch.equal(before, torch.get_rng_state())
             model.eval()
-            half = log_probs(model, self.samples[0][0][:35])
-            self.reads_ahead = float((half - log_probs(model, self.samples[0][0])[:34]).abs().max())
+            ids = self.samples[0][0]
+            half = len(ids) // 2
+            other = np.concatenate([ids[:half], ids[: half - 1 : -1]])  # the rest the other way round
+            before, after = (log_probs(model, each)[: half - 1] for each in (ids, other))
+            self.reads_ahead = float((after - before).abs().max())
         model.train(not self.draws)
         self.log_probs, self.gradient = loop(model, self.samples)
 

@@ -280,10 +280,10 @@ class Prover:
                 log_probs(self._rows(rows))[len(sample) :]
                 for rows in (twice, torch.stack([self._other(sample), sample]))
             )
-        except Exception:  # no model need know batches
+            halves = got.grads[EMBEDDINGS].unflatten(0, (2, len(sample))).sum(0)
+        except Exception:  # no model need know batches, or embed tokens alone
             return Difference()
         self.reference = float((after - before).abs().max())
-        halves = got.grads[EMBEDDINGS].unflatten(0, (2, len(sample))).sum(0)
         self.noise = _shares(replace(got, grads={**got.grads, EMBEDDINGS: halves}), expected)
         # Of a causal model both rows are what it is alone.
         log_prob = float((got.log_probs.unflatten(0, (2, len(sample))) - expected.log_probs).abs().max())

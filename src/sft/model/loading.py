@@ -12,7 +12,7 @@ from sft.errors import UserError
 from sft.model import tokenizer as tokenizer_files
 from sft.model.adapter import Adapter, check_whole, quantization
 from sft.model.begun import Begun
-from sft.model.language_part import has_rest
+from sft.model.language_part import freeze_rest, has_rest
 from sft.model.loading_errors import loading
 from sft.model.model_class import auto_class
 from sft.model.parameters import Parameters
@@ -282,7 +282,11 @@ class ModelSource:
 
     def keeps_base(self, config: "PretrainedConfig") -> bool:
         """Whether some of the model's weights aren't trained, so that a checkpoint leaves them to the base's files."""
-        return self.adapter is not None or self.parameters.freezes or has_rest(config)
+        if self.adapter is not None or self.parameters.freezes:
+            return True
+        empty = self.empty(config)
+        freeze_rest(empty)  # some models freeze some of their own
+        return not all(parameter.requires_grad for parameter in empty.parameters())
 
     def load(
         self,
