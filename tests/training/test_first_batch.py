@@ -95,7 +95,10 @@ def test_a_leak_at_the_run_s_start(
     assert not sft.run_folder().exists()
     assert sft.train(*SETTINGS) == 0
     (line,) = lines(capsys)
-    assert line.startswith("first batch: llama carries state across samples (") and "they run one at a time" in line
+    assert (
+        line.startswith("first batch: samples of llama in a row depend on each other (")
+        and "they run one at a time" in line
+    )
 
 
 def test_preview_proves_the_model_here(

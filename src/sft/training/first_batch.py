@@ -16,7 +16,8 @@ from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
 
 from sft.data.batch import SampleSet
-from sft.model.first_batch import Proof, Prover
+from sft.model.first_batch import Prover
+from sft.model.found import Proof
 from sft.model.isolation import Isolation, use_attention
 from sft.model.loading import ModelSource
 from sft.model.loss import head_is_plain_matrix
@@ -111,7 +112,17 @@ def _prover(
         dtype=torch.bfloat16 if precision.startswith("bf16") else torch.float32,
         forward=forward,
         per_pass=(len(data.train) / passes, data.tokens_per_epoch / passes),
+        longest=longest(data),
     )
+
+
+def longest(data: SFTDataModule) -> tuple[int, int] | None:
+    """Tokens of the longest row that training may have, and of its longest sample; None where a row is one sample."""
+    if not data.packing and data.micro_batch_size == 1:
+        return None
+    sample = int(data.train.lengths.max())
+    pack = data.pack_length if data.packing else sample
+    return min(data.micro_batch_size * pack, data.tokens_per_epoch), sample
 
 
 def conditions(trainer: L.Trainer, module: SFTModule) -> dict[str, object]:
@@ -127,6 +138,7 @@ def conditions(trainer: L.Trainer, module: SFTModule) -> dict[str, object]:
             "isolate": source.isolate,
             "gradient_checkpointing": source.gradient_checkpointing,
         },
+        "longest": list(row) if (row := longest(trainer.datamodule)) else None,  # type: ignore[attr-defined]
     }
 
 
