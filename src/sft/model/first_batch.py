@@ -5,7 +5,6 @@ The same samples are run in four ways, on the real weights and device, in traini
     own     the model's own attention, each sample alone: what its authors wrote
     alone   the attention of this project, each sample alone
     packed  the same attention, the samples in one row
-
     long    the same attention, the samples at the end of a row as long as those of training, no gradients
 
 Log-probabilities of all tokens and gradients are compared. How far two ways may differ depends on the arithmetic and on

@@ -2,6 +2,7 @@
 
 import tempfile
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -11,12 +12,11 @@ from omegaconf import DictConfig
 from transformers.utils import logging as transformers_logging
 
 from sft.errors import UserError
-from sft.model import attention
 from sft.model.first_batch import AUTO, Prover
 from sft.model.found import Proof
 from sft.model.loading import ModelSource
 from sft.model.loss import head_is_plain_matrix
-from sft.model.model_class import of_folder
+from sft.model.parameters import Parameters
 from sft.proof.shrink import write_model
 
 NUM_VOCAB = 64
@@ -35,21 +35,30 @@ def prove_small(config: DictConfig) -> Proof | None:
     if not _is_here(source):
         return None
     with tempfile.TemporaryDirectory(prefix="sft-small-") as folder:
-        options = {"trust_remote_code": source.trust_remote_code}
         try:
             write_model(Path(folder), source.load_config(), NUM_VOCAB, config.seed, source.trust_remote_code)
         except UserError:
             return None
-        asked = AUTO if source.attention.startswith("flash") else source.attention  # which every machine has
-        model = of_folder(folder, **options).from_pretrained(
-            folder, dtype=torch.float32, attn_implementation=attention.asked(asked), **options
+        small = replace(
+            source,
+            path=folder,
+            init="pretrained",
+            config={},
+            revision=None,
+            attention=AUTO if source.attention.startswith("flash") else source.attention,  # which every machine has
+            adapter=None,
+            parameters=Parameters(),
+            new_weights=None,
+            add_tokens=None,
+            compile=False,
         )
+        model = small.load(torch.float32)
     draw = torch.Generator().manual_seed(config.seed)
     samples = [torch.randint(0, NUM_VOCAB, (length,), generator=draw) for length in LENGTHS]
     return Prover(
-        model.train(),
+        model,
         samples,
-        attention=asked,
+        attention=small.attention,
         isolate=source.isolate,
         plain_head=head_is_plain_matrix(model),
         dtype=torch.float32,
