@@ -432,5 +432,31 @@ def test_a_router_that_derives_from_a_linear_layer_is_left_alone(tmp_path: Path)
     }
     model(input_ids=torch.tensor([[1, 2, 3]]), use_cache=False)
     named = settings.adapter(target_modules=["router"])
-    with pytest.raises(UserError, match=r"router means \S+\.router, no linear layer: "):
+    with pytest.raises(UserError, match=r"router means \S+\.router, no linear layer, but a Llama4Router: "):
         settings.model_source(path=str(tmp_path), adapter=named).load(torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("kind", "fields", "adapted"),
+    [
+        # Its linear layers have a product of their own, which is an ordinary one.
+        ("falcon", {"num_attention_heads": 2}, ["query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"]),
+        # Its kernels are given the weight of out_proj, and peft refuses that layer by the model's name.
+        ("mamba2", {"num_heads": 8, "head_dim": 8, "n_groups": 1}, ["in_proj"]),
+        # The same, in a model that peft doesn't know.
+        ("zamba2", {"hybrid_layer_ids": [], "layers_block_type": 2 * ["linear_attention"]}, ["in_proj"]),
+    ],
+)
+def test_layers_that_an_adapter_has_an_effect_on_are_adapted(
+    kind: str, fields: dict[str, Any], adapted: list[str], tmp_path: Path
+) -> None:
+    config = AutoConfig.for_model(kind, **{**SIZE, **fields})
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    model = settings.model_source(path=str(tmp_path), adapter=settings.adapter()).load(torch.float32)
+    names = [name.split(".lora_")[0] for name, one in model.named_parameters() if one.requires_grad]
+    assert list(dict.fromkeys(name.split(".")[-1] for name in names)) == adapted
+    if "in_proj" in adapted:
+        named = settings.adapter(target_modules=["in_proj", "out_proj"])
+        match = r"out_proj means \S+\.out_proj, whose weight \S+ may use by itself, .*: leave it out"
+        with pytest.raises(UserError, match=match):
+            settings.model_source(path=str(tmp_path), adapter=named).load(torch.float32)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from sft.errors import UserError
 from sft.model import language_part, trained_tokens
+from sft.model.unadapted import left_out
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -100,7 +101,7 @@ class Adapter:
         with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
             warnings.simplefilter("ignore")  # peft explains how it treats some layers
             try:
-                config = self.lora_config(trained, [*language_part.rest_modules(model), *_of_their_own(model)])
+                config = self.lora_config(trained, [*language_part.rest_modules(model), *left_out(model)])
                 inject_adapter_in_model(config, model, adapter_name=NAME)
             except ValueError as error:
                 message = " ".join(str(error).split())[:300]
@@ -176,7 +177,7 @@ class Adapter:
             return
         rest = language_part.rest_modules(model)
         own = {name: m for name, m in model.named_modules() if not f"{name}.".startswith(tuple(f"{r}." for r in rest))}
-        special = set(_of_their_own(model))
+        special = left_out(model)
         linear = [name for name, m in own.items() if isinstance(m, nn.Linear | Conv1D) and name not in special]
         choices = f"its linear layers are {', '.join(dict.fromkeys(name.rpartition('.')[2] for name in linear))}"
         head = model.get_output_embeddings()
@@ -193,6 +194,8 @@ class Adapter:
                 of = f"the language part of {type(model).__name__}" if rest else type(model).__name__
                 raise UserError(f"adapter.target_modules: {target} is no layer of {of}: {choices}")
             for name, module in modules.items():
+                if name in special:
+                    raise UserError(f"adapter.target_modules: {target} means {name}, {special[name]}: leave it out")
                 if name not in linear:
                     raise UserError(
                         f"adapter.target_modules: {target} means {name or 'the model'}, no linear layer: {choices}"
@@ -207,20 +210,6 @@ class Adapter:
                         f"adapter.target_modules: {target} means {name}, of which adapter.trainable_tokens trains "
                         "rows: leave it out, or set adapter.trainable_tokens=null"
                     )
-
-
-def _of_their_own(model: "PreTrainedModel") -> list[str]:
-    """The names of modules that derive from a linear layer and compute something else, as routers do: peft would take
-    them for one. Those of bitsandbytes are linear layers, in 4 bits."""
-    from torch import nn
-
-    return [
-        name
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear)
-        and type(module).forward is not nn.Linear.forward
-        and not type(module).__module__.startswith("bitsandbytes")
-    ]
 
 
 def initial(name: str, shape: "Sequence[int]", init: object = "default") -> "Tensor":

@@ -1,8 +1,8 @@
 """The callback that has a run's model proven on its first samples before the first step, once for each kind of device
 and set of versions."""
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -26,6 +26,7 @@ from sft.runs import provenance
 from sft.training.datamodule import SFTDataModule
 from sft.training.log import log
 from sft.training.module import SFTModule
+from sft.training.strategies import placement
 
 NUM_SAMPLES = 3
 MIN_TOKENS, MAX_TOKENS = 48, 96  # of a sample, where there are such
@@ -64,7 +65,13 @@ class FirstBatch(Callback):
 def prove(trainer: L.Trainer, module: SFTModule) -> Proof:
     """That of a trainer's model on its training samples."""
     data: SFTDataModule = trainer.datamodule  # type: ignore[attr-defined]
-    forward = trainer.precision_plugin.forward_context
+    place = placement(trainer.strategy)
+
+    @contextmanager
+    def forward() -> Iterator[None]:
+        with trainer.precision_plugin.forward_context(), place.forward(module.model):
+            yield
+
     proof = _prover(module.model, module.source, data, module.device, str(trainer.precision), forward).prove()
     if module.router:
         module.router.logits = None
