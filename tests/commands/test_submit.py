@@ -16,6 +16,7 @@ import running
 from cluster import Cluster
 from running import Sft
 from sft.cluster.sbatch import PROJECT, site_environment
+from sft.commands import submit
 from sft.runs.run import Run
 
 # Options of a job that the false Slurm has nodes for.
@@ -342,3 +343,17 @@ def test_on_a_cluster(sft: Sft, cluster: Cluster) -> None:
     assert shown.returncode == 0, shown.stderr
     assert "Slurm would start it at" in shown.stdout and "sbatch --parsable" in shown.stdout
     assert cluster.exec("squeue", "--noheader").stdout == ""
+
+
+def test_a_model_that_the_run_has_proven_is_not_asked_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    monkeypatch.setattr("sft.proof.first_batch.prove_small", asked.append)
+    settings = {"attention": "auto", "isolate": "packed"}
+    found = {"first_batch": {"where": {"settings": settings}}}
+    (tmp_path / "provenance.json").write_text(json.dumps(found))
+    run = SimpleNamespace(folder=tmp_path)
+    assert submit.check_first_batch(SimpleNamespace(model=SimpleNamespace(**settings)), run) == []
+    assert not asked
+    other = SimpleNamespace(model=SimpleNamespace(**settings | {"isolate": "auto"}))
+    assert len(submit.check_first_batch(other, run)) == 1
+    assert asked == [other]

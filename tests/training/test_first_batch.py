@@ -107,10 +107,11 @@ def test_preview_proves_the_model_here(
     assert sft("preview", *sft.settings, "preview.packs=0", "check=true") == 0
     printed = capsys.readouterr().out
     assert "first batch: packed samples are computed as by the model's own code: " in printed
-    assert [line.split("  ")[0] for line in printed.splitlines() if "e-" in line][-3:] == [
+    assert [line.split("  ")[0] for line in printed.splitlines() if "e-" in line][-4:] == [
         "own, twice in a batch",
         "one at a time",
         "packed",
+        "packed, in a long row",
     ]
     leak(monkeypatch)
     assert sft("preview", *sft.settings, "preview.packs=0", "check=true", "model.isolate=packed") == 2

@@ -29,7 +29,7 @@ from omegaconf import DictConfig, OmegaConf
 from sft.cluster import partitions, slurm, storage, time_limit
 from sft.cluster.sbatch import PROJECT, SCRIPT, Job, split
 from sft.errors import UserError
-from sft.runs import events
+from sft.runs import events, provenance
 from sft.runs.files import check_writable
 from sft.runs.run import Run
 from sft.runs.stopped import lifted
@@ -64,7 +64,7 @@ def _submit(config: DictConfig, job: Job, dry_run: bool, rehearse: bool) -> None
     if state == "finished" and not lifted(run, settings.get("callbacks") or {}):
         raise UserError(f"{run.folder} is finished: nothing to do (another run: run=NAME; anew: remove the folder)")
     notes += check_files(config, run)
-    notes += check_first_batch(config)
+    notes += check_first_batch(config, run)
 
     nodes = partitions.nodes()
     waits = partitions.check_resources(job, nodes)
@@ -147,8 +147,13 @@ def check_files(config: DictConfig, run: Run) -> list[str]:
     return [*dict.fromkeys(notes), *storage.notes(paths)]
 
 
-def check_first_batch(config: DictConfig) -> list[str]:
-    """Returns notes; refuses a job whose model, in small, doesn't compute what the settings ask of it."""
+def check_first_batch(config: DictConfig, run: Run) -> list[str]:
+    """Returns notes; refuses a job whose model, in small, doesn't compute what the settings ask of it. A run that has
+    proven its model under these settings isn't asked again: it takes some 10 s of a processor."""
+    proven = provenance.first_batch(run.folder)
+    settings: Any = proven["where"]["settings"] if proven else {}
+    if (settings.get("attention"), settings.get("isolate")) == (config.model.attention, config.model.isolate):
+        return []
     from sft.proof.first_batch import prove_small  # with torch, which nothing above needs
 
     proof = prove_small(config)
