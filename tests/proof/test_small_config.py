@@ -72,6 +72,12 @@ def test_divisors_leave_several_even_heads_and_about_64_channels() -> None:
     assert 4096 // (heads * head) == 64 and 8 // heads >= 2 and 128 // head % 2 == 0
 
 
+def test_a_configuration_of_parts_alone_follows_the_widest() -> None:
+    # BLT: parts of 768, 1024 and 2048 channels; 64 of the widest are left in the preferred form.
+    heads, head = small_config.divisors(AutoConfig.for_model("blt"))[0]
+    assert 2048 // (heads * head) == 64
+
+
 def test_lists_of_layers_and_their_numbers_are_cut_alike() -> None:
     # Gemma 3n: 35 layers, each fifth full, the first 10 sparse, the last 15 with keys and values of others.
     small = fields("gemma3n_text", Form(97, 1, 32))

@@ -61,8 +61,10 @@ class Form:
 def divisors(config: PretrainedConfig) -> list[tuple[int, int]]:
     """What to divide counts of heads by, and widths of a head: first those that leave about 64 hidden channels."""
     text = text_of(config)
-    fields = text.to_dict()
-    width = int(getattr(text, "hidden_size", 0) or fields.get("d_model") or 0)
+    if not width_of(text):  # it has parts alone
+        parts = [part for part in vars(text).values() if isinstance(part, PretrainedConfig)]
+        text = max(parts, key=width_of, default=text)
+    fields, width = text.to_dict(), width_of(text)
     sizes = {name: value for name, value in fields.items() if is_count(value)}
     widths = [value for name, value in sizes.items() if OF_HEAD.search(name)]
     counts = [value for name, value in sizes.items() if HEADS.search(name) and not OF_HEAD.search(name)]
@@ -84,6 +86,10 @@ def divisors(config: PretrainedConfig) -> list[tuple[int, int]]:
 
     found.sort(key=rank)
     return found[:8] or [(1, 1)]
+
+
+def width_of(config: PretrainedConfig) -> int:
+    return int(getattr(config, "hidden_size", 0) or getattr(config, "d_model", 0) or 0)
 
 
 def text_of(config: PretrainedConfig) -> PretrainedConfig:
