@@ -48,7 +48,7 @@ EXPECTED = {
     "qwen3_vl": PACKED,
 }
 
-NOT_OFFERED = {("openai-gpt", "checkpointing"), ("mamba2", "lora"), ("falcon_h1", "lora")}  # by transformers, by peft
+NOT_OFFERED = {("openai-gpt", "checkpointing")}  # by transformers
 
 
 def row_of(name: str, folder: Path) -> dict[str, Any]:

@@ -34,6 +34,7 @@ PUBLISHED: dict[str, dict[str, Any]] = {
     "glmga": _GLM,
     "hunyuan_v1_dense": _HUNYUAN,
     "hunyuan_v1_moe": {**_HUNYUAN, "num_experts": 64, "moe_topk": 8},
+    "lfm2": {"num_hidden_layers": 16, "full_attn_idxs": [2, 5, 8, 10, 12, 14]},  # else without a convolution
     "lfm2_moe": {
         "num_hidden_layers": 24,
         "layer_types": ["full_attention" if n in (2, 6, 10, 14, 18, 21) else "conv" for n in range(24)],

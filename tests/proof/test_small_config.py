@@ -93,6 +93,15 @@ def test_lists_of_layers_and_their_numbers_are_cut_alike() -> None:
     assert llama4["attention_chunk_size"] == 16
 
 
+def test_numbers_of_all_layers_are_no_entries_for_each() -> None:
+    small = fields("llama4_text", Form(97, 1, 32))  # all 48 layers have experts, each fourth is full
+    assert [small[name] for name in ("num_hidden_layers", "moe_layers", "no_rope_layers")] == [2, [0, 1], [1, 0]]
+    assert small["layer_types"] == ["chunked_attention", FULL]
+    small = fields("lfm2", Form(97, 1, 32), num_hidden_layers=16, full_attn_idxs=[2, 5, 8, 10, 12, 14])
+    assert [small["layer_types"], small["full_attn_idxs"]] == [["conv", FULL], [1]]
+    assert fields("lfm2", Form(97, 1, 32))["full_attn_idxs"] == [0, 1]  # all of 32
+
+
 def test_two_layers_of_each_kind() -> None:
     small = fields("qwen3_next", Form(97, 1, 32, layers=2))
     assert small["layer_types"] == [LINEAR, LINEAR, FULL, FULL]

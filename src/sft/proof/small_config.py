@@ -189,11 +189,16 @@ def by_layers(name: str, value: object, num_layers: int, kept: list[int], form: 
     """The entries of a list that are of the layers kept, or those of its entries that number them; else None."""
     if not isinstance(value, list | tuple):
         return None
-    if len(value) == num_layers:
+    if len(value) == num_layers and not numbers_all(value):
         return [smaller(name, value[layer], form) for layer in kept]
     if re.search("layer|idx|index", name) and all(is_count(each, 0) and each < num_layers for each in value):
         return [new for new, old in enumerate(kept) if old in value]
     return None
+
+
+def numbers_all(value: list[Any] | tuple[Any, ...]) -> bool:
+    """Whether a list as long as there are layers has the numbers of all of them, not an entry for each."""
+    return [*value] == [*range(len(value))] and len(value) > 2
 
 
 def kept_layers(config: PretrainedConfig, fields: Mapping[str, Any], num_layers: int, each: int) -> list[int]:
@@ -212,7 +217,7 @@ def kept_layers(config: PretrainedConfig, fields: Mapping[str, Any], num_layers:
             value = fields.get(name, getattr(config, name, None))
         except Exception:  # whatever a class computes
             continue
-        if isinstance(value, list | tuple) and len(value) == num_layers:
+        if isinstance(value, list | tuple) and len(value) == num_layers and not numbers_all(value):
             lists[name] = [str(each) for each in value]
         elif isinstance(value, list | tuple) and re.search("layer|idx", name):
             lists[name] = [str(layer in value) for layer in range(num_layers)]
