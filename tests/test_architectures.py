@@ -37,7 +37,7 @@ EXPECTED = {
     "xglm": APART,
     "mamba2": APART,
     "falcon_h1": APART,
-    "lfm2": PACKED,
+    "lfm2": APART,
     "qwen3_5_text": APART,
     "bart": APART,
     "bert": PACKED,
