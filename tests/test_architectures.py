@@ -14,7 +14,8 @@ from checks.architectures import APART, PACKED, REFUSED, TRACEBACK, WRONG
 from checks.process import Place
 from sft.errors import UserError
 from sft.model import inputs
-from sft.model.first_batch import Proof, Prover
+from sft.model.first_batch import Prover
+from sft.model.found import Proof
 from sft.model.isolation import Isolation
 from warm import python
 

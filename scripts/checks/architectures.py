@@ -37,7 +37,8 @@ from sft.model import sharded_loading
 from sft.model.adapter import NAME as ADAPTER
 from sft.model.adapter import initial
 from sft.model.cause import first_line
-from sft.model.first_batch import Proof, Prover
+from sft.model.first_batch import Prover
+from sft.model.found import Proof
 from sft.model.isolation import Isolation, use_attention
 from sft.model.loading import ModelSource
 from sft.model.loss import head_is_plain_matrix, nll, token_log_probs

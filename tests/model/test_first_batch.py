@@ -10,12 +10,22 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import BloomConfig, BloomForCausalLM, LlamaForCausalLM, PreTrainedModel
+from transformers import (
+    BloomConfig,
+    BloomForCausalLM,
+    Llama4ForCausalLM,
+    Llama4TextConfig,
+    LlamaForCausalLM,
+    Phi3Config,
+    Phi3ForCausalLM,
+    PreTrainedModel,
+)
 
 from conftest import tiny_llama
 from sft.errors import UserError
-from sft.model import attention, noise
-from sft.model.first_batch import Proof, Prover
+from sft.model import attention, measured_pass, noise
+from sft.model.first_batch import Prover
+from sft.model.found import Proof
 from sft.model.isolation import Isolation
 from sft.model.loss import head_is_plain_matrix
 
@@ -29,7 +39,7 @@ def made(**config: object) -> LlamaForCausalLM:
     return tiny_llama(attn_implementation="packed", initializer_range=0.2, **config).train()
 
 
-def proven(model: PreTrainedModel, dtype: torch.dtype = torch.float32, **settings: str) -> Proof:
+def proven(model: PreTrainedModel, dtype: torch.dtype = torch.float32, **settings: Any) -> Proof:
     draw = torch.Generator().manual_seed(0)
     samples = [torch.randint(0, 264, (length,), generator=draw) for length in (11, 7, 9)]
     forward = contextlib.nullcontext if dtype == torch.float32 else lambda: torch.autocast("cpu", torch.bfloat16)
@@ -155,10 +165,10 @@ FAULTS = {
     "window": (with_attention(windowed), OWN, "doesn't compute by packed attention what its own does"),
     "gradient": (gain_without_a_gradient, OWN, "doesn't compute by packed attention what its own does"),
     "exception": (with_attention(raises), OWN, "(NotImplementedError: no kernel for this)"),
-    "boundary": (one_sample_less, APART, "carries state across samples"),
-    "state": (running(0.05), APART, "carries state across samples"),
-    "small state": (running(1e-4), APART, "carries state across samples"),
-    "backward": (with_mlp(BackwardLeak.apply), APART, "carries state across samples"),
+    "boundary": (one_sample_less, APART, "samples of llama in a row depend on each other"),
+    "state": (running(0.05), APART, "samples of llama in a row depend on each other"),
+    "small state": (running(1e-4), APART, "samples of llama in a row depend on each other"),
+    "backward": (with_mlp(BackwardLeak.apply), APART, "samples of llama in a row depend on each other"),
     "place": (with_mlp(by_place), APART, "computes something else of packed samples"),
 }
 
@@ -287,3 +297,87 @@ def test_a_model_that_reads_ahead_is_refused(monkeypatch: pytest.MonkeyPatch) ->
     with_mlp(lambda hidden: hidden + 1e-3 * hidden.roll(-1, dims=-2))(model, monkeypatch)
     with pytest.raises(UserError, match=r"llama is no causal language model: .* tokens see those that follow"):
         proven(model)
+
+
+def llama4(floor_scale: int) -> PreTrainedModel:
+    """Its attention's temperature changes after so many tokens of a row."""
+    config = Llama4TextConfig(
+        vocab_size=264, hidden_size=32, intermediate_size=64, intermediate_size_mlp=64, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, head_dim=8, num_local_experts=2, no_rope_layers=[1, 0],
+        interleave_moe_layer_step=4, floor_scale=floor_scale, attn_scale=1.0, initializer_range=0.2, use_qk_norm=False,
+        pad_token_id=0,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    return Llama4ForCausalLM._from_config(config, attn_implementation="packed").train()
+
+
+def phi3(original: int) -> PreTrainedModel:
+    """Its rotary embeddings are others if a sample of the row is longer."""
+    rope = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 4, "long_factor": [4.0] * 4}
+    config = Phi3Config(
+        vocab_size=264, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=4 * original, original_max_position_embeddings=original,
+        rope_parameters=rope | {"original_max_position_embeddings": original}, pad_token_id=0, initializer_range=0.2,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    return Phi3ForCausalLM._from_config(config, attn_implementation="packed").train()
+
+
+# Of samples of 11, 7 and 9 tokens. The switch is at 40 tokens: of the row for Llama 4, of a sample for Phi-3.
+LONG_ROWS = {
+    "row": (llama4, (64, 30), True),
+    "short row": (llama4, (40, 30), False),
+    "sample": (phi3, (96, 50), True),
+    "short sample": (phi3, (96, 30), False),
+    "no room": (phi3, (38, 50), False),
+}
+
+
+@pytest.mark.parametrize("name", LONG_ROWS)
+def test_what_depends_on_the_length_of_its_row_runs_apart(name: str) -> None:
+    make, longest, differs = LONG_ROWS[name]
+    proof = proven(make(40), longest=longest)
+    assert ("long" in proof.differences) == (name != "no room")
+    assert proof.isolation == (APART if differs else PACKED)
+    assert ("depends on the length of its row (" in (proof.reason or "")) == differs
+    if differs:
+        with pytest.raises(UserError, match=r"model.isolate=packed: .* doesn't keep packed samples apart: .*long "):
+            proven(make(40), longest=longest, isolate="packed")
+
+
+def test_a_long_sample_changes_others_by_less_than_bf16_tells() -> None:
+    model = phi3(40)
+    model.model.rotary_emb.long_inv_freq = model.model.rotary_emb.original_inv_freq * 1.02
+    proof = proven(model, torch.bfloat16, longest=(96, 50))
+    found = proof.differences["long"]
+    assert proof.isolation == APART and found.excess < 1 and found.leak > 0
+
+
+def test_a_long_row_is_the_samples_after_others() -> None:
+    samples = [torch.arange(3), torch.arange(5, 9)]  # 7 tokens
+    row, cut = measured_pass.long_rows(samples, 20, 8)
+    assert row["counts"][:, 0].tolist() == [8, 5, 3, 4] and cut["counts"][:, 0].tolist() == [4, 4, 5, 3, 4]
+    assert row["input_ids"].tolist() == [[0, 1, 2, 5, 6, 7, 8, 0, 1, 2, 5, 6, 7, 0, 1, 2, 5, 6, 7, 8]]
+    assert torch.equal(row["input_ids"], cut["input_ids"]) and row["max_seqlen"] == cut["max_seqlen"] == 8
+    assert measured_pass.long_rows(samples, 11, 8) == measured_pass.long_rows(samples, 20, 4) == (None, None)
+
+
+def test_what_a_layer_can_t_do_in_a_long_row_is_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    def change(original: Any, query: Tensor, *others: Any) -> Tensor:
+        if query.shape[2] > 20:
+            raise attention.CannotPack("Layer hands a mask to its attention")
+        return original(query, *others)
+
+    with_attention(change)(model := made(), monkeypatch)
+    proof = proven(model, longest=(64, 30))
+    assert proof.isolation == APART and "its row (Layer hands a mask to its attention" in proof.reason
+
+
+@pytest.mark.parametrize("error", [KeyError("x"), AssertionError("x"), torch.OutOfMemoryError("x")], ids=repr)
+def test_a_fault_of_this_project_s_code_is_raised(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+    faulty: dict[str, Any] = {"error": error}
+    code = "def lengths(bounds):\n    if len(bounds) > 2:\n        raise error\n    return bounds.diff().tolist()"
+    exec(compile(code, attention.__file__, "exec"), faulty)
+    monkeypatch.setattr(attention, "_lengths", faulty["lengths"])
+    with pytest.raises(type(error)):
+        proven(made())

@@ -7,13 +7,14 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import BloomConfig, BloomForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoConfig, BloomConfig, BloomForCausalLM, PreTrainedTokenizerFast
 
 from conftest import tiny_llama
-from runfiles import final_files
+from runfiles import final_files, weights
 from running import Sft
 from sft.model import attention
 from sft.model.isolation import Isolation
+from sft.proof.shrink import write_model
 from sft.training import first_batch
 
 SETTINGS = ("run=run", "export=false", "max_steps=2", "checkpoint.save_every=1", "data.val_size=0")
@@ -94,7 +95,10 @@ def test_a_leak_at_the_run_s_start(
     assert not sft.run_folder().exists()
     assert sft.train(*SETTINGS) == 0
     (line,) = lines(capsys)
-    assert line.startswith("first batch: llama carries state across samples (") and "they run one at a time" in line
+    assert (
+        line.startswith("first batch: samples of llama in a row depend on each other (")
+        and "they run one at a time" in line
+    )
 
 
 def test_preview_proves_the_model_here(
@@ -128,6 +132,24 @@ def test_training_doesn_t_notice_it(sft: Sft, strategy: str) -> None:
         assert ("packed samples are computed" in ended.output) == (before is None)
         found.append(final_files(sft.run_folder(run)))
     assert found[0] == found[1]
+
+
+@pytest.mark.xdist_group("strategies")
+@pytest.mark.parametrize("kind", ["falcon_h1", "qwen3_moe"])
+def test_ranks_that_gather_weights_prove_and_train_any_model(
+    kind: str, sft: Sft, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    # The mixer of one reads its convolution's weight; the experts of the other are a leaf to DeepSpeed by default.
+    write_model(tmp_path, AutoConfig.for_model(kind), 264, seed=0)
+    tokenizer.save_pretrained(tmp_path)
+    settings = (f"model.path={tmp_path}", *SETTINGS, "max_steps=1", "optimizer=sgd", "optimizer.lr=0.3")
+    assert sft.train(*settings, "run=one") == 0
+    zero3 = ("strategy=deepspeed_zero3", "model.gradient_checkpointing=true", "run=two")
+    ended = sft.ranks(2, "train", *sft.settings, *settings, *zero3)
+    assert ended.code == 0, ended.output
+    expected = weights(sft.run_folder("one"))
+    for name, tensor in weights(sft.run_folder("two")).items():
+        torch.testing.assert_close(tensor, expected[name], rtol=0, atol=3e-6, msg=name)
 
 
 def test_the_samples_that_are_chosen() -> None:

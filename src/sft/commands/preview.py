@@ -28,14 +28,14 @@ from transformers import PreTrainedTokenizerFast
 from sft.data.labels import IGNORE
 from sft.data.ledger import Ledger, not_read
 from sft.data.step_plan import DEFAULT_PACKS, check_division
-from sft.model.first_batch import Proof
+from sft.model.found import Proof
 from sft.runs.files import output_file
 from sft.runs.run import Run
 from sft.training.first_batch import prove_here
 from sft.training.prepare import Prepared, quiet, setup
 from sft.training.settings import world_size
 
-WAYS = {"noise": "own, twice in a batch", "alone": "one at a time", "packed": "packed"}
+WAYS = {"noise": "own, twice in a batch", "alone": "one at a time", "packed": "packed", "long": "packed, in a long row"}
 
 
 def main(config: DictConfig) -> None:

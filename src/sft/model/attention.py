@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 # What a model is called with and may hand on to its attention. Any other tensor would change the scores.
-PASSED_ON = frozenset({"cu_seq_lens_k", "position_ids", "seq_idx", "cu_seqlens"})
+PASSED_ON = frozenset({"cu_seq_lens_k", "position_ids", "seq_idx", "cu_seqlens", "logits_to_keep"})
 
 
 def packed_attention(

@@ -2,9 +2,12 @@
 
 import re
 from importlib.util import find_spec
+from pathlib import Path
 
+import torch
 from transformers import PreTrainedModel
 
+import sft
 from sft.errors import UserError
 
 # Class names of layers that hold a state, and the packages (with their modules) whose kernels keep samples apart.
@@ -13,6 +16,10 @@ KERNELS = (
     ("DeltaNet|KimiDelta|GatedLinear", {"flash-linear-attention": "fla", "causal-conv1d": "causal_conv1d"}),
     ("ShortConv", {"causal-conv1d": "causal_conv1d"}),
 )
+
+STATES = "|".join([*(pattern for pattern, _ in KERNELS), "Recurrent|RgLru|RWKV|Rwkv|LSTM|LightningAttention"])
+FAULTS = AssertionError, AttributeError, KeyError, NameError  # of code that is wrong, where they come from it itself
+CODE = Path(sft.__file__).parent
 
 
 def name(model: PreTrainedModel) -> str:
@@ -28,6 +35,21 @@ def advice(model: PreTrainedModel) -> str | None:
             on = "" if next(model.parameters()).is_cuda else "on a GPU "
             return f"{on}{' and '.join(missing)} would pack them" if missing else None
     return None
+
+
+def recurrent(model: PreTrainedModel) -> bool:
+    """Whether layers are known to hold a state, by their classes' names."""
+    return any(re.search(STATES, type(module).__name__) for module in model.modules())
+
+
+def raise_own(error: Exception) -> None:
+    """Raises an exception that is a fault of this project's code, or of memory: neither tells of the model."""
+    trace = error.__traceback__
+    while trace and trace.tb_next:
+        trace = trace.tb_next
+    ours = trace and Path(trace.tb_frame.f_code.co_filename).is_relative_to(CODE)
+    if isinstance(error, torch.OutOfMemoryError) or (ours and isinstance(error, FAULTS)):
+        raise error
 
 
 def first_line(error: BaseException) -> str:

@@ -1,24 +1,27 @@
 """The model is proven on a few samples of its own first: that it computes here what its authors wrote.
 
-The same samples are run in three ways, on the real weights and device, in training mode without noise:
+The same samples are run in four ways, on the real weights and device, in training mode without noise:
 
     own     the model's own attention, each sample alone: what its authors wrote
     alone   the attention of this project, each sample alone
     packed  the same attention, the samples in one row
 
+    long    the same attention, the samples at the end of a row as long as those of training, no gradients
+
 Log-probabilities of all tokens and gradients are compared. How far two ways may differ depends on the arithmetic and on
 how far `own` differs from itself where it only runs in another shape, a sample twice in a batch. Of a row of packed
 samples it is asked besides, and sharply, since the shapes are the same: whether a sample's log-probabilities have a
-gradient by another's tokens, and whether they change where the other's tokens are replaced.
+gradient by another's tokens, and whether they change where the other's tokens are replaced; of a long row, whether they
+change where its first sample, as long as the run's longest, is cut into short ones.
 
-Where `alone` differs from `own`, the model's own attention is used; where `packed` differs, the samples of a
+Where `alone` differs from `own`, the model's own attention is used; where `packed` or `long` differs, the samples of a
 micro-batch run apart. A model that neither helps is refused. No list of names decides.
 """
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from math import inf, isfinite
 
 import torch
@@ -29,98 +32,16 @@ from sft.data.batch import Batch
 from sft.errors import UserError
 from sft.model import cause
 from sft.model.attention import NAME as PACKED
+from sft.model.found import FLOORS, LARGEST_NOISE, REACH, TIMES_NOISE, Difference, Proof, arithmetic, shares
 from sft.model.inputs import is_own
 from sft.model.isolation import Isolation, attending, one_by_one, own_attention
 from sft.model.loss import graph_log_probs
-from sft.model.measured_pass import EMBEDDINGS, Measured, Pass, flat, log_probs, measured, reach, rows_pass
+from sft.model.measured_pass import EMBEDDINGS, Measured, Pass, flat, log_probs, long_rows, measured, reach, rows_pass
 from sft.model.measured_pass import without_noise as without_noise
+from sft.model.slower import times_slower
 from sft.ranks import together
 
 AUTO, OWN, APART = "auto", "own", "apart"  # with PACKED, the values of model.attention and model.isolate
-# What rounding may come to in another order of additions, in nats, in shares of a gradient's norm, and in nats by what
-# experts' numbers of tokens change: measured over families, docs/limits.md.
-FLOORS = {"float32": (2e-5, 2e-4, 1e-5), "tf32": (2e-2, 5e-2, 1e-2), "bfloat16": (0.3, 0.15, 0.3)}
-TIMES_NOISE = 8.0
-LARGEST_NOISE = 100.0  # floors
-# Of a token's own gradient: more of one by a token that mustn't matter is no rounding. Kernels of recurrent layers sum,
-# in fp32, over a boundary what cancels.
-REACH = 2e-5
-SMALL = 1e-3  # of the largest gradient's norm: a smaller one is measured by this
-
-
-@dataclass(frozen=True)
-class Difference:
-    """How far a way of computing is from `own`, beside what is tolerated."""
-
-    log_prob: float = 0.0  # the largest of a token, in nats
-    tolerated_log_prob: float = 0.0
-    gradient: float = 0.0  # of the tensor that is furthest from what is tolerated of it, as a share of its norm
-    tolerated_gradient: float = 0.0
-    tensor: str = ""
-    leak: float = 0.0  # in nats, by the tokens of another sample
-    tolerated_leak: float = 0.0
-    reach: float = 0.0  # of other samples' tokens: their largest gradient as a share of its own tokens'
-    error: str | None = None  # in which it ended
-
-    @property
-    def excess(self) -> float:
-        """In tolerances: up to 1 is alike."""
-        parts = (self.log_prob, self.tolerated_log_prob), (self.gradient, self.tolerated_gradient)
-        shares = [part / tolerated if tolerated else part and inf for part, tolerated in parts]
-        return inf if self.error else max(share if share == share else inf for share in shares)
-
-    @property
-    def leaks(self) -> bool:
-        return self.reach > REACH or self.leak > self.tolerated_leak
-
-    def __str__(self) -> str:
-        if self.error:
-            return self.error
-        between = f", {max(self.leak, self.reach):.1e} between samples" if self.leaks else ""
-        return (
-            f"{self.log_prob:.1e} in log-probabilities (tolerated {self.tolerated_log_prob:.1e}), "
-            f"{self.gradient:.1e} in gradients ({self.tolerated_gradient:.1e}){between}"
-        )
-
-
-@dataclass(frozen=True)
-class Proof:
-    """What was found."""
-
-    isolation: Isolation
-    differences: Mapping[str, Difference]  # by way; `noise` is that of `own` in another shape
-    reason: str | None = None  # why the samples aren't packed
-    slower: float | None = None  # about how many times, than packed
-    training_mode: bool = True  # else the model draws random numbers in it
-    seconds: float = 0.0
-
-    @property
-    def said(self) -> str:
-        """What a user should know, in a line."""
-        mode = "" if self.training_mode else "; found in evaluation mode, since in training the model draws at random"
-        if self.reason:
-            return self.reason + mode
-        if "packed" in self.differences:
-            return f"packed samples are computed as by the model's own code: {self.differences['packed']}{mode}"
-        return f"samples run {self.isolation}, as the settings say{mode}"
-
-    def record(self) -> dict[str, object]:
-        """For provenance.json."""
-        return {
-            **asdict(self.isolation),
-            "said": self.said,
-            "slower": self.slower,
-            "differences": {way: asdict(found) for way, found in self.differences.items()},
-            "training_mode": self.training_mode,
-            "seconds": round(self.seconds, 2),
-        }
-
-
-def arithmetic(dtype: torch.dtype, device: torch.device) -> str:
-    """The key of `FLOORS`."""
-    if dtype == torch.float32:
-        return "tf32" if device.type == "cuda" and torch.get_float32_matmul_precision() != "highest" else "float32"
-    return "bfloat16"
 
 
 @dataclass
@@ -135,6 +56,7 @@ class Prover:
         forward: the context of a forward pass, as the precision of training has it.
         per_pass: how many samples, and tokens, a forward pass of training has in the mean; None: nobody asks for the
             cost.
+        longest: tokens of training's longest row, of several samples, and of its longest sample; None: there is none.
     """
 
     model: PreTrainedModel
@@ -145,6 +67,7 @@ class Prover:
     dtype: torch.dtype
     forward: Callable[[], AbstractContextManager[object]]
     per_pass: tuple[float, float] | None = None
+    longest: tuple[int, int] | None = None
     found: dict[str, Difference] = field(default_factory=dict)
     noise: dict[str, float] = field(default_factory=dict)  # by tensor, as a share of its gradient's norm
     reference: float = 0.0  # what another row's tokens change in a row of `own`, in nats
@@ -161,7 +84,7 @@ class Prover:
                 stack.enter_context(torch.compiler.set_stance("force_eager"))
             try:
                 isolation, reason = self._decide()
-                slower = self._slower(isolation, *self.per_pass) if isolation.apart and self.per_pass else None
+                slower = self._slower(isolation)
                 is_training = model.training
             finally:
                 for module in in_training:
@@ -207,17 +130,26 @@ class Prover:
             packed = self._difference(whole, [self._packed(batch)])
             packed = packed if packed.error else self._alike(lambda: self._leaks(packed))
         self.found["packed"] = packed
-        if packed.excess <= 1 and not packed.leaks:
+        differs = packed.excess > 1 or packed.leaks
+        if not differs and (longer := self._long(ours, whole.log_probs)):
+            self.found["long"] = longer
+            if longer.excess <= 1 and not longer.leaks:
+                return Isolation(ours), None
+        elif not differs:
             return Isolation(ours), None
         if self.isolate == PACKED:
             raise UserError(
                 f"model.isolate=packed: {name} doesn't keep packed samples apart: {self._figures()}: set "
                 "model.isolate=auto"
             )
-        if packed.error:
+        if not differs:
+            what = f"a sample of {name} depends on the length of its row ({self.found['long']})"
+        elif packed.error:
             what = f"{name} can't keep packed samples apart here ({packed.error})"
-        elif packed.leaks:
+        elif packed.leaks and cause.recurrent(self.model):
             what = f"{name} carries state across samples ({packed})"
+        elif packed.leaks:
+            what = f"samples of {name} in a row depend on each other ({packed})"
         else:
             what = f"{name} computes something else of packed samples ({packed})"
         return Isolation(ours, apart=True), f"{what}: they run one at a time"
@@ -281,10 +213,11 @@ class Prover:
                 for rows in (twice, torch.stack([self._other(sample), sample]))
             )
             halves = got.grads[EMBEDDINGS].unflatten(0, (2, len(sample))).sum(0)
-        except Exception:  # no model need know batches, or embed tokens alone
+        except Exception as error:  # no model need know batches, or embed tokens alone
+            cause.raise_own(error)
             return Difference()
         self.reference = float((after - before).abs().max())
-        self.noise = _shares(replace(got, grads={**got.grads, EMBEDDINGS: halves}), expected)
+        self.noise = shares(replace(got, grads={**got.grads, EMBEDDINGS: halves}), expected)
         # Of a causal model both rows are what it is alone.
         log_prob = float((got.log_probs.unflatten(0, (2, len(sample))) - expected.log_probs).abs().max())
         return Difference(log_prob, gradient=max(self.noise.values()), leak=self.reference)
@@ -292,24 +225,25 @@ class Prover:
     def _difference(self, expected: Measured, passes: Sequence[Pass]) -> Difference:
         """Of what these come to, one after the other."""
 
-        def found() -> Difference:
+        def find() -> Difference:
             try:
                 parts = [measured(self.model, run) for run in passes]
                 got = sum(parts[1:], start=parts[0])
             except Exception as error:  # whatever a model has against it
+                cause.raise_own(error)
                 return Difference(error=cause.first_line(error))
-            shares = _shares(got, expected)
-            allowed = {name: max(self.floors[1], TIMES_NOISE * self.noise.get(name, 0.0)) for name in shares}
-            worst = max(shares, key=lambda name: shares[name] / allowed[name] if shares[name] == shares[name] else inf)
+            found = shares(got, expected)
+            allowed = {name: max(self.floors[1], TIMES_NOISE * self.noise.get(name, 0.0)) for name in found}
+            worst = max(found, key=lambda name: found[name] / allowed[name] if found[name] == found[name] else inf)
             return Difference(
                 log_prob=float((got.log_probs - expected.log_probs).abs().max()),
                 tolerated_log_prob=max(self.floors[0], TIMES_NOISE * self.found["noise"].log_prob),
-                gradient=shares[worst],
+                gradient=found[worst],
                 tolerated_gradient=allowed[worst],
                 tensor=worst,
             )
 
-        return self._alike(found)
+        return self._alike(find)
 
     def _leaks(self, found: Difference) -> Difference:
         """With what one sample of a row has to do with another, by its gradient and by replaced tokens."""
@@ -330,6 +264,31 @@ class Prover:
         tolerated = max(self.floors[2], TIMES_NOISE * self.reference) if self.reference or leak else 0.0
         return replace(found, leak=leak, tolerated_leak=tolerated, reach=float(outside / reach_T.max()))
 
+    def _long(self, ours: str, expected_T: Tensor) -> Difference | None:
+        """Of the samples at the end of a row as long as training's; None where those are as short."""
+        row, cut = long_rows(self.samples, *self.longest) if self.longest else (None, None)
+        if row is None or cut is None:
+            return None
+        num = len(expected_T)
+
+        def find() -> Difference:
+            try:
+                with attending(self.model, ours):
+                    # Both rows have the same shape, kernels and tokens.
+                    got_T, beside_short_T = (log_probs(self._packed(one, since=-num))[-num:] for one in (row, cut))
+            except Exception as error:  # whatever a model has against it
+                cause.raise_own(error)
+                return Difference(error=cause.first_line(error))
+            experts = max(self.floors[2], TIMES_NOISE * self.reference) if self.reference else 0.0
+            return Difference(
+                log_prob=float((got_T - expected_T).abs().max()),
+                tolerated_log_prob=max(self.floors[0], TIMES_NOISE * self.found["noise"].log_prob),
+                leak=float((got_T - beside_short_T).abs().max()),
+                tolerated_leak=max(FLOORS["float32"][0], experts),
+            )
+
+        return self._alike(find)
+
     def _alike(self, find: Callable[[], Difference]) -> Difference:
         """The worst of all ranks'."""
         found = together(find)
@@ -343,11 +302,11 @@ class Prover:
 
         return run
 
-    def _packed(self, batch: Batch) -> Pass:
+    def _packed(self, batch: Batch, since: int = 0) -> Pass:
         def run() -> Tensor:
             torch.manual_seed(0)
             with self.forward():
-                return graph_log_probs(self.model, batch, plain_head=self.plain_head)
+                return graph_log_probs(self.model, batch, plain_head=self.plain_head, since=since)
 
         return run
 
@@ -360,46 +319,13 @@ class Prover:
         """The differences that were found."""
         return "; ".join(f"{way} {found}" for way, found in self.found.items() if way != "noise")
 
-    def _slower(self, isolation: Isolation, num: float, tokens: float) -> float:
-        """About how many times slower passes of one sample are than of many: a pass is taken to cost a constant and
-        so much for each token."""
-        short, long = round(tokens / num), round(min(tokens, 1024))
-        row = torch.cat(list(self.samples))
-        row = row.repeat(long // len(row) + 1)
-
-        def seconds(length: int) -> float:
-            run = self._packed(flat([row[:length]]))
-            times = []
-            for _ in range(2):
-                begun = time.perf_counter()
-                measured(self.model, run)  # brings its figures to the host
-                times.append(time.perf_counter() - begun)
-            return min(times)
-
-        if not 1 < short < long:
-            return 1.0
-        try:
-            with attending(self.model, isolation.attention):
-                few, many = seconds(short), seconds(long)
-        except Exception:  # an estimate ends no run
-            return 1.0
-        per_token = max(0.0, (many - few) / (long - short))
-        constant = max(0.0, few - per_token * short)
-        slower = (num * constant + per_token * tokens) / (constant + per_token * tokens)
-        return max(together(lambda: slower))
-
-
-def _shares(got: Measured, expected: Measured) -> dict[str, float]:
-    """How far each tensor's gradient is from what is expected, as a share of the latter's norm or of a small part of
-    the largest norm."""
-    names = got.grads.keys() & expected.grads.keys()
-    norms = {name: float(expected.grads[name].norm()) for name in names}
-    least = SMALL * max([norm for name, norm in norms.items() if name != EMBEDDINGS], default=0.0)
-    apart = {name: float((got.grads[name] - expected.grads[name]).norm()) for name in names}
-    return {
-        name: apart[name] / max(norms[name], 1e-30, 0.0 if name == EMBEDDINGS else least) if apart[name] else 0.0
-        for name in sorted(names)
-    }
+    def _slower(self, isolation: Isolation) -> float | None:
+        """About how many times, than packed; None where samples don't run apart, or nobody asks."""
+        if not (isolation.apart and self.per_pass):
+            return None
+        with attending(self.model, isolation.attention):
+            row_T = torch.cat(list(self.samples))
+            return times_slower(self.model, lambda row_T: self._packed(flat([row_T])), row_T, *self.per_pass)
 
 
 def _states() -> list[Tensor]:

@@ -82,10 +82,12 @@ def token_log_probs(model: PreTrainedModel, batch: Batch, *, plain_head: bool) -
     return graph_log_probs(model, batch, plain_head=plain_head)
 
 
-def graph_log_probs(model: PreTrainedModel, batch: Batch, *, plain_head: bool) -> Tensor:
-    """The same, with a graph for its gradient."""
+def graph_log_probs(model: PreTrainedModel, batch: Batch, *, plain_head: bool, since: int = 0) -> Tensor:
+    """The same, with a graph for its gradient; 0 before the token `since`, where the head doesn't run."""
     token_T = batch["input_ids"][0]
-    position_N = (batch["position_ids"][0] != 0).nonzero()[:, 0] - 1
+    wanted_T = batch["position_ids"][0] != 0
+    wanted_T[:since] = False
+    position_N = wanted_T.nonzero()[:, 0] - 1
     target_N = token_T[position_N + 1]
     if plain_head:
         log_prob_N = in_place_of_head(model, batch, position_N, partial(linear_log_probs, target_N=target_N))

@@ -112,6 +112,22 @@ def flat(samples: Sequence[Tensor]) -> Batch:
     }
 
 
+def long_rows(samples: Sequence[Tensor], num_tokens: int, longest: int) -> tuple[Batch, Batch] | tuple[None, None]:
+    """Two rows of `num_tokens` tokens, the same in both, that end in `samples`: before those, all are one of at most
+    `longest` and more of the same length; then the first is cut into short ones, and the row still taken for one with a
+    long sample. None where `samples` leave no place for a longer one."""
+    ids, short = torch.cat(list(samples)), max(map(len, samples))
+    rest = num_tokens - len(ids)
+    first = min(rest, longest)
+    if first <= short:
+        return None, None
+    fill = ids.repeat(rest // len(ids) + 1)[:rest]
+    begun, more = fill[:first], fill[first:].split(first)
+    row, cut = flat([begun, *more, *samples]), flat([*begun.split(short), *more, *samples])
+    cut["max_seqlen"] = row["max_seqlen"]  # kernels are chosen by it
+    return row, cut
+
+
 @contextmanager
 def noted(model: PreTrainedModel) -> Iterator[dict[str, Tensor]]:
     """The tensors that a forward pass within it computes with: the embedded tokens, and the trained parameters of a few

@@ -12,7 +12,8 @@ from transformers.utils import logging as transformers_logging
 
 from sft.errors import UserError
 from sft.model import attention
-from sft.model.first_batch import AUTO, Proof, Prover
+from sft.model.first_batch import AUTO, Prover
+from sft.model.found import Proof
 from sft.model.loading import ModelSource
 from sft.model.loss import head_is_plain_matrix
 from sft.model.model_class import of_folder

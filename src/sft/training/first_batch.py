@@ -1,8 +1,8 @@
 """The callback that has a run's model proven on its first samples before the first step, once for each kind of device
 and set of versions."""
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -16,7 +16,8 @@ from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
 
 from sft.data.batch import SampleSet
-from sft.model.first_batch import Proof, Prover
+from sft.model.first_batch import Prover
+from sft.model.found import Proof
 from sft.model.isolation import Isolation, use_attention
 from sft.model.loading import ModelSource
 from sft.model.loss import head_is_plain_matrix
@@ -25,6 +26,7 @@ from sft.runs import provenance
 from sft.training.datamodule import SFTDataModule
 from sft.training.log import log
 from sft.training.module import SFTModule
+from sft.training.strategies import placement
 
 NUM_SAMPLES = 3
 MIN_TOKENS, MAX_TOKENS = 48, 96  # of a sample, where there are such
@@ -63,7 +65,13 @@ class FirstBatch(Callback):
 def prove(trainer: L.Trainer, module: SFTModule) -> Proof:
     """That of a trainer's model on its training samples."""
     data: SFTDataModule = trainer.datamodule  # type: ignore[attr-defined]
-    forward = trainer.precision_plugin.forward_context
+    place = placement(trainer.strategy)
+
+    @contextmanager
+    def forward() -> Iterator[None]:
+        with trainer.precision_plugin.forward_context(), place.forward(module.model):
+            yield
+
     proof = _prover(module.model, module.source, data, module.device, str(trainer.precision), forward).prove()
     if module.router:
         module.router.logits = None
@@ -104,7 +112,17 @@ def _prover(
         dtype=torch.bfloat16 if precision.startswith("bf16") else torch.float32,
         forward=forward,
         per_pass=(len(data.train) / passes, data.tokens_per_epoch / passes),
+        longest=longest(data),
     )
+
+
+def longest(data: SFTDataModule) -> tuple[int, int] | None:
+    """Tokens of the longest row that training may have, and of its longest sample; None where a row is one sample."""
+    if not data.packing and data.micro_batch_size == 1:
+        return None
+    sample = int(data.train.lengths.max())
+    pack = data.pack_length if data.packing else sample
+    return min(data.micro_batch_size * pack, data.tokens_per_epoch), sample
 
 
 def conditions(trainer: L.Trainer, module: SFTModule) -> dict[str, object]:
@@ -120,6 +138,7 @@ def conditions(trainer: L.Trainer, module: SFTModule) -> dict[str, object]:
             "isolate": source.isolate,
             "gradient_checkpointing": source.gradient_checkpointing,
         },
+        "longest": list(row) if (row := longest(trainer.datamodule)) else None,  # type: ignore[attr-defined]
     }
 
 

@@ -7,7 +7,7 @@ and FSDP2 shard a model before its weights are read.
 import os
 import sys
 from collections.abc import Callable, Generator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -58,6 +58,10 @@ class Placement:
     def optimizer_factory(self, factory: OptimizerFactory) -> OptimizerFactory:
         """The optimizer that computes what `factory`'s does, where the states are."""
         return factory
+
+    def forward(self, model: nn.Module) -> AbstractContextManager[None]:
+        """The context of a forward pass of a model that isn't called by the strategy."""
+        return nullcontext()
 
 
 def placement(strategy: Strategy) -> Placement:
@@ -131,7 +135,11 @@ class DeepSpeed(Placement, DeepSpeedStrategy):
             "zero_allow_untested_optimizer": True,
             **config,
         }
-        super().__init__(config=config, **options)
+        # By default some families' experts are "leaf modules", whose gradients a hook sends as soon as their input's is
+        # known: once for each forward pass, of which a micro-batch may have several, and in a proof as well. They are
+        # for experts of which each is a module that not every pass calls; transformers' are one.
+        zero = {"leaf_module": {"classes": []}, **config.get("zero_optimization", {})}
+        super().__init__(config={**config, "zero_optimization": zero}, **options)
         self.stage = config.get("zero_optimization", {}).get("stage", 0)
         self.offloads_optimizer = "offload_optimizer" in config.get("zero_optimization", {})
 
@@ -206,6 +214,19 @@ class DeepSpeed(Placement, DeepSpeedStrategy):
                 setattr(module, name, tied[id(parameter)])
         # DeepSpeed takes a model that is partitioned already for one that is on the device.
         move_buffers(model, dict(model.named_buffers()), self.root_device)
+
+    @contextmanager
+    def forward(self, model: nn.Module) -> Generator[None, None, None]:
+        # Within it a weight that one module reads of another, as mixers do of their convolutions, is gathered, and
+        # with that module from then on.
+        held = [module._parameters for module in model.modules()] if self.zero_stage_3 else []
+        for parameters in held:
+            parameters._in_forward = True  # type: ignore[attr-defined]  # as DeepSpeed's engine does
+        try:
+            yield
+        finally:
+            for parameters in held:
+                parameters._in_forward = False  # type: ignore[attr-defined]
 
     def backward(self, closure_loss: Tensor, optimizer: Optimizer | None, *args: Any, **kwargs: Any) -> Tensor:
         # Lightning has divided by the accumulation already; DeepSpeed would do it again.
