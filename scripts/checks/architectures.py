@@ -24,6 +24,7 @@ from transformers import AutoConfig, GenerationConfig
 from transformers.models.auto import modeling_auto
 
 import settings
+from checks.architectures_defaults import PUBLISHED
 from checks.numbers import batch_of, gradient
 from checks.process import Place
 from made_up import OneRank
@@ -176,9 +177,10 @@ class Off(Exception):
 
 
 def write_small(folder: Path, name: str) -> None:
-    """A small model of this type, as its configuration's defaults have it; BERT and the like as decoders."""
+    """A small model of this type, as its configuration's defaults have it, completed where they make no model; BERT and
+    the like as decoders."""
     try:
-        config = AutoConfig.for_model(name)
+        config = AutoConfig.for_model(name, **PUBLISHED.get(name, {}))
     except Exception as error:  # transformers' own
         raise UserError(f"its configuration has no defaults to make small ({first_line(error)})") from error
     if getattr(config, "is_decoder", None) is False and not getattr(config, "is_encoder_decoder", False):

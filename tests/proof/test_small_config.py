@@ -72,6 +72,12 @@ def test_divisors_leave_several_even_heads_and_about_64_channels() -> None:
     assert 4096 // (heads * head) == 64 and 8 // heads >= 2 and 128 // head % 2 == 0
 
 
+def test_a_configuration_of_parts_alone_follows_the_widest() -> None:
+    # BLT: parts of 768, 1024 and 2048 channels; 64 of the widest are left in the preferred form.
+    heads, head = small_config.divisors(AutoConfig.for_model("blt"))[0]
+    assert 2048 // (heads * head) == 64
+
+
 def test_lists_of_layers_and_their_numbers_are_cut_alike() -> None:
     # Gemma 3n: 35 layers, each fifth full, the first 10 sparse, the last 15 with keys and values of others.
     small = fields("gemma3n_text", Form(97, 1, 32))
@@ -85,6 +91,15 @@ def test_lists_of_layers_and_their_numbers_are_cut_alike() -> None:
     llama4 = fields("llama4_text", Form(97, 1, 32), moe_layers=[1, 3, 5], num_hidden_layers=8)
     assert [llama4["moe_layers"], llama4["no_rope_layers"]] == [[1, 2], [1, 1, 0, 0]]  # of 0, 1, 3 and 7
     assert llama4["attention_chunk_size"] == 16
+
+
+def test_numbers_of_all_layers_are_no_entries_for_each() -> None:
+    small = fields("llama4_text", Form(97, 1, 32))  # all 48 layers have experts, each fourth is full
+    assert [small[name] for name in ("num_hidden_layers", "moe_layers", "no_rope_layers")] == [2, [0, 1], [1, 0]]
+    assert small["layer_types"] == ["chunked_attention", FULL]
+    small = fields("lfm2", Form(97, 1, 32), num_hidden_layers=16, full_attn_idxs=[2, 5, 8, 10, 12, 14])
+    assert [small["layer_types"], small["full_attn_idxs"]] == [["conv", FULL], [1]]
+    assert fields("lfm2", Form(97, 1, 32))["full_attn_idxs"] == [0, 1]  # all of 32
 
 
 def test_two_layers_of_each_kind() -> None:

@@ -25,7 +25,7 @@ HEAD_DIM = 8
 SIZES = ((7, 45), (8, 45), (8, 44), (16, 44))
 # Of fields that some architectures have.
 SIZE_OF = {
-    "moe_intermediate_size": 20,
+    "moe_intermediate_size": 24,  # in bf16 a multiple of 16 bytes, which grouped products need
     "shared_expert_intermediate_size": 20,
     "q_lora_rank": 12,
     "kv_lora_rank": 10,

@@ -61,8 +61,10 @@ class Form:
 def divisors(config: PretrainedConfig) -> list[tuple[int, int]]:
     """What to divide counts of heads by, and widths of a head: first those that leave about 64 hidden channels."""
     text = text_of(config)
-    fields = text.to_dict()
-    width = int(getattr(text, "hidden_size", 0) or fields.get("d_model") or 0)
+    if not width_of(text):  # it has parts alone
+        parts = [part for part in vars(text).values() if isinstance(part, PretrainedConfig)]
+        text = max(parts, key=width_of, default=text)
+    fields, width = text.to_dict(), width_of(text)
     sizes = {name: value for name, value in fields.items() if is_count(value)}
     widths = [value for name, value in sizes.items() if OF_HEAD.search(name)]
     counts = [value for name, value in sizes.items() if HEADS.search(name) and not OF_HEAD.search(name)]
@@ -84,6 +86,10 @@ def divisors(config: PretrainedConfig) -> list[tuple[int, int]]:
 
     found.sort(key=rank)
     return found[:8] or [(1, 1)]
+
+
+def width_of(config: PretrainedConfig) -> int:
+    return int(getattr(config, "hidden_size", 0) or getattr(config, "d_model", 0) or 0)
 
 
 def text_of(config: PretrainedConfig) -> PretrainedConfig:
@@ -183,11 +189,16 @@ def by_layers(name: str, value: object, num_layers: int, kept: list[int], form: 
     """The entries of a list that are of the layers kept, or those of its entries that number them; else None."""
     if not isinstance(value, list | tuple):
         return None
-    if len(value) == num_layers:
+    if len(value) == num_layers and not numbers_all(value):
         return [smaller(name, value[layer], form) for layer in kept]
     if re.search("layer|idx|index", name) and all(is_count(each, 0) and each < num_layers for each in value):
         return [new for new, old in enumerate(kept) if old in value]
     return None
+
+
+def numbers_all(value: list[Any] | tuple[Any, ...]) -> bool:
+    """Whether a list as long as there are layers has the numbers of all of them, not an entry for each."""
+    return [*value] == [*range(len(value))] and len(value) > 2
 
 
 def kept_layers(config: PretrainedConfig, fields: Mapping[str, Any], num_layers: int, each: int) -> list[int]:
@@ -206,7 +217,7 @@ def kept_layers(config: PretrainedConfig, fields: Mapping[str, Any], num_layers:
             value = fields.get(name, getattr(config, name, None))
         except Exception:  # whatever a class computes
             continue
-        if isinstance(value, list | tuple) and len(value) == num_layers:
+        if isinstance(value, list | tuple) and len(value) == num_layers and not numbers_all(value):
             lists[name] = [str(each) for each in value]
         elif isinstance(value, list | tuple) and re.search("layer|idx", name):
             lists[name] = [str(layer in value) for layer in range(num_layers)]
