@@ -54,9 +54,10 @@ class Visible:
     __hash__ = object.__hash__
 
     def _is_no_tensor(self, *_: object) -> NoReturn:
-        raise TypeError(f"attention={NAME} makes no mask that a model could compute with")
+        raise TypeError("its layers compute with the mask themselves")
 
     __bool__ = __len__ = __iter__ = _is_no_tensor  # what Python would answer by itself
+    __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = _is_no_tensor  # what it would call unsupported
 
 
 @cache
