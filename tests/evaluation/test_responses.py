@@ -125,7 +125,8 @@ def test_fixed_tokens_are_spread_and_found_in_batches() -> None:
     assert FixedTokens.spread(lengths, 100).sample.tolist() == [0] * 2 + [2] * 4 + [3] * 10
     assert FixedTokens.spread(lengths, 100).position.tolist() == [0, 1, *range(4), *range(10)]
     numbers, positions = fixed.of_batch(np.array([3, 0, 2]), lengths)
-    assert numbers.tolist() == [0, 1, 2, 3] and positions.tolist() == [14, 0, 4, 8]
+    # In the order of the batch, whose first sample is number 3.
+    assert numbers.tolist() == [1, 2, 3, 0] and positions.tolist() == [0, 4, 8, 14]
     numbers, positions = fixed.of_batch(np.array([], np.int64), lengths)
     assert numbers.tolist() == [] and positions.tolist() == [] and positions.dtype == np.int64
 
