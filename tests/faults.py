@@ -9,6 +9,7 @@ import torch
 from sft.data.batch import Batch
 from sft.data.labels import IGNORE
 from sft.model import head, loss
+from sft.model.isolation import Isolation
 from sft.proof import excerpt
 from sft.proof.cells import Cell
 from sft.training import strategies
@@ -42,10 +43,14 @@ def divided_by_the_accumulation_again_by_deepspeed() -> None:
 
 
 def _with_inputs(**changes: object) -> None:
-    original = head.model_inputs
-    head.model_inputs = lambda model, batch: (
-        original(model, batch) | {name: value(batch) if callable(value) else value for name, value in changes.items()}
-    )
+    """Samples share a row of the model's own attention, which guesses from the positions where one begins."""
+    Isolation.parts = lambda self, batch: [batch]
+    head.model_inputs = lambda model, batch: {
+        "input_ids": batch["input_ids"],
+        "position_ids": batch["position_ids"],
+        "use_cache": False,
+        **{name: value(batch) if callable(value) else value for name, value in changes.items()},
+    }
 
 
 def cache_on() -> None:
@@ -116,9 +121,9 @@ def weights_left_out_of_the_sum() -> None:
 def weights_left_out_of_the_gradient() -> None:
     original = loss.linear_nll
 
-    def linear_nll(hidden: torch.Tensor, weight: torch.Tensor, target_N: torch.Tensor, **weights: Any) -> torch.Tensor:
+    def linear_nll(hidden: torch.Tensor, weight: torch.Tensor, target_N: torch.Tensor, *weights: Any) -> torch.Tensor:
         plain = original(hidden, weight, target_N)
-        return plain + (original(hidden, weight, target_N, **weights) - plain).detach()
+        return plain + (original(hidden, weight, target_N, *weights) - plain).detach()
 
     loss.linear_nll = linear_nll
 

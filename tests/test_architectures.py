@@ -92,10 +92,9 @@ def test_how_training_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert (row["kind"], row["why"][:16]) == (TRACEBACK, "KeyError: 'key' ") and "test_architectures.py:" in row["why"]
 
 
-def test_a_model_whose_tokens_see_later_ones_is_not_to_be_trained(tmp_path: Path, monkeypatch: Any) -> None:
-    row = {"kind": PACKED, "reads_ahead": 0.5}
+def test_a_model_whose_tokens_see_later_ones_is_not_to_be_trained(tmp_path: Path) -> None:
     model = architectures.Plain.__new__(architectures.Plain)
-    model.reads_ahead = row["reads_ahead"]
+    model.reads_ahead = 0.5
     with pytest.raises(architectures.Off, match="tokens see later ones"):
         architectures.compared(None, Isolation(), model, Place(False, tmp_path))
 

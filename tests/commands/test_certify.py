@@ -101,7 +101,7 @@ def test_quick_certificate_passes(sft: Sft, capfd: pytest.CaptureFixture[str]) -
 def test_fault_is_found_where_it_matters(fault: Callable[[], None], tmp_path: Path) -> None:
     failing, passing = FAULTS[fault]
     order = all_cells()
-    # transformers' own attention, which is what a cache or a mask confuses.
+    # transformers' own attention, which is what a cache or a mask confuses where samples share a row.
     certificate = made(tmp_path, sorted([*failing, *passing], key=order.index), fault, "model.attention=sdpa")
     assert {result.cell for result in certificate.results if not result.passed} == set(failing)
     assert not certificate.passed

@@ -73,8 +73,8 @@ def nothing(folder: Path) -> None:
         (
             torn_weights,
             [],
-            "the model ./model can't be loaded: Error while deserializing header: incomplete metadata, file not fully "
-            "covered",
+            "the model ./model (LlamaForCausalLM) can't be loaded: Error while deserializing header: incomplete "
+            "metadata, file not fully covered",
         ),
         (
             nothing,

@@ -20,7 +20,7 @@ from sft.errors import UserError
 from sft.proof.rank_pool import LAUNCHERS
 from sft.proof.rehearsal import Failed, Mistaken, failure, run_command
 
-STAGES = ["check", "train", "validate", "save", "SIGUSR1", "resume", "export", "generate"]
+STAGES = ["check", "proof", "train", "validate", "save", "SIGUSR1", "resume", "export", "generate"]
 # As it would be queued: 4 nodes of 8 GPUs.
 JOB = ("trainer=gpu", "trainer.num_nodes=4", "trainer.devices=8", "global_batch_size=64", "data.max_length=256")
 
@@ -113,7 +113,7 @@ def test_a_callback_that_raises_on_save(
     monkeypatch.setenv("PYTHONPATH", f"{sft.folder}:{ROOT / 'src'}")
     assert rehearse(sft, "+callbacks.own._target_=own_callbacks.Own") == 2
     printed = capsys.readouterr()
-    assert stages(printed.out) == ["check"]
+    assert stages(printed.out) == ["check", "proof"]
     (line,) = printed.err.strip().splitlines()
     assert line.startswith("sft: train failed: the state of Own can't be saved and read again (KeyError: 'ema'): keep ")
     assert "Traceback" in Path(line.rpartition("; see ")[2]).read_text()

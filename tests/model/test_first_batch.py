@@ -242,6 +242,13 @@ def test_what_own_attention_does_in_another_shape_is_tolerated(monkeypatch: pyte
     assert 2e-5 < proof.differences["alone"].log_prob < 8 * proof.differences["noise"].log_prob
 
 
+@pytest.mark.parametrize("attention", ["own", "sdpa", "eager"])
+def test_an_attention_without_boundaries_packs_nothing(attention: str) -> None:
+    with pytest.raises(UserError, match=f"^model.isolate=packed: model.attention={attention} knows no boundaries"):
+        proven(made(), attention=attention, isolate="packed")
+    assert proven(made(), attention=attention).isolation.apart
+
+
 def test_a_model_that_is_no_measure_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     broken, wrong = made(), made()
     broken.model.norm.weight.data[0] = float("nan")

@@ -1,5 +1,6 @@
 """Samples that run apart: the same numbers as in one row, whatever is drawn, and when layers are computed twice."""
 
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -19,7 +20,7 @@ from sft.proof.excerpt import Excerpt
 from sft.training.module import SFTModule
 
 LENGTHS = [5, 9, 9, 3, 17]
-OBJECTIVE = Objective(label_smoothing=0.1, z_loss=0.01)
+OBJECTIVE = Objective(label_smoothing=0.1, z_loss=0.01, router_aux=0.3)
 PACKED, APART = Isolation(), Isolation(apart=True)
 
 
@@ -50,8 +51,11 @@ def qwen_moe() -> PreTrainedModel:
 
 
 def module(model: PreTrainedModel, isolation: Isolation, neftune: float = 5.0, router_aux: float = 0.0) -> Any:
-    """What trains the model, without a trainer."""
-    made: Any = SFTModule(None, None, None, 1, 0, objective=OBJECTIVE)  # type: ignore[arg-type]
+    """What trains the model, with stand-ins for trainer and data."""
+    source: Any = SimpleNamespace(activation_offload=False)
+    made: Any = SFTModule(source, None, None, 1, 0, objective=OBJECTIVE)  # type: ignore[arg-type]
+    data = SimpleNamespace(step=lambda _: SimpleNamespace(num_tokens=1))
+    made._trainer = SimpleNamespace(world_size=1, accumulate_grad_batches=1, global_step=0, datamodule=data)
     made.model, made.isolation, made.plain_head = model, isolation, head_is_plain_matrix(model)
     made.router = router.attach(model, router_aux, print)
     noise.attach(model, neftune)
@@ -61,11 +65,10 @@ def module(model: PreTrainedModel, isolation: Isolation, neftune: float = 5.0, r
 def step(made: Any, *batches: Batch) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Sums of all forward passes, and the gradients of one backward pass."""
     made.model.zero_grad()
-    parts = [made._sums(part) for batch in batches for part in made.isolation.parts(batch)]
-    sums = {name: torch.stack([part[name] for part in parts]).sum(0) for name in parts[0]}
-    (sums["nll"].sum() + 0.3 * sums.get("router_aux", torch.zeros(()))).backward()
+    made.step_sums = {}
+    sum(made.training_step(batch, 0) for batch in batches).backward()
     gradients = {name: p.grad.clone() for name, p in made.model.named_parameters() if p.grad is not None}
-    return {name: value.detach() for name, value in sums.items()}, gradients
+    return made.step_sums, gradients
 
 
 def assert_equal(one: tuple[dict[str, Tensor], ...], other: tuple[dict[str, Tensor], ...]) -> None:

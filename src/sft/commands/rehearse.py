@@ -5,9 +5,9 @@
       in the settings, 1 for a failure
 
 First the settings are checked against each other, with the real number of ranks. Then sft train runs with a few narrow
-layers of the same architecture and the first rows of the data: train, validate, save, stop on SIGUSR1, resume. Then
-sft export, which reloads the exported model, and sft generate. All files go to a temporary folder, which is kept if a
-stage fails.
+layers of the same architecture and the first rows of the data: it proves its first batch, trains, validates, saves,
+stops on SIGUSR1, resumes. Then sft export, which reloads the exported model, and sft generate. All files go to a
+temporary folder, which is kept if a stage fails.
 """
 
 import copy

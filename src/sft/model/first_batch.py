@@ -32,7 +32,7 @@ from sft.errors import UserError
 from sft.model import cause
 from sft.model.attention import NAME as PACKED
 from sft.model.found import FLOORS, LARGEST_NOISE, REACH, TIMES_NOISE, Difference, Proof, arithmetic, shares
-from sft.model.inputs import is_own
+from sft.model.inputs import knows_bounds
 from sft.model.isolation import Isolation, attending, one_by_one, own_attention
 from sft.model.loss import graph_log_probs
 from sft.model.measured_pass import EMBEDDINGS, Measured, Pass, flat, log_probs, long_rows, measured, reach, rows_pass
@@ -101,12 +101,16 @@ class Prover:
         with attending(self.model, self.own):
             expected = self._expected()
         whole = sum(expected[1:], start=expected[0])
+        if self.isolate == PACKED and not knows_bounds(ours):
+            raise UserError(
+                f"model.isolate=packed: model.attention={self.attention} knows no boundaries of samples: set "
+                "model.isolate=auto, or model.attention=auto"
+            )
         if self.attention == OWN:
             return Isolation(self.own, apart=True), None
         batch = flat(self.samples)
         with attending(self.model, ours):
             self.found["alone"] = self._difference(whole, [self._packed(part) for part in one_by_one(batch)])
-            knows_bounds = not is_own(self.model)
         if (alone := self.found["alone"]).excess > 1:
             if self.attention != AUTO:
                 raise UserError(
@@ -123,7 +127,7 @@ class Prover:
                 f"{name} doesn't compute by packed attention what its own does ({why}): its own is used, and samples "
                 "run one at a time"
             )
-        if self.isolate == APART or not knows_bounds:
+        if self.isolate == APART or not knows_bounds(ours):
             return Isolation(ours, apart=True), None
         with attending(self.model, ours):
             packed = self._difference(whole, [self._packed(batch)])

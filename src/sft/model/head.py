@@ -27,39 +27,29 @@ def head_is_plain_matrix(model: PreTrainedModel) -> bool:
     before = logits._version
     with forward_replaced(backbone, lambda *_, **__: _Outputs(hidden)), forward_replaced(head, lambda _: logits):
         try:  # not by a call of the model, whose hooks would gather weights
-            returned = _logits(model, model.forward(input_ids=torch.zeros(1, 1, dtype=torch.long), use_cache=False))
+            given = returned(model, model.forward(input_ids=torch.zeros(1, 1, dtype=torch.long), use_cache=False))
         except Exception:  # whatever a model does between the two, which the stand-ins can't answer
             return False
-    return returned is logits and logits._version == before
+    return given is logits and logits._version == before
+
+
+def call_at(model: PreTrainedModel, batch: Batch, position_N: Tensor) -> tuple[dict[str, object], Tensor | slice]:
+    """What the model is called with for these positions of a batch, and where they stand in its head's input and its
+    logits: of a model that can't be told, the head sees every position."""
+    inputs = model_inputs(model, batch)
+    if chooses_positions(model):
+        return inputs | {"logits_to_keep": position_N}, slice(None)
+    return inputs, position_N
 
 
 def logits_at(model: PreTrainedModel, batch: Batch, position_N: Tensor) -> Tensor:
     """The model's logits at these positions of a batch, [N, V]."""
-    inputs = model_inputs(model, batch)
-    if chooses_positions(model):
-        return _logits(model, model(**inputs, logits_to_keep=position_N))[0]
-    return _logits(model, model(**inputs))[0, position_N]
+    inputs, at = call_at(model, batch, position_N)
+    return returned(model, model(**inputs))[0, at]
 
 
-def in_place_of_head(
-    model: PreTrainedModel, batch: Batch, position_N: Tensor, function: Callable[[Tensor, Tensor], Tensor]
-) -> Tensor:
-    """`function(hidden [N, C], the head's weight [V, C])` at these positions of a batch, of a model whose head is a
-    plain matrix.
-
-    It is computed within the model's own forward pass: a strategy that shards the weights gathers them by hooks on the
-    modules it calls.
-    """
-    head, inputs = model.get_output_embeddings(), model_inputs(model, batch)
-    chooses = chooses_positions(model)
-    if chooses:
-        inputs["logits_to_keep"] = position_N
-    of_hidden = lambda hidden: function(hidden[0] if chooses else hidden[0, position_N], head.weight)  # noqa: E731
-    with forward_replaced(head, of_hidden):
-        return _logits(model, model(**inputs))
-
-
-def _logits(model: PreTrainedModel, outputs: object) -> Tensor:
+def returned(model: PreTrainedModel, outputs: object) -> Tensor:
+    """The logits of what a model returned, or what was computed in their place."""
     logits = outputs[0] if isinstance(outputs, tuple) else getattr(outputs, "logits", None)
     if isinstance(logits, Tensor):
         return logits

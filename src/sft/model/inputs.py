@@ -37,8 +37,12 @@ def model_inputs(model: PreTrainedModel, batch: Batch) -> dict[str, object]:
 
 def is_own(model: PreTrainedModel) -> bool:
     """Whether its attention is one that knows no boundaries of samples."""
-    name = str(model.config.get_text_config()._attn_implementation)
-    return not (name == PACKED or name.startswith("flash"))
+    return not knows_bounds(str(model.config.get_text_config()._attn_implementation))
+
+
+def knows_bounds(attention: str) -> bool:
+    """Whether an attention, by the name that transformers knows it by, keeps samples of a row apart."""
+    return attention == PACKED or attention.startswith("flash")
 
 
 @cache

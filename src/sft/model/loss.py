@@ -13,7 +13,6 @@ Shape suffixes: T tokens of the row, N supervised tokens, C hidden channels, V v
 """
 
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -22,8 +21,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from sft.data.batch import Batch
+from sft.model.head import call_at, forward_replaced, logits_at, product_dtype, returned
 from sft.model.head import head_is_plain_matrix as head_is_plain_matrix
-from sft.model.head import in_place_of_head, logits_at, product_dtype
 
 
 @dataclass(frozen=True)
@@ -54,8 +53,9 @@ CHUNK_ELEMENTS = {"cpu": 2**23, "cuda": 2**27}
 def nll(model: PreTrainedModel, batch: Batch, *, plain_head: bool, objective: Objective | None = None) -> Tensor:
     """Sum of weight · −log p over the batch's supervised tokens, float32 scalar; [3] with an `objective`'s other parts.
 
-    The loss is computed in the place of the head, within the model's own forward pass. The head is called once a batch,
-    on every rank, also where no token is supervised, so ranks never wait for each other's collectives.
+    The loss is computed in the place of the head, within the model's own forward pass: a strategy that shards the
+    weights gathers them by hooks on the modules it calls. The head is called once a batch, on every rank, also where
+    no token is supervised, so ranks never wait for each other's collectives.
 
     Args:
         plain_head: whether the head is a plain matrix (`head_is_plain_matrix`); else the model makes its logits.
@@ -72,8 +72,9 @@ def nll(model: PreTrainedModel, batch: Batch, *, plain_head: bool, objective: Ob
         if token_weight_N is None:
             return F.cross_entropy(logits_NV.float(), target_N, reduction="sum")
         return -(_log_probs(logits_NV, target_N) * token_weight_N).sum()
-    function = partial(linear_nll, target_N=target_N, token_weight_N=token_weight_N, adds=adds)
-    return in_place_of_head(model, batch, position_N, function)
+    head, (inputs, at) = model.get_output_embeddings(), call_at(model, batch, position_N)
+    with forward_replaced(head, lambda hidden: linear_nll(hidden[0, at], head.weight, target_N, token_weight_N, adds)):
+        return returned(model, model(**inputs))
 
 
 @torch.no_grad()
@@ -90,7 +91,9 @@ def graph_log_probs(model: PreTrainedModel, batch: Batch, *, plain_head: bool, s
     position_N = wanted_T.nonzero()[:, 0] - 1
     target_N = token_T[position_N + 1]
     if plain_head:
-        log_prob_N = in_place_of_head(model, batch, position_N, partial(linear_log_probs, target_N=target_N))
+        head, (inputs, at) = model.get_output_embeddings(), call_at(model, batch, position_N)
+        with forward_replaced(head, lambda hidden: linear_log_probs(hidden[0, at], head.weight, target_N)):
+            log_prob_N = returned(model, model(**inputs))
     else:
         log_prob_N = _log_probs(logits_at(model, batch, position_N), target_N)
     log_prob_T = torch.zeros(len(token_T), dtype=torch.float32, device=token_T.device)

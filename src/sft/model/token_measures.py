@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from sft.data.batch import Batch
-from sft.model.head import forward_replaced, in_place_of_head, logits_at, product_dtype
+from sft.model.head import call_at, forward_replaced, logits_at, product_dtype, returned
 from sft.model.inputs import chooses_positions
 from sft.model.loss import chunk_rows
 
@@ -42,6 +42,7 @@ def measured_nll(
     target_N, num = batch["labels"][0, position_N + 1], len(position_N)
     positions = position_N if at_fixed is None else torch.cat([position_N, batch["fixed"]])
     parts: list[Tensor] = []
+    head = model.get_output_embeddings()
 
     if plain_head:
 
@@ -65,11 +66,12 @@ def measured_nll(
                 at_fixed(log_probs, start - num)
             return sum_of_all
 
-        total = in_place_of_head(model, batch, positions, function)
+        inputs, at = call_at(model, batch, positions)
+        with forward_replaced(head, lambda hidden: function(hidden[0, at], head.weight)):
+            total = returned(model, model(**inputs))
     else:
         # The head's products at the supervised tokens are those that they are without the other positions.
         apart: AbstractContextManager[None] = nullcontext()
-        head = model.get_output_embeddings()
         if at_fixed is not None and head is not None and chooses_positions(model):
             forward = head.forward
             parts_of = lambda hidden: (forward(hidden[:, :num]), forward(hidden[:, num:]))  # noqa: E731

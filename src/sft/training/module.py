@@ -101,9 +101,16 @@ class SFTModule(L.LightningModule):
         offload = (
             save_on_cpu(pin_memory=self.device.type == "cuda") if self.source.activation_offload else nullcontext()
         )
+        sums: dict[str, Tensor] = {}
         with offload:
-            parts = [self._sums(part) for part in self.isolation.parts(batch)]
-        sums = {name: torch.stack([part[name] for part in parts]).sum(0) for name in parts[0]}
+            for part in self.isolation.parts(batch):
+                noise.TOKENS.use(part, alone=self.isolation.apart)
+                terms = {"nll": nll(self.model, part, plain_head=self.plain_head, objective=self.objective)}
+                if self.router:
+                    terms |= self.router.measure(part)
+                for name, term in terms.items():
+                    noise.TOKENS.use_in_backward(term)
+                    sums[name] = sums.get(name, 0) + term
         self.step_sums = {name: self.step_sums.get(name, 0) + value.detach() for name, value in sums.items()}
         # Rule 2: the update is the gradient of (weighted sum over the global batch) / (sum of its tokens' weights).
         # Lightning divides by the accumulation and the strategy averages over ranks; undo both.
@@ -113,16 +120,6 @@ class SFTModule(L.LightningModule):
             num_tokens = self.trainer.datamodule.step(self.trainer.global_step).num_tokens  # type: ignore[attr-defined]
             loss = loss + sums["router_aux"] * (self.objective.router_aux * num_averaged / num_tokens)
         return loss
-
-    def _sums(self, batch: Batch) -> dict[str, Tensor]:
-        """Of one forward pass."""
-        noise.TOKENS.use(batch, alone=self.isolation.apart)
-        sums = {"nll": nll(self.model, batch, plain_head=self.plain_head, objective=self.objective)}
-        if self.router:
-            sums |= self.router.measure(batch)
-        for value in sums.values():
-            noise.TOKENS.use_in_backward(value)
-        return sums
 
     def configure_gradient_clipping(
         self,
