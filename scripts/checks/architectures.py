@@ -10,7 +10,7 @@ import math
 import traceback
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -289,8 +289,6 @@ def proven(source: ModelSource, samples: Samples, place: Place, draws: bool) -> 
         attention=source.attention,
         isolate=source.isolate,
         plain_head=head_is_plain_matrix(model),
-        dtype=torch.float32,
-        forward=nullcontext,
     ).prove()
     use_attention(model, proof.isolation.attention)
     return model.train(not draws), proof

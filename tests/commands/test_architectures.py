@@ -11,15 +11,10 @@ import transformers
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedTokenizerFast
 
+from made_up import SIZE
 from running import Sft
 
-TEXT: dict[str, Any] = {
-    "vocab_size": 264,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
+TEXT = SIZE | {
     "head_dim": 8,
     "max_position_embeddings": 512,
     "pad_token_id": 0,

@@ -19,7 +19,7 @@ micro-batch run apart. A model that neither helps is refused. No list of names d
 
 import time
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, field, replace
 from math import inf, isfinite
 
@@ -63,8 +63,8 @@ class Prover:
     attention: str
     isolate: str
     plain_head: bool
-    dtype: torch.dtype
-    forward: Callable[[], AbstractContextManager[object]]
+    dtype: torch.dtype = torch.float32
+    forward: Callable[[], AbstractContextManager[object]] = nullcontext
     per_pass: tuple[float, float] | None = None
     longest: tuple[int, int] | None = None
     found: dict[str, Difference] = field(default_factory=dict)

@@ -1,7 +1,6 @@
 """The small form of a job's model, proven on this machine's processor before the job waits in a queue."""
 
 import tempfile
-from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -61,8 +60,6 @@ def prove_small(config: DictConfig) -> Proof | None:
         attention=small.attention,
         isolate=source.isolate,
         plain_head=head_is_plain_matrix(model),
-        dtype=torch.float32,
-        forward=nullcontext,
     ).prove()
 
 
