@@ -90,7 +90,7 @@ def without_a_causal_mask(
 
 
 def windowed(original: Any, query: Tensor, key: Tensor, value: Tensor, scale: float, drop: float, *_: Any) -> Tensor:
-    return original(query, key, value, scale, drop, 4, None)
+    return original(query, key, value, scale, drop, 4, None, None)
 
 
 class Changed(nn.Module):

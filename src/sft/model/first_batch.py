@@ -122,11 +122,10 @@ class Prover:
                     f"model.isolate=packed: {name} computes something else by packed attention: {self._figures()}: set "
                     "model.isolate=auto"
                 )
-            why = alone.error or f"{alone}"
-            return Isolation(self.own, apart=True), (
-                f"{name} doesn't compute by packed attention what its own does ({why}): its own is used, and samples "
-                "run one at a time"
-            )
+            what = f"doesn't compute by packed attention what its own does ({alone})"
+            if alone.error:
+                what = f"can't be computed by packed attention here ({alone.error})"
+            return Isolation(self.own, apart=True), f"{name} {what}: its own is used, and samples run one at a time"
         if self.isolate == APART or not knows_bounds(ours):
             return Isolation(ours, apart=True), None
         with attending(self.model, ours):
