@@ -34,7 +34,7 @@ SIZE_OF = {
     "v_head_dim": HEAD_DIM,
     "query_pre_attn_scalar": HEAD_DIM,
 }
-NOISE = 0.05  # of parameters that are all alike
+NOISE = 0.05  # of parameters that are all alike, and not 1
 NUM_TOKENS = 24  # of a trial, more than a window has; the least vocabulary has one more
 
 
@@ -142,13 +142,17 @@ def deterministic(seed: int) -> Iterator[None]:
 
 
 def stir(model: PreTrainedModel) -> None:
-    """Adds noise to parameters that are all alike, such as gates of 0, so that every parameter matters."""
+    """Adds noise to parameters that are all alike, such as gates of 0, so that every parameter matters.
+
+    Those of 1 do: left so, a norm's have no error in bf16, which in each token is the same and so doesn't average out.
+    """
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.numel() and parameter.is_floating_point():
                 if not parameter.isfinite().all():
                     parameter.zero_()
-                if (parameter == parameter.flatten()[0]).all():
+                first = parameter.flatten()[0]
+                if first != 1 and (parameter == first).all():
                     parameter.add_(NOISE * torch.randn(parameter.shape))
 
 
