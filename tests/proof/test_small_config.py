@@ -130,10 +130,11 @@ def test_a_model_whose_tokens_see_none_before_them_is_refused(monkeypatch: pytes
         shrink.check_runs(model)
 
 
-def test_what_is_all_alike_or_left_undefined_gets_noise() -> None:
+def test_what_is_all_alike_and_not_1_or_left_undefined_gets_noise() -> None:
     model: Any = torch.nn.ParameterDict(
         {
             "gate": torch.zeros(5),
+            "scale": torch.full((5,), 0.5),
             "norm": torch.ones(5),
             "empty": torch.full((5,), torch.nan),
             "drawn": torch.arange(5.0),
@@ -141,6 +142,6 @@ def test_what_is_all_alike_or_left_undefined_gets_noise() -> None:
     )
     with shrink.deterministic(0):
         shrink.stir(model)
-    assert model["drawn"].tolist() == [0, 1, 2, 3, 4]
-    for name, mean in (("gate", 0), ("norm", 1), ("empty", 0)):
+    assert model["drawn"].tolist() == [0, 1, 2, 3, 4] and model["norm"].tolist() == [1] * 5
+    for name, mean in (("gate", 0), ("scale", 0.5), ("empty", 0)):
         assert len({*model[name].tolist()}) == 5 and (model[name] - mean).abs().max() < 0.3
