@@ -9,10 +9,11 @@ import torch
 from sft.data.batch import Batch
 from sft.data.labels import IGNORE
 from sft.model import head, loss
+from sft.model.found import Proof
 from sft.model.isolation import Isolation
 from sft.proof import excerpt
 from sft.proof.cells import Cell
-from sft.training import strategies
+from sft.training import first_batch, strategies
 from sft.training.datamodule import SFTDataModule
 from sft.training.module import SFTModule
 
@@ -43,8 +44,9 @@ def divided_by_the_accumulation_again_by_deepspeed() -> None:
 
 
 def _with_inputs(**changes: object) -> None:
-    """Samples share a row of the model's own attention, which guesses from the positions where one begins."""
-    Isolation.parts = lambda self, batch: [batch]
+    """Samples share a row of transformers' own attention, which guesses from the positions where one begins, and which
+    a cache or a mask confuses."""
+    first_batch.prove = lambda trainer, module: Proof(Isolation("sdpa"), {})
     head.model_inputs = lambda model, batch: {
         "input_ids": batch["input_ids"],
         "position_ids": batch["position_ids"],
@@ -171,10 +173,11 @@ def optimizer_forgotten_on_resume() -> None:
 
 def groups_of_patterns_forgotten() -> None:
     from sft.model import optimizer
-    from sft.model.parameters import Parameters
 
     original = optimizer.groups
-    optimizer.groups = lambda model, chosen: original(model, Parameters())
+    optimizer.groups = lambda model, chosen: [
+        (name, {"params": group["params"]} if "lr" in group else group) for name, group in original(model, chosen)
+    ]
 
 
 def _with_tokens(change: Callable[[Any, Batch], None]) -> None:
@@ -182,8 +185,8 @@ def _with_tokens(change: Callable[[Any, Batch], None]) -> None:
 
     original = Tokens.use
 
-    def use(self: Tokens, batch: Batch) -> None:
-        original(self, batch)
+    def use(self: Tokens, batch: Batch, alone: bool = False) -> None:
+        original(self, batch, alone)
         change(self, batch)
 
     Tokens.use = use
@@ -207,12 +210,12 @@ def smoothing_and_z_loss_left_out_of_the_gradient() -> None:
     original = loss.linear_nll
 
     def linear_nll(
-        hidden: torch.Tensor, weight: torch.Tensor, target_N: torch.Tensor, *, adds: Any = None, **weights: Any
+        hidden: torch.Tensor, weight: torch.Tensor, target_N: torch.Tensor, token_weight_N: Any = None, adds: Any = None
     ) -> torch.Tensor:
-        plain = original(hidden, weight, target_N, **weights)
+        plain = original(hidden, weight, target_N, token_weight_N)
         if adds is None:
             return plain
-        parts = original(hidden, weight, target_N, adds=adds, **weights).detach()
+        parts = original(hidden, weight, target_N, token_weight_N, adds).detach()
         return torch.stack([plain, parts[1], parts[2]])
 
     loss.linear_nll = linear_nll

@@ -68,8 +68,7 @@ def faults(place: Place, precision: str) -> tuple[str, dict[str, Any]]:
         table = dict(list(table.items())[:1])
     missed, figures = [], {}
     with seeing(device), forking():
-        # transformers' own attention, which is what a cache or a mask confuses.
-        config, excerpt = prepare(composed(place, precision, "model.attention=sdpa"), folder)
+        config, excerpt = prepare(composed(place, precision), folder)
         used = {cell for cells in table.values() for each in cells for cell in each}
         keys = sorted({cell.key for cell in used})
         references, config.trainer.gradient_clip_val = make_references(config, folder, excerpt, keys)
@@ -78,6 +77,10 @@ def faults(place: Place, precision: str) -> tuple[str, dict[str, Any]]:
             results = under(fault, config, folder, excerpt, [*failing, *passing], references)
             missed += [f"{fault.__name__} passes {cell}" for cell in failing if results[cell].passed]
             missed += [f"{fault.__name__} fails {cell}" for cell in passing if not results[cell].passed]
+            # What raises shows nothing of the fault.
+            missed += [
+                f"{fault.__name__} in {cell}: {result.error}" for cell, result in results.items() if result.error
+            ]
             figures[fault.__name__] = {str(cell): result.document() for cell, result in results.items()}
             print(f"{fault.__name__}: {time.monotonic() - begun:.1f} s", flush=True)
     if missed:

@@ -144,7 +144,8 @@ def deterministic(seed: int) -> Iterator[None]:
 def stir(model: PreTrainedModel) -> None:
     """Adds noise to parameters that are all alike, such as gates of 0, so that every parameter matters.
 
-    Those of 1 do: left so, a norm's have no error in bf16, which in each token is the same and so doesn't average out.
+    Those of 1 stay, and matter: ZeRO and FSDP2 hold a norm's weights in bf16, which holds 1 exactly. The rounding of
+    any other is the same for every token, and doesn't average out as a certificate in bf16 takes roundings to do.
     """
     with torch.no_grad():
         for parameter in model.parameters():
