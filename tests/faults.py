@@ -81,14 +81,11 @@ def shifted_mask() -> None:
 
 
 def small_step_dropped() -> None:
-    original = SFTDataModule._training
+    def whole_steps(self: SFTDataModule, global_step: int) -> object:
+        epoch, step = divmod(global_step, self.num_packs // self.global_batch_size)
+        return self.epoch(epoch).step(step)
 
-    def whole_steps(self: SFTDataModule) -> object:
-        for number, batch in enumerate(original(self)):
-            if len(self.step(self.start_step + number // self.accumulation()).packs) == self.global_batch_size:
-                yield batch
-
-    SFTDataModule._training = whole_steps
+    SFTDataModule.step = whole_steps
 
 
 def small_step_without_update() -> None:
