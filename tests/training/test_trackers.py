@@ -366,7 +366,7 @@ def test_an_upload_ends_when_the_server_is_gone(
             run="r", folder=tmp_path, group="g", history=[], project="sft", mode="online", log_model="upload"
         )
         trackers.append(guarded(run, "wandb"))  # type: ignore[arg-type]
-    assert time.monotonic() - begun < 12
+    assert time.monotonic() - begun < 30
     assert "wandb failed; the run continues without it" in capsys.readouterr().out
 
 
@@ -402,7 +402,7 @@ def test_answers_and_artefacts_wait_for_no_server(
         for step in range(3):
             logger.log_metrics({"train/loss": 1.0}, step)
             logger.log_answers(step, [{**ANSWER, "step": step}])
-    assert time.monotonic() - begun < 12
+    assert time.monotonic() - begun < 30
     _, *lines = capsys.readouterr().out.splitlines()  # the first has the address
     assert any(line.startswith(lost) for line in lines) and "W&B hasn't got all of this run" in lines[-1]
     assert len(lines) <= 3
