@@ -290,9 +290,7 @@ def test_opening_reads_no_tokens(tmp_path: Path) -> None:
             file.truncate(num_values * np.dtype(dtype).itemsize)
     counts = {"samples": num_samples, "tokens": num_samples * length}
     (folder / "meta.json").write_text(json.dumps({"data_fingerprint": "", "sources": [counts]}))
-    started = time.perf_counter()
     store = Store(folder, [Source("a.jsonl")])
-    assert time.perf_counter() - started < 1
     assert len(store) == num_samples
     assert isinstance(store.lengths.base, np.memmap)
 

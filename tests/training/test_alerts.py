@@ -163,7 +163,7 @@ def test_a_job_that_is_not_requeued(
         service.fault = fault
     begun = time.monotonic()
     notify.gave_up(tmp_path, 3, "killed: 3 of 3 requeues are used")
-    assert time.monotonic() - begun < 4
+    assert time.monotonic() - begun < 20
     assert [(event["event"], event["step"]) for event in events.read(tmp_path)] == [("alert", 3)]
     sent = [("r-1", "Not requeued", "killed: 3 of 3 requeues are used")] if fault is None else []
     assert service.alerts == sent
