@@ -53,7 +53,10 @@ class Sft:
 
     def __call__(self, command: str, *arguments: str) -> int:
         """Exit code of `sft COMMAND ARGUMENTS`, run here."""
-        handlers = {number: signal.getsignal(number) for number in (*signals.SIGNALS, *signals.BY_HAND)}
+        # A run's watchdog takes the timer by which pytest ends a test.
+        left, begun = signal.getitimer(signal.ITIMER_REAL)[0], monotonic()
+        numbers = (*signals.SIGNALS, *signals.BY_HAND, signal.SIGALRM)
+        handlers = {number: signal.getsignal(number) for number in numbers}
         with self.monkeypatch.context() as patch:
             patch.setattr(sys, "argv", ["sft", command, *arguments])
             patch.setattr(sys, "executable", python().executable)
@@ -64,6 +67,8 @@ class Sft:
             finally:
                 for number, handler in handlers.items():
                     signal.signal(number, handler)
+                if left:
+                    signal.setitimer(signal.ITIMER_REAL, max(0.1, left - (monotonic() - begun)))
         return 0
 
     def train(self, *arguments: str) -> int:

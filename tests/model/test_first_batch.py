@@ -23,9 +23,9 @@ from transformers import (
 
 from conftest import tiny_llama
 from sft.errors import UserError
-from sft.model import attention, measured_pass, noise
+from sft.model import attention, first_batch, measured_pass, noise
 from sft.model.first_batch import Prover
-from sft.model.found import Proof
+from sft.model.found import Difference, Proof
 from sft.model.isolation import Isolation
 from sft.model.loss import head_is_plain_matrix
 
@@ -247,6 +247,31 @@ def test_an_attention_without_boundaries_packs_nothing(attention: str) -> None:
     with pytest.raises(UserError, match=f"^model.isolate=packed: model.attention={attention} knows no boundaries"):
         proven(made(), attention=attention, isolate="packed")
     assert proven(made(), attention=attention).isolation.apart
+
+
+@pytest.mark.parametrize(
+    ("number", "worse", "isolation"),
+    [
+        (1, Difference(log_prob=1.0), OWN),
+        (2, Difference(gradient=1.0), APART),
+        (3, Difference(leak=1.0), APART),
+        (2, Difference(error="out of memory"), APART),
+    ],
+    ids=["alone", "packed", "leak", "error"],
+)
+def test_ranks_act_on_the_worst_of_them(
+    number: int, worse: Difference, isolation: Isolation, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[Difference] = []
+
+    def with_another_rank(action: Callable[[], Any]) -> list[Any]:
+        mine = action()
+        if isinstance(mine, Difference):
+            asked.append(mine)  # of the noise, of samples alone, of packed ones and their leaks
+        return [mine, worse if len(asked) == number + 1 else mine]
+
+    monkeypatch.setattr(first_batch, "together", with_another_rank)
+    assert proven(made()).isolation == isolation
 
 
 def test_a_model_that_is_no_measure_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
