@@ -168,6 +168,19 @@ def optimizer_forgotten_on_resume() -> None:
     Checkpoint.restore = restore
 
 
+def biases_of_experts_moved() -> None:
+    """All alike, so that the same experts are chosen: only the checkpoint shows it."""
+    original = SFTModule.training_step
+
+    def training_step(self: SFTModule, batch: Batch, batch_idx: int) -> torch.Tensor:
+        for name, buffer in self.model.named_buffers():
+            if name.endswith("e_score_correction_bias"):
+                buffer += 1e-3
+        return original(self, batch, batch_idx)
+
+    SFTModule.training_step = training_step
+
+
 def groups_of_patterns_forgotten() -> None:
     from sft.model import optimizer
 

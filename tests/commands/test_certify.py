@@ -226,6 +226,20 @@ def test_experts_are_certified(fault: Callable[[], None] | None, passes: bool, t
     assert certificate.passed is passes and certificate.results[0].error is None
 
 
+@pytest.mark.parametrize(("fault", "passes"), [(None, True), (faults.biases_of_experts_moved, False)])
+def test_buffers_that_belong_to_the_weights_are_certified(
+    fault: Callable[[], None] | None, passes: bool, tmp_path: Path
+) -> None:
+    certificate = made(tmp_path, [cell()], fault, "+model.config.model_type=deepseek_v3")
+    (result,) = certificate.results
+    assert result.passed is passes and result.error is None and result.loss < 1e-5
+
+
+def test_linear_attention_is_certified(tmp_path: Path) -> None:
+    """Its normed vectors have enough channels in the small form: of few, rounding grows from step to step."""
+    assert made(tmp_path, [cell()], None, "+model.config.model_type=qwen3_5_text").passed
+
+
 def test_weights_that_hardly_move_prove_nothing(tmp_path: Path) -> None:
     certificate = made(tmp_path, [cell()], None, "optimizers.sgd.lr=1e-6")
     assert "raise the learning rate" in str(certificate.results[0].error)

@@ -139,6 +139,8 @@ def train(
         grad_norms.append(norm)
     weights = {name: parameter.detach().numpy() for name, parameter in parameters.items()}
     changes = np.concatenate([(weights[name] - first[name]).ravel() for name in weights])
+    if all(parameter.requires_grad for parameter in model.parameters()):  # else the base model has them
+        weights |= {name: buffer.numpy() for name, buffer in model.named_buffers() if name in model.state_dict()}
     return Reference(
         losses, grad_norms, weights, float(np.abs(changes).max()), float(np.linalg.norm(changes)), averages
     )

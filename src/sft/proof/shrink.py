@@ -21,6 +21,8 @@ from sft.proof import small_config
 from sft.proof.small_config import Form
 
 HEAD_DIM = 8
+# Of linear attention, which norms vectors of so many channels: of few, some are so short that rounding is amplified.
+LINEAR_HEAD_DIM = 32
 # Hidden channels of each head and channels within a layer. Odd ones come first; not every architecture takes them.
 SIZES = ((7, 45), (8, 45), (8, 44), (16, 44))
 # Of fields that some architectures have.
@@ -33,6 +35,8 @@ SIZE_OF = {
     "qk_nope_head_dim": HEAD_DIM,
     "v_head_dim": HEAD_DIM,
     "query_pre_attn_scalar": HEAD_DIM,
+    "linear_key_head_dim": LINEAR_HEAD_DIM,
+    "linear_value_head_dim": LINEAR_HEAD_DIM,
 }
 NOISE = 0.05  # of parameters that are all alike, and not 1
 NUM_TOKENS = 24  # of a trial, more than a window has; the least vocabulary has one more
