@@ -5,6 +5,7 @@ import errno
 import json
 import os
 import re
+import resource
 import shutil
 import signal
 import socket
@@ -290,7 +291,10 @@ def test_opening_reads_no_tokens(tmp_path: Path) -> None:
             file.truncate(num_values * np.dtype(dtype).itemsize)
     counts = {"samples": num_samples, "tokens": num_samples * length}
     (folder / "meta.json").write_text(json.dumps({"data_fingerprint": "", "sources": [counts]}))
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     store = Store(folder, [Source("a.jsonl")])
+    pages = resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before  # 2 MiB at most; the tokens have 2000
+    assert pages < 500
     assert len(store) == num_samples
     assert isinstance(store.lengths.base, np.memmap)
 

@@ -21,6 +21,7 @@ from typing import TypeVar
 
 import torch
 from lightning.fabric.utilities.rank_zero import rank_zero_only
+from tqdm import tqdm
 
 from sft.runs.process import exit_with_parent
 from sft.training.prepare import quiet
@@ -158,6 +159,7 @@ def _begin(rank: int, num_ranks: int, device: str, meeting: Path, log: Path, bef
     os.environ |= ENVIRONMENT[device] | {name: str(place) for name, place in places.items()}
     torch.set_num_threads(1)
     quiet()
+    tqdm.set_lock(threading.RLock())  # its own is a semaphore, which a killed process leaves to a warning at the end
     rank_zero_only.rank = rank  # type: ignore[attr-defined]  # the server set it before there were ranks
     if num_ranks > 1:
         backend = "gloo"

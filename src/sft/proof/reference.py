@@ -140,7 +140,8 @@ def train(
     weights = {name: parameter.detach().numpy() for name, parameter in parameters.items()}
     changes = np.concatenate([(weights[name] - first[name]).ravel() for name in weights])
     if all(parameter.requires_grad for parameter in model.parameters()):  # else the base model has them
-        weights |= {name: buffer.numpy() for name, buffer in model.named_buffers() if name in model.state_dict()}
+        saved = model.state_dict().keys()
+        weights |= {name: buffer.numpy() for name, buffer in model.named_buffers() if name in saved}
     return Reference(
         losses, grad_norms, weights, float(np.abs(changes).max()), float(np.linalg.norm(changes)), averages
     )
