@@ -126,6 +126,9 @@ class Python:
 
     def _answer(self, client: socket.socket) -> None:
         request, descriptors, _, _ = socket.recv_fds(client, 1 << 20, 3)
+        if not request:  # a client that was killed before it asked
+            client.close()
+            return
         files = [Connection(descriptor) for descriptor in descriptors]  # as which multiprocessing hands them over
         process = PROCESSES.Process(target=_run, args=(files, self.executable, *json.loads(request)))
         with LOCK:

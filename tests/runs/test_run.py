@@ -189,7 +189,7 @@ def test_an_unknown_run_names_those_there_are(tmp_path: Path) -> None:
 def test_folder_that_another_rank_is_making_is_no_strangers(tmp_path: Path) -> None:
     folder = tmp_path / "runs" / "run"
     mine = settings(run="run", runs_dir=str(tmp_path / "runs"))
-    for made in ("logs", "events.jsonl", ".config.yaml.unfinished"):
+    for made in ("logs", "events.jsonl", ".sft-trial", ".config.yaml.unfinished"):
         (folder / made).mkdir(parents=True)
         assert Run.of(mine).folder == folder
     (folder / "notes.txt").mkdir()

@@ -58,6 +58,14 @@ def test_exception_that_follows_is_recognised(tmp_path: Path, monkeypatch: pytes
     assert [report["rank"] for report in failure.read(tmp_path, 0)] == [1, 0]
 
 
+def test_a_mistake_leaves_no_traceback_in_the_job_s_log(tmp_path: Path) -> None:
+    failure.write(tmp_path, UserError("data.path=x is missing"))
+    death = examine(tmp_path, 0, 2, 0, "")
+    assert (death.error, death.details) == ("UserError: data.path=x is missing", "")
+    failure.write(tmp_path, ArithmeticError("other"))
+    assert examine(tmp_path, 0, 1, 0, "").details == "ArithmeticError: other\n"
+
+
 @pytest.mark.parametrize(
     ("log", "code", "cause", "rank"),
     [

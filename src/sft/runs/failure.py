@@ -31,7 +31,7 @@ class Report(TypedDict):
     cause: str
     following: bool  # it only follows from another rank's failure
     error: str
-    traceback: str
+    traceback: str  # none of a user's mistake, which its line explains
 
 
 def cause(error: BaseException) -> str:
@@ -65,7 +65,7 @@ def write(folder: Path, error: BaseException) -> None:
         "cause": cause(error),
         "following": follows(error),
         "error": f"{type(error).__name__}: {error}"[:2000],
-        "traceback": "".join(traceback.format_exception(error))[-20_000:],
+        "traceback": "" if isinstance(error, UserError) else "".join(traceback.format_exception(error))[-20_000:],
     }
     restart = os.environ.get("SLURM_RESTART_COUNT", 0)
     write_json(folder / f"attempt-{restart}-rank-{rank}.json", report)

@@ -7,6 +7,8 @@ from pathlib import Path
 
 from sft.errors import UserError
 
+TRIAL = ".sft-"  # begins the name of what is only made to see whether a folder can be written
+
 
 def write_text(path: Path, text: str) -> None:
     """Writes the text beside `path` and renames it: a reader never sees half of it, nor does a kill leave half."""
@@ -46,7 +48,7 @@ def check_writable(folder: Path, setting: str) -> None:
     """Refuses a folder that can't be made or written: makes a temporary folder there and removes it."""
     existing = nearest_existing(folder)
     try:
-        tempfile.TemporaryDirectory(prefix=".sft-", dir=existing).cleanup()
+        tempfile.TemporaryDirectory(prefix=TRIAL, dir=existing).cleanup()
     except OSError as error:
         raise UserError(
             f"{folder} can't be written ({existing}: {error.strerror}): set {setting} to another folder"

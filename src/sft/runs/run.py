@@ -18,7 +18,7 @@ from sft.config.check import shown
 from sft.errors import NotFinite, UserError, by_hand
 from sft.runs import events, provenance, watchdog
 from sft.runs.failure import cause
-from sft.runs.files import check_writable, unfinished, write_json, write_text
+from sft.runs.files import TRIAL, check_writable, unfinished, write_json, write_text
 from sft.runs.identity import TODAY, Config, deciding, identity
 from sft.runs.provenance import now
 from sft.runs.signals import Interrupted
@@ -107,8 +107,12 @@ class Run:
         """The run that a resolved configuration names. UserError where its folder can't be written or holds anything
         else: a run with other numbers, or no run at all."""
         run = cls.named(config)
+        # Another rank may be making the folder right now, or trying whether it can be written: its first file is
+        # config.yaml, not yet under that name.
+        begun = {"logs", "events.jsonl", unfinished(run.folder / "config.yaml").name}
         names = {path.name for path in run.folder.iterdir()} if run.folder.is_dir() else set()
-        if "config.yaml" in names:
+        strange = [name for name in names - begun if not name.startswith(TRIAL)]
+        if (run.folder / "config.yaml").exists():
             before, now = deciding(run.config), deciding(json.loads(json.dumps(config)))
             differing = [key for key in sorted(before.keys() | now.keys()) if before.get(key) != now.get(key)]
             if differing:
@@ -118,8 +122,7 @@ class Run:
                     + (f" ({len(differing) - 1} more differ)" if len(differing) > 1 else "")
                     + ": give this one another name with run=NAME"
                 )
-        # Another rank may be making the folder right now: its first file is config.yaml, not yet under that name.
-        elif names - {"logs", "events.jsonl", unfinished(run.folder / "config.yaml").name}:
+        elif strange:
             raise UserError(f"{run.folder} exists and is not a run: move it away, or name the run with run=NAME")
         check_writable(run.folder, "runs_dir")
         return run
