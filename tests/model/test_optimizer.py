@@ -92,6 +92,15 @@ def test_schedules(schedule: object, expected: list[float]) -> None:
     assert factors == pytest.approx(expected, abs=1e-5)
 
 
+def test_norm_of_a_large_gradient_is_exact_on_a_processor() -> None:
+    layer = torch.nn.Linear(3_000, 1_000, bias=False)
+    layer.weight.grad = torch.randn(3_000, 1_000).mul_(1e-3).t()
+    exact = layer.weight.grad.double().norm()
+    norm, _ = clip(layer, 0.1, by_value=False)
+    assert float(norm) == pytest.approx(float(exact), rel=2e-6)  # torch's own: 6e-5, and 2e-2 of 155 million values
+    assert float(layer.weight.grad.double().norm()) == pytest.approx(0.1, rel=2e-6)
+
+
 def test_clipping_by_value_returns_the_norms_and_the_largest_value() -> None:
     layer = torch.nn.Linear(2, 1)
     layer.weight.grad, layer.bias.grad = torch.tensor([[3.0, -4.0]]), torch.tensor([0.5])

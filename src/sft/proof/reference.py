@@ -123,7 +123,7 @@ def train(
                 term = term + router_aux * outputs.aux_loss * len(ids) / num_tokens
             term.backward()
         grads = [parameter.grad for parameter in parameters.values() if parameter.grad is not None]
-        norm = torch.cat([grad.flatten() for grad in grads]).norm().item()
+        norm = torch.cat([grad.flatten() for grad in grads]).double().norm().item()  # a sum in fp32 is off by 1e-5
         if norm > clip:
             for grad in grads:
                 grad.mul_(clip / (norm + 1e-6))  # as torch and DeepSpeed guard against a norm of 0

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from sft.checkpoint.layout import Part, named_trainable
 from sft.model.loading import decoder_layers
+from sft.model.optimizer import total_norm
 from sft.training.averaging import layout
 from sft.training.log import log
 from sft.training.module import SFTModule
@@ -63,7 +64,7 @@ class Layers:
         # Sums of squares of weights and of updates, of this rank's parts.
         sums = torch.zeros(len(due), 2, dtype=torch.float64, device=module.device)
         for group, part, before in self.before:
-            norms = (torch.linalg.vector_norm(part.weight), torch.linalg.vector_norm(before.sub_(part.weight)))
+            norms = (total_norm([part.weight]), total_norm([before.sub_(part.weight)]))
             for place, norm in enumerate(norms):
                 sums[due.index(group), place] += norm.double() ** 2
         self.before = []
