@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Callable
-from itertools import product
 from pathlib import Path
 
 import pytest
@@ -43,14 +42,23 @@ def made(folder: Path, chosen: list[Cell], before: Callable[[], None] | None = N
 
 @pytest.fixture(scope="module")
 def references(tmp_path_factory: pytest.TempPathFactory) -> References:
-    """The plain loop, by each optimizer and packed or not, and once with weights; with the noise of bf16."""
+    """The plain loop, by each optimizer and packed or not, and with each variant; not packed, with bf16's noise."""
     warm.start()
+    keys = {
+        "bf16-mixed": [("adamw", False, ""), ("sgd", False, "")],
+        "32-true": [
+            ("adamw", True, ""),
+            *(("sgd", True, name) for name in VARIANTS if name != EXPERTS.variant),
+        ],
+    }
+    made: dict[Key, Reference] = {}
     with seeing("cpu"):
-        folder = tmp_path_factory.mktemp("references")
-        config, excerpt = certify.prepare(composed("precision=bf16-mixed"), folder)
-        keys = [*product(("adamw", "sgd"), (False, True), ("",))]
-        keys += [("sgd", True, name) for name in VARIANTS if name not in ("", EXPERTS.variant)]
-        return certify.make_references(config, folder, excerpt, keys)
+        for precision, of_precision in keys.items():
+            folder = tmp_path_factory.mktemp("references")
+            config, excerpt = certify.prepare(composed(f"precision={precision}"), folder)
+            references, clip = certify.make_references(config, folder, excerpt, of_precision)
+            made |= references
+    return made, clip
 
 
 @pytest.fixture
@@ -238,6 +246,21 @@ def test_buffers_that_belong_to_the_weights_are_certified(
 def test_linear_attention_is_certified(tmp_path: Path) -> None:
     """Its normed vectors have enough channels in the small form: of few, rounding grows from step to step."""
     assert made(tmp_path, [cell()], None, "+model.config.model_type=qwen3_5_text").passed
+
+
+@pytest.mark.usefixtures("same_references")
+@pytest.mark.parametrize(("fault", "passes"), [(None, True), (faults.weights_decay_all, False)])
+def test_rounding_is_told_from_a_fault_by_what_it_does_to_the_loop(
+    fault: Callable[[], None] | None, passes: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cells, "DEFAULT_WEIGHT_TOLERANCE", 1e-9)  # of which rounding alone is more
+    certificate = made(tmp_path, [cell()], fault)
+    (result,) = certificate.results
+    assert result.passed is passes and result.error is None
+    if passes:
+        assert 0 < result.weight <= result.tolerance == 4 * certificate.references[result.cell.key].rounding < 1e-6
+    else:
+        assert result.rounding == 0.0  # too far for it to be measured
 
 
 def test_weights_that_hardly_move_prove_nothing(tmp_path: Path) -> None:

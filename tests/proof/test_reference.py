@@ -25,3 +25,13 @@ def test_norm_of_the_gradient_is_that_in_float64(tmp_path: Path) -> None:
     model(input_ids=torch.tensor(ids[None]), labels=torch.tensor(ids[None])).loss.backward()
     exact = torch.cat([parameter.grad.flatten() for parameter in model.parameters()]).norm()
     assert trained.grad_norms == pytest.approx([float(exact)], rel=2e-6)
+
+
+def test_a_loop_is_moved_by_one_rounding_of_each_weight() -> None:
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=50, hidden_size=32, num_hidden_layers=1, num_attention_heads=2))
+    before = [parameter.detach().clone() for parameter in model.parameters()]
+    reference.move(model, seed=0)
+    for old, new in zip(before, model.parameters(), strict=True):
+        up, down = (torch.nextafter(old, torch.full_like(old, end)) for end in (torch.inf, -torch.inf))
+        assert ((new == up) | (new == down)).all()
+        assert 0 < (new == up).sum() < new.numel()

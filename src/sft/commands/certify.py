@@ -24,7 +24,8 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from itertools import groupby
 from pathlib import Path
@@ -100,6 +101,9 @@ def certify(
     for (num_ranks, strategy), group in groupby(cells, lambda cell: cell.group):
         begun = time.monotonic()
         of_group = run_group(config, folder, samples, list(group), references, before)
+        if doubtful := sorted({result.cell.key for result in of_group if result.may_be_rounding}):
+            references |= with_rounding(config, folder, samples, {key: references[key] for key in doubtful})
+            of_group = [replace(result, rounding=references[result.cell.key].rounding) for result in of_group]
         results += of_group
         num_passed = sum(result.passed for result in of_group)
         print(
@@ -142,6 +146,34 @@ def make_references(
     config: DictConfig, folder: Path, samples: Excerpt, keys: list[Key]
 ) -> tuple[dict[Key, Reference], float]:
     """The plain loop for each of `keys`, and the norm that gradients are clipped to in all of them."""
+    run = plain_loop(config, folder, samples)
+
+    def in_precision(pool: Pool, key: Key) -> Reference:
+        exact = run(pool, key, clip)
+        return exact if config.trainer.precision == "32-true" else exact.with_noise(run(pool, key, clip, rounded=True))
+
+    with reference_pools(config, folder) as pools:
+        # The median norm of the first steps, so that some steps are clipped and some are not.
+        clip = float(np.median(run(pools[0], ("sgd", False, ""), float("inf"), num_steps=8).grad_norms))
+        references = share_out(pools, keys, in_precision)
+    return dict(zip(keys, references, strict=True)), clip
+
+
+def with_rounding(
+    config: DictConfig, folder: Path, samples: Excerpt, references: dict[Key, Reference]
+) -> dict[Key, Reference]:
+    """The references with their rounding measured, by a second loop each."""
+    run = plain_loop(config, folder, samples)
+
+    def measured(pool: Pool, key: Key) -> Reference:
+        return references[key].with_rounding(run(pool, key, config.trainer.gradient_clip_val, moved=True))
+
+    with reference_pools(config, folder) as pools:
+        return dict(zip(references, share_out(pools, list(references), measured), strict=True))
+
+
+def plain_loop(config: DictConfig, folder: Path, samples: Excerpt) -> Callable[..., Reference]:
+    """The loop of the model in `folder`, as a function of pool, key, norm to clip to and number of steps."""
     schedule = instantiate(config.schedule)
     adapter = instantiate(config.adapter, _convert_="all") or None
     lora = adapter.lora_config() if adapter else None
@@ -149,31 +181,31 @@ def make_references(
     if not all(reference.check_order(order, len(samples)) for order in steps.values()):
         raise AssertionError("the step plan takes a sample twice in an epoch, or leaves one out")
 
-    def run_loop(pool: Pool, key: Key, clip: float, num_steps: int = NUM_STEPS, rounded: bool = False) -> Reference:
+    def run(
+        pool: Pool, key: Key, clip: float, num_steps: int = NUM_STEPS, rounded: bool = False, moved: bool = False
+    ) -> Reference:
         optimizer, packed, variant = key
         of_cell = matrix.samples_of(samples, variant, config.seed)
         in_steps = [[of_cell.weighted_sample(index) for index in step] for step in steps[packed][:num_steps]]
         make_optimizer = instantiate(config.optimizers[optimizer], _convert_="all")
         arguments = (folder / "model", in_steps, make_optimizer, schedule, clip, lora, config.seed)
         different = matrix.settings_of(variant, adapter=lora is not None)
-        return pool(reference.train, *arguments, different, steps[packed], rounded, timeout=600)
+        return pool(reference.train, *arguments, different, steps[packed], rounded, moved, timeout=600)
 
-    def in_precision(pool: Pool, key: Key) -> Reference:
-        exact = run_loop(pool, key, clip)
-        in_fp32 = config.trainer.precision == "32-true"
-        return exact if in_fp32 else exact.measured(run_loop(pool, key, clip, rounded=True))
+    return run
 
+
+@contextmanager
+def reference_pools(config: DictConfig, folder: Path) -> Iterator[list[Pool]]:
+    """Processes for the plain loop. UserError where it fails in one."""
     pools = [Pool(1, folder / f"reference-{number}", config.device) for number in range(min(4, num_cores()))]
     try:
-        # The median norm of the first steps, so that some steps are clipped and some are not.
-        clip = float(np.median(run_loop(pools[0], ("sgd", False, ""), float("inf"), num_steps=8).grad_norms))
-        references = share_out(pools, keys, in_precision)
+        yield pools
     except RankError as error:
         raise UserError(f"the plain loop can't train this model ({error}): name another with model.path") from error
     finally:
         for pool in pools:
             pool.stop()
-    return dict(zip(keys, references, strict=True)), clip
 
 
 def run_group(

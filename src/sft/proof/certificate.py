@@ -73,6 +73,7 @@ class Certificate:
                     "movement": reference.movement,
                     "change": reference.change,
                     "noise": reference.noise,
+                    "rounding": reference.rounding,
                 }
                 for (optimizer, packed, variant), reference in self.references.items()
             ],
@@ -101,7 +102,7 @@ class Certificate:
                 str(num_ranks),
                 f"{sum(result.passed for result in results)}/{len(results)}",
                 *(_largest([getattr(result, name) for result in results]) for name in ("loss", "grad_norm", "weight")),
-                f"{results[0].cell.tolerance:{'.0e' if results[0].cell.exact else 'g'}}",
+                f"{max(result.tolerance for result in results):{'.0e' if results[0].cell.exact else 'g'}}",
                 f"{sum(result.seconds for result in results):.0f}",
             )
         return table

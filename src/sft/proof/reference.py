@@ -43,11 +43,18 @@ class Reference:
     change: float  # of all weights together: root of the sum of squares
     averages: dict[str, np.ndarray]  # of the weights, if they are asked for
     noise: float = 0.0  # how far matrix products in bf16 take all weights together from these
+    rounding: float = 0.0  # how far a rounding of the first weights takes a weight from these; 0: not measured
 
-    def measured(self, rounded: "Reference") -> "Reference":
-        """With the noise, from the same loop with products in bf16."""
-        differences = [(rounded.weights[name] - weight).ravel() for name, weight in self.weights.items()]
-        return replace(self, noise=float(np.linalg.norm(np.concatenate(differences))))
+    def with_noise(self, rounded: "Reference") -> "Reference":
+        """From the same loop with products in bf16."""
+        return replace(self, noise=float(np.linalg.norm(self._differences(rounded))))
+
+    def with_rounding(self, moved: "Reference") -> "Reference":
+        """From the same loop whose first weights are a rounding away."""
+        return replace(self, rounding=float(np.abs(self._differences(moved)).max()))
+
+    def _differences(self, other: "Reference") -> np.ndarray:
+        return np.concatenate([(other.weights[name] - weight).ravel() for name, weight in self.weights.items()])
 
 
 def train(
@@ -61,18 +68,21 @@ def train(
     variant: Mapping[str, Any] | None = None,
     numbers: list[list[int]] | None = None,
     rounded: bool = False,
+    moved: bool = False,
 ) -> Reference:
     """Trains the model in `folder` on `steps`, each the samples of one optimizer step.
 
     `make_optimizer` is called with the parameter groups; `factor(step, num_steps)` scales their learning rates. With an
     `adapter`, only the adapter is trained, from initial weights drawn from the seed. `variant`: settings by dotted name
     that differ from the defaults; `numbers`: of the samples of each step. `rounded`: matrix products in bf16, all else
-    in fp32.
+    in fp32; `moved`: each weight begins as the next number above or below it.
     """
     variant = variant or {}
     model = of_folder(str(folder)).from_pretrained(folder, dtype=torch.float32).train()
     if adapter is not None:
         inject(model, adapter, seed)
+    if moved:
+        move(model, seed)
     for name, parameter in model.named_parameters():
         if any(fnmatchcase(name, pattern) for pattern in variant.get("parameters.freeze", ())):
             parameter.requires_grad = False
@@ -157,6 +167,15 @@ def inject(model: PreTrainedModel, adapter: "LoraConfig", seed: int) -> None:
         for name, parameter in model.named_parameters():
             if ".lora_A." in name or ".lora_B." in name:  # others begin as what the base has
                 parameter.copy_(initial(name, parameter.shape, adapter.init_lora_weights))
+
+
+def move(model: PreTrainedModel, seed: int) -> None:
+    """Moves each weight to the next number above or below it."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            up = torch.rand(parameter.shape, generator=generator) < 0.5
+            parameter.copy_(torch.nextafter(parameter, torch.where(up, torch.inf, -torch.inf)))
 
 
 def check_order(steps: list[list[int]], num_samples: int) -> bool:

@@ -35,6 +35,7 @@ SIZE_OF = {
     "qk_nope_head_dim": HEAD_DIM,
     "v_head_dim": HEAD_DIM,
     "query_pre_attn_scalar": HEAD_DIM,
+    "linear_head_dim": LINEAR_HEAD_DIM,
     "linear_key_head_dim": LINEAR_HEAD_DIM,
     "linear_value_head_dim": LINEAR_HEAD_DIM,
 }
