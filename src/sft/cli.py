@@ -28,6 +28,7 @@ COMMANDS = {
     "preview": "show the training samples, token by token",
     "watch": "follow a run in the terminal: progress, curves, answers, events",
     "runs": "list all runs with their state, step, time left, host and job",
+    "check": "compare every file of a run with its checksum, and say what losing it would cost",
     "compare": "show runs side by side, the best first, with the settings that differ",
     "rehearse": "run a small version of a job through all its stages before you queue it",
     "submit": "check training on a Slurm cluster, then queue it",

@@ -17,7 +17,7 @@ GROUPS = [(group, option) for group, options in groups().items() for option in o
 
 @cache
 def composed(command: str, *overrides: str) -> Any:
-    needed = ["run=x"] if command in ("score", "generate", "export") else []
+    needed = ["run=x"] if command in ("score", "generate", "export", "check") else []
     with initialize_config_dir(str(CONF), version_base="1.3"):
         return OmegaConf.to_container(compose(command, [*needed, *overrides]), resolve=True)
 

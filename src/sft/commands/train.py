@@ -29,7 +29,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from sft.runs import events, manifest, saved, signals
+from sft.runs import manifest, provenance, signals
 from sft.runs.metrics_file import Metrics
 from sft.runs.results import Result, after, summarise
 from sft.runs.run import Run
@@ -39,7 +39,11 @@ from sft.training.launch import find
 from sft.training.settings import check, check_devices, check_gpu, check_inputs, check_targets, say, settle
 
 if TYPE_CHECKING:
+    from sft.data.dataset import Datasets
     from sft.training.prepare import Prepared
+
+
+OLD = "is from before there were checksums of all files: only its shards are compared"
 
 
 def main(config: DictConfig) -> float | None:
@@ -72,6 +76,7 @@ def main(config: DictConfig) -> float | None:
     from sft.data.ledger import in_one_line
     from sft.ranks import disband
     from sft.training import answers
+    from sft.training.checkpointing import put_aside
     from sft.training.fit import fit
     from sft.training.length import check_schedule, lines
     from sft.training.log import is_main, log
@@ -101,10 +106,11 @@ def main(config: DictConfig) -> float | None:
     # Trackers get the final report.
     with tracking() as trackers, reported(run.folder) as report, attempt as status:
         if is_main():
-            for folder, wrong in skipped.items():
-                log(f"note: {wrong}: resumes from the newest checkpoint that is whole")
-                events.record(run.folder, "skipped", why=wrong)
-                saved.set_aside(folder)
+            if resume:
+                put_aside(run.folder, skipped, resume.step)
+            if resume and not (resume.path / manifest.NAME).exists():
+                log(f"note: {resume.path} {OLD}")
+            provenance.amend(run.folder, stores=stores(prepared.splits))
             manifest.write_sealed(run.folder / "data.json", prepared.splits.ledger)
             write_html(run.folder / "preview.html", prepared)
         begun = f", {f'extends {begins.run.folder}' if begins else 'resumed'} after step {data.start_step}"
@@ -150,6 +156,13 @@ def main(config: DictConfig) -> float | None:
         return None
     summarise(run, file.metrics, said(run, chosen, file.metrics))
     return Result.read(run).last
+
+
+def stores(splits: "Datasets") -> dict[str, str]:
+    """The folder of each split's token store."""
+    held_out = splits.val is not None and "validation" not in splits.fingerprint
+    val = {} if splits.val is None or held_out else {"validation": splits.val.fingerprint}
+    return {"train": splits.train.fingerprint, **val}
 
 
 def repeat(config: DictConfig, run: Run) -> None:

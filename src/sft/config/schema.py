@@ -207,6 +207,7 @@ COMMANDS: dict[str, type[Settings]] = {
         runs_dir=Text,
     ),
     "compare": table("Compare", runs=list[Text], output=maybe(Text), html=maybe(Text), runs_dir=Text),
+    "check": table("Check", run=Text, runs_dir=Text),
     "runs": table("Runs", run=maybe(Paths), state=maybe(one_of(*STATES.split())), runs_dir=Text),
     "watch": table("Watch", run=maybe(Paths), once=Yes, every=Positive, runs_dir=Text),
 }

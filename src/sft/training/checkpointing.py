@@ -5,7 +5,7 @@ import math
 import os
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -120,26 +120,24 @@ class Checkpoints(Callback):
 
     def _whole(self, trainer: L.Trainer, candidate: Checkpoint) -> Checkpoint:
         """The checkpoint, or where a checksum of its files is another, the newest before it that is whole."""
-        watchdog.beat(candidate.step)
+        damaged: dict[Path, str] = {}
         while wrong := candidate.verify():
             watchdog.beat(candidate.step)
+            damaged[candidate.path] = wrong[0]
             found = None if self.extends else saved.whole(self.folder, before=candidate.step)[0]
-            together(lambda: None)  # all have looked
             if found is None:
                 raise Damaged(wrong[0], saved.NONE_IS_WHOLE.format(self.folder.parent))
-            before, candidate = candidate, Checkpoint(found)
-            step = candidate.step
-            log(f"note: {wrong[0]}: resumes from step {step}, the newest checkpoint that is whole")
-            if trainer.is_global_zero:
-                saved.set_aside(before.path)
-                answers_file.keep_until(self.folder.parent, step)
-            self._record(trainer, "skipped", step=before.step, why=wrong[0])
-            self.resume = candidate
+            candidate = Checkpoint(found)
+        watchdog.beat(candidate.step)
+        if damaged:
+            self.resume, step = candidate, candidate.step
             trainer.datamodule.start_step = step  # type: ignore[attr-defined]
+            if trainer.is_global_zero:
+                put_aside(self.folder.parent, damaged, step)
+                answers_file.keep_until(self.folder.parent, step)
             for file in trainer.loggers:
                 if isinstance(file, MetricsFile):
                     file.resume(step)
-            together(lambda: None)  # it has been set aside
         return candidate
 
     def _resume(self, trainer: L.Trainer, module: SFTModule, checkpoint: Checkpoint) -> None:
@@ -280,6 +278,14 @@ class Checkpoints(Callback):
         self._record(trainer, "save", step=step, seconds=round(time.perf_counter() - start, 3))
         trainer.strategy.barrier("checkpoint")
         watchdog.beat()
+
+
+def put_aside(run: Path, damaged: Mapping[Path, str], step: int) -> None:
+    """Says what is wrong with checkpoints from which a run does not resume, and renames them."""
+    for folder, wrong in damaged.items():
+        log(f"note: {wrong}: resumes from step {step}, the newest checkpoint that is whole")
+        events.record(run, "skipped", step=step, why=wrong)
+        saved.set_aside(folder)
 
 
 def _finite(loss: float) -> float | None:

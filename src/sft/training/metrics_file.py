@@ -10,6 +10,7 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from sft.runs.files import fsync, write_text
 from sft.runs.metrics_file import Metrics
+from sft.training.log import log
 
 COLUMNS = (
     "step",
@@ -52,6 +53,8 @@ class MetricsFile(Logger):
     def resume(self, step: int) -> None:
         """Keeps the rows up to `step`; with step 0 none, since a fresh start measures again."""
         stored = Metrics.read(self.path)
+        if stored.num_lost:
+            log(f"note: {self.path}: {stored.num_lost} of its lines can't be read and are left out")
         self.metrics.columns = stored.columns or self.metrics.columns
         self.metrics.rows = [row for row in stored.rows if 0 < step >= int(row["step"])]
         self._rewrite()

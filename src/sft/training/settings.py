@@ -4,6 +4,7 @@ import os
 import socket
 import sys
 from collections.abc import Collection
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
@@ -21,6 +22,7 @@ from sft.data.step_plan import DEFAULT_PACKS, check_division
 from sft.errors import UserError
 from sft.runs import signals
 from sft.runs.files import input_file
+from sft.runs.manifest import Damaged
 from sft.runs.run import Run
 from sft.training import callbacks
 from sft.training.launch import Launch
@@ -205,10 +207,11 @@ def settle_batch(config: DictConfig) -> None:
     if config.global_batch_size is not None:
         return
     settings: Any = OmegaConf.to_container(config, resolve=True)
-    file = Run.named({**settings, "global_batch_size": DEFAULT_PACKS}).folder / "config.yaml"
-    if file.is_file() and OmegaConf.select(OmegaConf.load(file), "global_batch_size") == DEFAULT_PACKS:
-        with open_dict(config):
-            config.global_batch_size = DEFAULT_PACKS
+    run = Run.named({**settings, "global_batch_size": DEFAULT_PACKS})
+    with suppress(FileNotFoundError, Damaged):
+        if run.config.get("global_batch_size") == DEFAULT_PACKS:
+            with open_dict(config):
+                config.global_batch_size = DEFAULT_PACKS
 
 
 def _count(devices: int | str | ListConfig) -> int | None:

@@ -12,7 +12,9 @@ from sft.data.files import Source
 from sft.data.shape import NUM_ROWS, chat_in_text, find
 from sft.data.shapes import SHAPES, check_columns
 from sft.errors import UserError
+from sft.runs import config_file
 from sft.runs.identity import UNREAD
+from sft.runs.manifest import Damaged
 from sft.training.settings import check_hub
 
 _unsaid: list[str] = []  # lines of the last `settle_data`
@@ -91,7 +93,10 @@ def _recorded(config: DictConfig, asked: Mapping[str, object]) -> tuple[object, 
     file = Path(config.runs_dir) / str(config.run) / "config.yaml"
     if not OmegaConf.select(config, "run") or not file.is_file():
         return None
-    data: Any = OmegaConf.to_container(OmegaConf.load(file)).get("data", {})  # type: ignore[union-attr]
+    try:
+        data: Any = config_file.read(file.parent).get("data", {})
+    except Damaged:
+        return None
     recorded = data.get("conversation", {})
     set_here = {key: value for key, value in asked.items() if value is not None and (key, value) != ("chat", True)}
     if any(recorded.get(key) != value for key, value in set_here.items()):
