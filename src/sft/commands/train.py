@@ -29,7 +29,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from sft.runs import signals
+from sft.runs import computation, signals
 from sft.runs.files import write_json
 from sft.runs.metrics_file import Metrics
 from sft.runs.results import Result, after, summarise
@@ -87,6 +87,11 @@ def main(config: DictConfig) -> float | None:
     check_targets(config)
     check_devices(config.trainer.accelerator, config.trainer.devices)
     resume = checkpoints.latest(run.checkpoints)
+    trains = resume and (other_callbacks or not resume.last)
+    allow = (config.get("resume") or {}).get("allow") or []
+    # Before a store is built with other code.
+    if trains and (line := computation.check(run.folder, settings, allow, resume.step)):
+        log(line)
     begins = extended if resume is None else None
     if begins:
         resume = begins.checkpoint()
