@@ -87,10 +87,10 @@ def main(config: DictConfig) -> float | None:
     check_targets(config)
     check_devices(config.trainer.accelerator, config.trainer.devices)
     resume = checkpoints.latest(run.checkpoints)
-    trains = resume and (other_callbacks or not resume.last)
     allow = (config.get("resume") or {}).get("allow") or []
     # Before a store is built with other code.
-    if trains and (line := computation.check(run.folder, settings, allow, resume.step)):
+    trains = resume is not None and (other_callbacks or not resume.last)
+    if resume and trains and (line := computation.check(run.folder, settings, allow, resume.step)):
         log(line)
     begins = extended if resume is None else None
     if begins:

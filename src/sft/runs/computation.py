@@ -79,7 +79,7 @@ def now(config: Config) -> Computation:
             files[f"{OWN}{setting}"] = found
     named = {name for part in files.values() for name in part}
     files[IMPORTED] = {name: _hash(file) for name, file in sorted(_loaded().items()) if name not in named}
-    versions = {package: found for package in PACKAGES if (found := provenance.installed(package))}
+    versions = {package: known for package in PACKAGES if (known := provenance.installed(package))}
     return {"files": files, "versions": {"python": platform.python_version(), **versions}}
 
 
