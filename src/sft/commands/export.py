@@ -32,7 +32,7 @@ from sft.errors import UserError, disk_is_full
 from sft.export.folder import Read, Specs, empty_model, generation_config, verify, write_model
 from sft.export.merge import adapter_config, completed, merged, write_adapter
 from sft.export.processor import copy_files
-from sft.runs import config_file, manifest, provenance, saved
+from sft.runs import computation, config_file, manifest, provenance, saved
 from sft.runs.files import check_writable, fsync
 from sft.runs.identity import TODAY, Config
 from sft.runs.manifest import Damaged
@@ -72,7 +72,8 @@ def export_run(
     dtypes = {None: None, "float32": torch.float32, "bfloat16": torch.bfloat16}
     settings = run.config
     source = model_source(OmegaConf.create(dict(settings)), run)
-    check_model(run, source, weights=source.adapter is not None)
+    tokenizer = source.load_tokenizer()
+    check_model(run, source, weights=source.adapter is not None, template=str(tokenizer.chat_template or ""))
     if source.adapter:
         merge = source.adapter.merge if merge is None else merge
         source.adapter.check_merge(merge, "merge")
@@ -97,7 +98,6 @@ def export_run(
     if average and not checkpoint.has_average:
         raise UserError(f"{checkpoint.path} holds no average of the weights: set weights=trained, or train with one")
     read: Read = partial(checkpoint.tensor, average=average)
-    tokenizer = source.load_tokenizer()
     generation = generation_config(source, tokenizer, checkpoint.state["stop_token_ids"], log)
     if merge is False:
         write_adapter(staging, source, specs, read, dtypes[dtype])
@@ -225,6 +225,7 @@ def model_card(
         **({"first batch": recorded["first_batch"]["said"]} if "first_batch" in recorded else {}),
         **({"code": recorded["code"]} if "code" in recorded else {}),
         "commit": recorded.get("commit"),
+        **computation.history(run.folder, step),
     }
     lines = ["---", f"library_name: {'peft' if merge is False else 'transformers'}", "pipeline_tag: text-generation"]
     if base and not Path(base).exists():

@@ -28,6 +28,7 @@ from sft.data.rows import Source, all_rows
 from sft.errors import BadRow, UserError
 from sft.evaluation.generation import answer, decode
 from sft.export.folder import load_exported
+from sft.runs import computation
 from sft.runs.files import input_file
 from sft.runs.run import Run
 from sft.training.prepare import check_model, model_source, quiet, template_settings
@@ -41,6 +42,8 @@ def main(config: DictConfig) -> None:
         check_model(run, model_source(OmegaConf.create(dict(run.config)), run), weights=True)
     quiet()
     row_function = instantiate(run.config["data"]["conversation"], _convert_="all")
+    if note := computation.note(run.folder, run.config):
+        print(note, file=sys.stderr)
     asked = read(config, row_function)
     lines = list(known(asked, row_function, config.file))
     trusted = bool(run.config["model"].get("trust_remote_code"))

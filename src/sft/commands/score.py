@@ -31,6 +31,7 @@ from sft.errors import UserError
 from sft.export.folder import load_exported
 from sft.model.isolation import Isolation, use_attention
 from sft.model.loss import head_is_plain_matrix, token_log_probs
+from sft.runs import computation
 from sft.runs.files import output_file
 from sft.runs.run import Run
 from sft.training.prepare import check_model, model_source, quiet, template_settings
@@ -46,6 +47,8 @@ def main(config: DictConfig) -> None:
         check_model(run, model_source(OmegaConf.create(dict(run.config)), run), weights=True)
     settings = run.config
     data_config = instantiate(settings["data"], _convert_="all")
+    if note := computation.note(run.folder, settings):
+        print(note, file=sys.stderr)
     if config.path is not None:
         split = config.split or data_config.split
         data_config = replace(data_config, path=config.path, split=split, val_path=None, val_split=None, val_size=0)

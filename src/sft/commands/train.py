@@ -29,7 +29,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from sft.runs import manifest, provenance, signals
+from sft.runs import computation, manifest, provenance, signals
 from sft.runs.metrics_file import Metrics
 from sft.runs.results import Result, after, summarise
 from sft.runs.run import Run
@@ -91,6 +91,11 @@ def main(config: DictConfig) -> float | None:
     check_targets(config)
     check_devices(config.trainer.accelerator, config.trainer.devices)
     resume, skipped = checkpoints.to_resume(run.checkpoints)
+    allow = (config.get("resume") or {}).get("allow") or []
+    # Before a store is built with other code.
+    trains = resume is not None and (other_callbacks or not resume.last)
+    if resume and trains and (line := computation.check(run.folder, settings, allow, resume.step)):
+        log(line)
     begins = extended if resume is None else None
     if begins:
         resume = begins.checkpoint()

@@ -138,6 +138,7 @@ Train = table(  # conf/train.yaml; its groups are checked by the tables below
         export=maybe(one_of("best", "last")),
         drop_optimizer=Yes,
     ),
+    resume=rare(table("Resume", allow=described("a list of what may change: [code]", list[Literal["code"]]))),
     extend=rare(
         table("Extend", run=maybe(Text), schedule=one_of("continue", "restart"), step=maybe(whole(1))),
     ),

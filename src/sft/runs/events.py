@@ -18,6 +18,13 @@ class SlurmJob(TypedDict, total=False):
     restart: int
 
 
+class Computation(TypedDict):
+    """What decides a run's numbers beyond its configuration."""
+
+    files: dict[str, dict[str, str]]  # part → file → its hash
+    versions: dict[str, str]
+
+
 class Event(SlurmJob, total=False):
     """Every event has its `time` (UTC) and its kind, `event`; the others have the fields of that kind."""
 
@@ -26,6 +33,12 @@ class Event(SlurmJob, total=False):
     step: int  # optimizer steps done
     hosts: list[str]
     num_ranks: int
+    commit: str | None  # of a start, of this code
+    computation: str  # of a start: the hash of what decides its numbers (sft.runs.computation), and
+    code: Computation  # that itself, where it is not an earlier start's
+    untracked: dict[str, str]  # of `code`: files that no commit has → their hashes
+    changed: str  # since the start before, in a line
+    allowed: list[str]  # by resume.allow, where the change needed it
     seconds: float  # of a save
     signal: str
     cause: str

@@ -57,10 +57,10 @@ def collect() -> Provenance:
     return {
         "started": now(),
         "command": sys.argv,
-        "commit": _git("rev-parse", "HEAD"),
+        "commit": commit(),
         "uncommitted_diff": _git("diff", "HEAD"),
         "python": platform.python_version(),
-        "versions": {package: _version(package) for package in PACKAGES},
+        "versions": {package: installed(package) or "not installed" for package in PACKAGES},
     }
 
 
@@ -88,11 +88,17 @@ def recorded(folder: Path) -> dict[str, object]:
         return {}
 
 
-def _version(package: str) -> str:
+def commit() -> str | None:
+    """Of this code; None outside a checkout."""
+    return _git("rev-parse", "HEAD")
+
+
+def installed(package: str) -> str | None:
+    """Its version; None where it isn't installed."""
     try:
         return version(package)
     except PackageNotFoundError:
-        return "not installed"
+        return None
 
 
 def _git(*arguments: str) -> str | None:

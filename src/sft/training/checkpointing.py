@@ -50,6 +50,7 @@ class Checkpoints(Callback):
     resume: Checkpoint | None  # None: start anew
     facts: dict[str, object]  # about the run, saved in each checkpoint
     extends: bool = False  # the checkpoint is that of another run, which this one extends
+    computed_by: Callable[[int], dict[str, object]] = lambda step: {}  # what the event of a start after this step keeps
     timed_out: bool = False  # by a Timer
     stopping: bool = False  # a callback has ended the run in the middle of the step under way
     best: Measured | None = None  # the validation with the lowest loss so far, the earliest of equals
@@ -81,7 +82,9 @@ class Checkpoints(Callback):
             layout(trainer, module).begin(module.first_values)
             module.first_values = None
         signals.save_first(True)
-        self._record(trainer, "start", step=trainer.global_step, hosts=list(steps), num_ranks=trainer.world_size)
+        if trainer.is_global_zero:
+            step, by = trainer.global_step, self.computed_by(trainer.global_step)
+            self._record(trainer, "start", step=step, hosts=list(steps), num_ranks=trainer.world_size, **by)
         if number := self._agreed(trainer):  # came before the first step: there is nothing to save yet
             self._interrupt(trainer, number)
 

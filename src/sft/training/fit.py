@@ -5,7 +5,9 @@ import os
 import shutil
 import sys
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from hydra.utils import instantiate
@@ -13,14 +15,14 @@ from lightning.fabric.plugins.environments.cluster_environment import ClusterEnv
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch.callbacks import Callback, ProgressBar
 from lightning.pytorch.loggers import Logger
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from sft.checkpoint.checkpoint import Checkpoint
 from sft.errors import UserError
 from sft.model.loading import ModelSource
 from sft.model.loss import Objective
-from sft.runs import events, signals, watchdog
+from sft.runs import computation, events, signals, watchdog
 from sft.training import early_stopping, extension
 from sft.training.checkpointing import Checkpoints
 from sft.training.datamodule import SFTDataModule
@@ -70,6 +72,7 @@ def fit(
     users_bar = any(isinstance(callback, ProgressBar) for callback in users)
     # Some terminals have no width.
     own_bar = sys.stdout.isatty() and shutil.get_terminal_size((0, 0)).columns > 0 and not users_bar
+    settings: Any = OmegaConf.to_container(config, resolve=True)
     saving = Checkpoints(
         checkpoints,
         config.checkpoint.save_every or val_every,
@@ -79,6 +82,7 @@ def fit(
         resume,
         facts,
         extends,
+        partial(computation.at_start, folder, settings, (config.get("resume") or {}).get("allow") or []),
     )
     own = [StepMetrics(own_bar, evaluation), *asking, Report(folder)]
     rank = rank_zero_only.rank  # type: ignore[attr-defined]

@@ -69,10 +69,11 @@ def model_source(config: DictConfig, run: Run | None = None) -> ModelSource:
     return replace(source, revision=commit) if commit and not source.tokenizer else source
 
 
-def check_model(run: Run, source: ModelSource, weights: bool) -> None:
-    """UserError if files of the model have changed since the run began; `weights`: its weights are read, too."""
+def check_model(run: Run, source: ModelSource, weights: bool, template: str | None = None) -> None:
+    """UserError if files of the model have changed since the run began; `weights`: its weights are read, too;
+    `template`: the chat template, where it and the tokenizer are used."""
     if run.model:
-        run.check_model(fingerprint(source, Path(run.config["data"]["cache_dir"]), weights=weights))
+        run.check_model(fingerprint(source, Path(run.config["data"]["cache_dir"]), weights=weights, template=template))
 
 
 def template_settings(
