@@ -289,7 +289,7 @@ def test_trackers(sft: Sft, logger: str, expected: str) -> None:
 def test_second_process_at_the_same_run_is_refused(sft: Sft, capsys: pytest.CaptureFixture[str]) -> None:
     assert sft.train("run=run", "max_steps=1", "export=false") == 0
     status = json.loads((sft.run_folder() / "status.json").read_text())
-    from sft.runs.run import live_process
+    from sft.runs.process import live_process
 
     parent = os.getppid()
     status |= {"state": "running", "pid": parent, "process": live_process(parent)}

@@ -12,7 +12,7 @@ import pytest
 from sft.cluster.slurm import QueuedJob
 from sft.errors import UserError
 from sft.report.progress import Progress, find
-from sft.runs.run import live_process
+from sft.runs.process import live_process
 
 Story = list[tuple[float, str, dict[str, Any]]]
 NOON = datetime(2026, 3, 1, 12, tzinfo=UTC).timestamp()

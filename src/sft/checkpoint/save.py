@@ -17,6 +17,7 @@ from sft.checkpoint.layout import Part, Whole, flat, full_shape, named_trainable
 from sft.checkpoint.safetensors_file import BY_NAME
 from sft.errors import UserError
 from sft.ranks import place, together
+from sft.runs import lease
 from sft.runs.files import fsync, write_json
 
 
@@ -36,6 +37,7 @@ def save(
 
     def begin() -> None:
         if rank == 0:
+            lease.check()
             folder.mkdir(parents=True, exist_ok=True)
             discard_unfinished(folder)
             staging.mkdir()
@@ -56,6 +58,7 @@ def save(
             torch.save(dict(callbacks), buffer)
             (staging / "callbacks.pt").write_bytes(buffer.getvalue())
             flush(staging)
+            lease.check()
             if final.exists():  # the same step again, after a resume from an earlier one
                 shutil.rmtree(final)
             staging.rename(final)
@@ -66,7 +69,7 @@ def save(
         files = {name: written for shard_files in together(write) for name, written in shard_files.items()}
         together(finish)
     except BaseException:
-        if rank == 0:
+        if rank == 0 and not lease.is_lost():  # else it can be another's
             shutil.rmtree(staging, ignore_errors=True)
         raise
     return Checkpoint(final)
