@@ -91,6 +91,7 @@ FAILED, FINISHED = {"state": "failed", "error": "E: why"}, {"state": "finished"}
         (None, [SUBMIT], [RUNS], "starting", None),
         (None, [SUBMIT], None, "new", None),
         (RUNNING, [SUBMIT, START], [RUNS], "running", None),
+        (RUNNING, [SUBMIT, START], [RUNS._replace(state="SUSPENDED")], "suspended", None),
         (RUNNING, [START, BEGUN], [RUNS], "starting", None),  # after a lost node
         (RUNNING, [SUBMIT, START], [WAITS], "queued", None),
         (RUNNING, [(0, "start", {})], None, "running", None),

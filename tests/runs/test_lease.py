@@ -5,6 +5,8 @@ import multiprocessing
 import os
 import signal
 import socket
+import subprocess
+import time
 from collections.abc import Callable, Iterator
 from multiprocessing.synchronize import Barrier
 from pathlib import Path
@@ -14,6 +16,8 @@ import pytest
 
 from sft.errors import UserError
 from sft.runs import lease
+from sft.runs.process import live_process, machine
+from sft.runs.results import state
 from sft.runs.run import Run
 
 
@@ -199,3 +203,29 @@ def test_attempt_leaves_a_lost_run_as_it_is(tmp_path: Path, monkeypatch: pytest.
                 raise ends
         assert {file: file.read_bytes() for file in run.folder.iterdir()} == before
         path.write_text(path.read_text().replace("false", "true"))
+
+
+def test_state_of_a_run_is_that_of_its_owner(folder: Path) -> None:
+    run = Run(folder)
+    with subprocess.Popen(["sleep", "1000"]) as process:
+        status = {"state": "running", "host": socket.gethostname(), "pid": process.pid, "process": "an older boot"}
+        (folder / "status.json").write_text(json.dumps(status))
+        leave(folder, machine=machine(), pid=process.pid, process=live_process(process.pid))
+        assert state(run) == "running"
+        process.send_signal(signal.SIGSTOP)
+        os.waitid(os.P_PID, process.pid, os.WSTOPPED)
+        assert state(run) == "suspended"
+        process.kill()
+        process.wait()
+        assert state(run) == "died"
+
+
+@pytest.mark.parametrize(("minutes", "expected"), [(1, "running"), (5, "silent 5 min")])
+def test_owner_on_another_machine_is_silent_without_a_heartbeat(folder: Path, minutes: int, expected: str) -> None:
+    """Though a rank may hang for `cluster.hang_after`, its lease would be renewed."""
+    status = {"state": "running", "host": "n7", "pid": 17, "process": "m7 17"}
+    (folder / "status.json").write_text(json.dumps(status))
+    (folder / "config.yaml").write_text("cluster: {hang_after: 7200}")
+    for path in (leave(folder), folder / "status.json"):
+        os.utime(path, (time.time() - 60 * minutes,) * 2)
+    assert state(Run(folder)) == expected
