@@ -120,6 +120,11 @@ class Grid(BasicSweeper):
                 )
         slurm.check_installed()
         launcher = self.config.hydra.launcher
+        logs = launcher.submitit_folder
+        if "%" in logs.replace("%j", ""):
+            raise UserError(
+                f"the jobs' logs would be in {logs}, where Slurm expands %: set runs_dir to a folder without"
+            )
         return [f"trainer.num_nodes={launcher.nodes}", f"trainer.devices={launcher.tasks_per_node}"]
 
     def refuse_queued(self, setting: Setting) -> None:

@@ -29,7 +29,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from sft.runs import computation, manifest, provenance, signals
+from sft.runs import computation, lease, manifest, provenance, signals
 from sft.runs.metrics_file import Metrics
 from sft.runs.results import Result, after, summarise
 from sft.runs.run import Run
@@ -56,6 +56,7 @@ def main(config: DictConfig) -> float | None:
     signals.stop_after(signals.seconds(config.max_time))
     check_gpu(config.trainer.accelerator)
     run = Run.of(settings)
+    seen = lease.look(run.folder) if launch.rank == 0 else None
     other_callbacks = lifted(run, settings.get("callbacks") or {})
     if run.status.get("state") == "finished" and not other_callbacks:
         print(f"{run.folder} is finished: nothing to do (another run: run=NAME; anew: remove the folder)")
@@ -107,7 +108,8 @@ def main(config: DictConfig) -> float | None:
     check_schedule(config.schedule, data.num_steps - extension.first_step(config))
 
     model = prepared.fingerprint(config.data.cache_dir, weights=reads) if is_main() else None
-    attempt = run.attempt(settings, prepared.splits.fingerprint, data.num_steps, is_main(), prepared.template, model)
+    fingerprint = prepared.splits.fingerprint
+    attempt = run.attempt(settings, fingerprint, data.num_steps, is_main(), prepared.template, model, seen)
     # Trackers get the final report.
     with tracking() as trackers, reported(run.folder) as report, attempt as status:
         if is_main():
@@ -150,6 +152,7 @@ def main(config: DictConfig) -> float | None:
         status["exported"] = chosen.step
         if reason:
             status["stopped_early"] = reason
+        lease.check()
         if is_main() and config.export:
             with signals.shielded():  # an export that has begun is finished
                 export_run(run, chosen)

@@ -23,7 +23,7 @@ from sft.checkpoint.save import save
 from sft.data.batch import Batch
 from sft.errors import UserError
 from sft.ranks import together
-from sft.runs import answers_file, events, saved, signals, watchdog
+from sft.runs import answers_file, events, lease, saved, signals, watchdog
 from sft.runs.manifest import Damaged
 from sft.training import averaging, callbacks, early_stopping, probes
 from sft.training.averaging import layout
@@ -98,7 +98,7 @@ class Checkpoints(Callback):
 
     def _agreed(self, trainer: L.Trainer) -> int:
         """Why some rank has to stop, 0 for no reason: the same on all ranks, by one tiny all-reduce."""
-        number = signals.received() or (signals.TIMER if self.timed_out else 0)
+        number = signals.LOST if lease.is_lost() else signals.received() or (signals.TIMER if self.timed_out else 0)
         if trainer.world_size == 1:
             return number
         received = torch.tensor(number, device=trainer.strategy.root_device)
@@ -111,6 +111,8 @@ class Checkpoints(Callback):
     def _interrupt(self, trainer: L.Trainer, number: int) -> NoReturn:
         """Ends the run on all ranks, once its checkpoint is saved."""
         step = trainer.global_step
+        if number == signals.LOST:
+            raise lease.lost(self.folder.parent)
         interrupted = signals.Interrupted(number, step, trainer.is_global_zero)
         if interrupted.by_signal:
             self._record(trainer, "signal", signal=signals.name(number), step=step)
@@ -201,7 +203,7 @@ class Checkpoints(Callback):
         if trainer.state.fn != "fit" or trainer.global_step == module.num_steps:
             return  # after the last step the validation is all that is left
         if number := self._agreed(trainer):
-            if not trainer.sanity_checking:
+            if not trainer.sanity_checking and number != signals.LOST:
                 self._save(trainer, module, validated=False)
             self._interrupt(trainer, number)
 
@@ -233,7 +235,7 @@ class Checkpoints(Callback):
             self.best = {"step": step, "val_loss": loss}
         exports_best = self.export == "best" or (self.export is None and bool(trainer.early_stopping_callbacks))
         due = step == module.num_steps or step % self.save_every == 0 or (new_best and exports_best)
-        if number or trainer.should_stop or due:
+        if number != signals.LOST and (number or trainer.should_stop or due):
             self._save(trainer, module, measured)
             number = number or self._agreed(trainer)  # may have come during the save
         if number:

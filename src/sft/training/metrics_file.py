@@ -8,6 +8,7 @@ from pathlib import Path
 from lightning.pytorch.loggers.logger import Logger
 from lightning.pytorch.utilities import rank_zero_only
 
+from sft.runs import lease
 from sft.runs.files import fsync, write_text
 from sft.runs.metrics_file import Metrics
 from sft.training.log import log
@@ -61,6 +62,8 @@ class MetricsFile(Logger):
 
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        if lease.is_lost():  # the rows are another's; at the step's end all ranks stop
+            return
         step = int(step or 0)
         values = {name: repr(float(value)) for name, value in metrics.items() if name != "epoch"}
         columns, rows = self.metrics.columns, self.metrics.rows
