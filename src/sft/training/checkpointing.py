@@ -23,7 +23,7 @@ from sft.checkpoint.save import save
 from sft.data.batch import Batch
 from sft.errors import UserError
 from sft.ranks import together
-from sft.runs import events, signals, watchdog
+from sft.runs import events, signals, startup, watchdog
 from sft.training import averaging, callbacks, early_stopping, probes
 from sft.training.averaging import layout
 from sft.training.log import log
@@ -149,6 +149,7 @@ class Checkpoints(Callback):
 
     def on_train_start(self, trainer: L.Trainer, module: SFTModule) -> None:
         callbacks.check_states(trainer, module)  # after all others have begun
+        startup.leave()
         if self.resume is not None and not self.extends and not self.resume.state.get("validated", True):
             # As Lightning does it between two batches.
             trainer.validating = True
