@@ -82,3 +82,13 @@ def test_a_rank_that_has_begun_to_train_is_no_others_end(ranks: list[subprocess.
     do(other, "time.sleep(startup.GRACE + 1); sys.exit(7)\n")
     _, said = other.communicate(timeout=30)
     assert (other.returncode, said) == (7, "")
+
+
+def test_who_has_begun_to_train_looks_at_no_end(ranks: list[subprocess.Popen[str]]) -> None:
+    trains, other = ranks[1], ranks[0]
+    do(trains, "startup.leave(); print(flush=True); time.sleep(2); sys.exit(7)\n")
+    assert trains.stdout
+    trains.stdout.readline()
+    other.kill()
+    _, said = trains.communicate(timeout=30)
+    assert (trains.returncode, said) == (7, "")

@@ -112,10 +112,10 @@ def _listen(connection: socket.socket, rank: int) -> None:
             return
         _connections[rank] = connection
     words = _line(connection)
+    said = json.loads(words) if words else {}
     if not words:
         _end(f"rank {rank} was killed, or crashed, before training began", 1)
-    said = json.loads(words)
-    if said:
+    elif said:
         time.sleep(GRACE)
         message = str(said["message"])
         _end(message if message.startswith("rank ") else f"rank {rank}: {message}", int(said["code"]))
