@@ -17,7 +17,7 @@ from sft.cluster import submitit_rank
 from sft.config import CONF, arguments
 from sft.errors import UserError, by_hand
 from sft.mistakes import CONFIGURATION, one_line
-from sft.runs import crash, failure, signals
+from sft.runs import crash, failure, signals, startup
 from sft.runs.process import leave
 
 if TYPE_CHECKING:
@@ -63,11 +63,13 @@ def main() -> None:
     except BaseException as error:
         if by_hand(error):
             crash.interrupted(command)
+            startup.tell("interrupted", 130)
             _leave_ranks(130)
             sys.exit(130)
         if not isinstance(error, Exception):
             raise
         _end_with(error, command)
+    startup.leave()
     _leave_ranks(0)
 
 
@@ -216,6 +218,7 @@ def _report(error: Exception, command: str, config: "DictConfig | None" = None) 
 def _end_with(error: Exception, command: str, config: "DictConfig | None" = None) -> NoReturn:
     """Ends the process with a report of the error; a run that a signal stopped has already reported it."""
     if isinstance(error, signals.Interrupted):
+        startup.leave()
         _leave_ranks(error.exit_code)
         sys.exit(error.exit_code)
     if isinstance(error, BrokenPipeError) and _is_unread():
@@ -223,7 +226,9 @@ def _end_with(error: Exception, command: str, config: "DictConfig | None" = None
     if folder := os.environ.get("SFT_JOB_FOLDER"):
         with suppress(OSError):  # a full disk must not hide the error that filled it
             failure.write(Path(folder), error)
-    sys.exit(_report(error, command, config)[1])
+    message, code = _report(error, command, config)
+    startup.tell(message, code)
+    sys.exit(code)
 
 
 def _is_unread() -> bool:

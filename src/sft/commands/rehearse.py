@@ -17,6 +17,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ from sft.runs.files import check_writable
 from sft.runs.run import Run
 from sft.runs.signals import EXIT_CODE
 from sft.training import extension
+from sft.training.compilation import compile_optimizer, offloads
 from sft.training.prepare import Prepared, quiet, setup
 from sft.training.settings import check
 
@@ -57,6 +59,10 @@ def main(config: DictConfig) -> None:
         if isinstance(error, UserError):
             raise UserError(f"check failed: {error}") from error
         raise
+    if offloads(config):  # outside the stages' time limit
+        stages.begin("compile")
+        compile_optimizer(partial(print, flush=True))
+        stages.end("DeepSpeed's AdamW for the host")
     try:
         _rehearse(stages)
     except Failed as failed:

@@ -34,6 +34,7 @@ from sft.runs.files import check_writable
 from sft.runs.run import Run
 from sft.runs.stopped import lifted
 from sft.training import extension
+from sft.training.compilation import is_compiled, offloads
 from sft.training.settings import check
 from sft.training.shape import settle_data
 
@@ -65,6 +66,8 @@ def _submit(config: DictConfig, job: Job, dry_run: bool, rehearse: bool) -> None
         raise UserError(f"{run.folder} is finished: nothing to do (another run: run=NAME; anew: remove the folder)")
     notes += check_files(config, run)
     notes += check_first_batch(config, run)
+    if offloads(config) and not is_compiled():  # not here: the processor of a login node may be another
+        notes.append("the first node compiles DeepSpeed's AdamW for the host before it trains: about a minute, once")
 
     nodes = partitions.nodes()
     waits = partitions.check_resources(job, nodes)

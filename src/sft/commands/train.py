@@ -29,14 +29,23 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from sft.runs import computation, lease, manifest, provenance, signals
+from sft.runs import computation, lease, manifest, provenance, signals, startup
 from sft.runs.metrics_file import Metrics
 from sft.runs.results import Result, after, summarise
 from sft.runs.run import Run
 from sft.runs.stopped import lifted
 from sft.training import extension
 from sft.training.launch import find
-from sft.training.settings import check, check_devices, check_gpu, check_inputs, check_targets, say, settle
+from sft.training.settings import (
+    check,
+    check_devices,
+    check_gpu,
+    check_inputs,
+    check_targets,
+    say,
+    settle,
+    world_size,
+)
 
 if TYPE_CHECKING:
     from sft.data.dataset import Datasets
@@ -66,6 +75,9 @@ def main(config: DictConfig) -> float | None:
             repeat(config, run)
         return Result.read(run).last
 
+    # Not of several nodes, whose launchers end them, nor of a multirun, whose ranks start several times.
+    if config.trainer.num_nodes == 1 and HydraConfig.get().mode is not RunMode.MULTIRUN:
+        startup.begin(launch.rank, world_size(config), launched=bool(launch.by))
     check_inputs(config)
     if note := extension.hint(config, run):
         say(note)

@@ -23,7 +23,7 @@ from sft.checkpoint.save import save
 from sft.data.batch import Batch
 from sft.errors import UserError
 from sft.ranks import together
-from sft.runs import answers_file, events, lease, saved, signals, watchdog
+from sft.runs import answers_file, events, lease, saved, signals, startup, watchdog
 from sft.runs.manifest import Damaged
 from sft.training import averaging, callbacks, early_stopping, probes
 from sft.training.averaging import layout
@@ -176,6 +176,7 @@ class Checkpoints(Callback):
 
     def on_train_start(self, trainer: L.Trainer, module: SFTModule) -> None:
         callbacks.check_states(trainer, module)  # after all others have begun
+        startup.leave()
         if self.resume is not None and not self.extends and not self.resume.state.get("validated", True):
             # As Lightning does it between two batches.
             trainer.validating = True

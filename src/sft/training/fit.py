@@ -25,8 +25,10 @@ from sft.model.loss import Objective
 from sft.runs import computation, events, signals, watchdog
 from sft.training import early_stopping, extension
 from sft.training.checkpointing import Checkpoints
+from sft.training.compilation import compile_optimizer, offloads
 from sft.training.datamodule import SFTDataModule
 from sft.training.first_batch import FirstBatch
+from sft.training.log import log
 from sft.training.metrics import StepMetrics
 from sft.training.module import SFTModule
 from sft.training.recipe import Recipe
@@ -128,6 +130,8 @@ def fit(
         resumed=resume is not None,
         objective=Objective(**config.loss),
     )
+    if offloads(config):
+        compile_optimizer(log)  # before the watchdog, which would take its minutes for a hang
     logs = Path(os.environ.get("SFT_JOB_FOLDER", checkpoints.parent / "logs"))
     stack = f"attempt-{events.job().get('restart', 0)}-rank-{rank_zero_only.rank}.stack"  # type: ignore[attr-defined]
     watchdog.start(logs / stack, config.cluster.hang_after)
