@@ -23,10 +23,11 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from transformers import AutoConfig, AutoTokenizer
 
 from sft.checkpoint.checkpoint import Checkpoint, best, complete, latest, measured_best
+from sft.config.literal import literal
 from sft.errors import UserError, disk_is_full
 from sft.export.folder import Read, Specs, empty_model, generation_config, verify, write_model
 from sft.export.merge import adapter_config, completed, merged, write_adapter
@@ -68,7 +69,7 @@ def export_run(
     """
     dtypes = {None: None, "float32": torch.float32, "bfloat16": torch.bfloat16}
     settings = run.config
-    source = model_source(OmegaConf.create(dict(settings)), run)
+    source = model_source(literal(settings), run)
     check_model(run, source, weights=source.adapter is not None)
     if source.adapter:
         merge = source.adapter.merge if merge is None else merge

@@ -17,10 +17,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
-from hydra.utils import instantiate
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from sft.config.literal import instantiate, literal
 from sft.data.conversation import Row, RowFunction
 from sft.data.files import kind
 from sft.data.prompt import prompt_column, served, served_ids, shown
@@ -37,7 +37,7 @@ def main(config: DictConfig) -> None:
     run = Run.find(config.run, config.runs_dir)
     folder = run.exported()
     if (folder / "adapter_config.json").exists():  # nothing without its base
-        check_model(run, model_source(OmegaConf.create(dict(run.config)), run), weights=True)
+        check_model(run, model_source(literal(run.config), run), weights=True)
     quiet()
     row_function = instantiate(run.config["data"]["conversation"], _convert_="all")
     asked = read(config, row_function)

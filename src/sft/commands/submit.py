@@ -23,11 +23,11 @@ from contextlib import chdir, suppress
 from pathlib import Path
 from typing import Any
 
-from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from sft.cluster import partitions, slurm, storage, time_limit
 from sft.cluster.sbatch import PROJECT, SCRIPT, Job, split
+from sft.config.literal import instantiate
 from sft.errors import UserError
 from sft.runs import events, provenance
 from sft.runs.files import check_writable

@@ -34,6 +34,7 @@ from sft.runs.files import write_json
 from sft.runs.metrics_file import Metrics
 from sft.runs.results import Result, after, summarise
 from sft.runs.run import Run
+from sft.runs.secrets import without_secrets
 from sft.runs.stopped import lifted
 from sft.training import extension
 from sft.training.launch import find
@@ -161,4 +162,9 @@ def facts(config: DictConfig, prepared: "Prepared") -> dict[str, object]:
     """What each checkpoint tells of its run."""
     template = {"template": prepared.template} if prepared.template else {}
     callbacks = OmegaConf.to_container(config.callbacks, resolve=True) if config.get("callbacks") else {}
-    return {"seed": config.seed, "stop_token_ids": prepared.stop_token_ids, "callbacks": callbacks, **template}
+    return {
+        "seed": config.seed,
+        "stop_token_ids": prepared.stop_token_ids,
+        "callbacks": without_secrets(callbacks),
+        **template,
+    }

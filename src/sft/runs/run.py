@@ -21,6 +21,7 @@ from sft.runs.failure import cause
 from sft.runs.files import TRIAL, check_writable, unfinished, write_json, write_text
 from sft.runs.identity import TODAY, Config, deciding, identity
 from sft.runs.provenance import now
+from sft.runs.secrets import redacted, without_secrets
 from sft.runs.signals import Interrupted
 
 LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # the same in a tenth of the time, where PyYAML has it
@@ -113,7 +114,7 @@ class Run:
         names = {path.name for path in run.folder.iterdir()} if run.folder.is_dir() else set()
         strange = [name for name in names - begun if not name.startswith(TRIAL)]
         if (run.folder / "config.yaml").exists():
-            before, now = deciding(run.config), deciding(json.loads(json.dumps(config)))
+            before, now = (deciding(without_secrets(each)) for each in (run.config, json.loads(json.dumps(config))))
             differing = [key for key in sorted(before.keys() | now.keys()) if before.get(key) != now.get(key)]
             if differing:
                 key = differing[0]
@@ -202,12 +203,12 @@ class Run:
         self.check_model(model or {})
         new = not self.folder.exists()
         self.folder.mkdir(parents=True, exist_ok=True)
-        write_text(self.folder / "config.yaml", yaml.safe_dump(dict(config), sort_keys=False))
+        write_text(self.folder / "config.yaml", yaml.safe_dump(without_secrets(dict(config)), sort_keys=False))
         if not recorded.exists():
             today = {TODAY: template[TODAY]} if template and TODAY in template else {}
             write_json(
                 recorded,
-                {**provenance.collect(), **today, "data": dict(data_fingerprint), "model": dict(model or {})},
+                {**provenance.collect(config), **today, "data": dict(data_fingerprint), "model": dict(model or {})},
             )
         self._mark("running", num_steps)
         try:
@@ -223,7 +224,7 @@ class Run:
             if new and mistake and not self.checkpoints.exists():
                 shutil.rmtree(self.folder)
             else:
-                reason = f"{type(error).__name__}: {error}"[:2000]
+                reason = redacted(f"{type(error).__name__}: {error}"[:2000], config)
                 with suppress(OSError):  # a full disk must not hide what filled it
                     self._mark("failed", num_steps, {"error": reason})
                 if "SFT_JOB_FOLDER" not in os.environ:  # else the batch script records it: it knows of all ranks

@@ -10,11 +10,11 @@ from pathlib import Path
 
 import lightning as L
 import torch
-from hydra.utils import instantiate
 from lightning.pytorch.callbacks import Callback
 from omegaconf import DictConfig
 from rich.text import Text
 
+from sft.config.literal import instantiate
 from sft.data.chat_template import ChatTemplate
 from sft.errors import UserError
 from sft.evaluation import scorers

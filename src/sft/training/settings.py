@@ -11,11 +11,11 @@ from urllib.request import getproxies
 
 from hydra._internal.utils import _locate
 from hydra.core.hydra_config import HydraConfig
-from hydra.utils import instantiate
 from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict
 
 from sft.config.check import check as left_over
 from sft.config.check import targets
+from sft.config.literal import instantiate
 from sft.config.schema import OURS
 from sft.data.step_plan import DEFAULT_PACKS, check_division
 from sft.errors import UserError

@@ -1,0 +1,105 @@
+"""Data, names and templates that are hostile or merely odd: shown as they are, handled, or refused in one line."""
+
+import hashlib
+import json
+from pathlib import Path
+
+import pytest
+
+from running import Sft
+from sft.runs import provenance
+
+SECRET = "k3y-of-the-environment"
+REFERENCE = "${oc.env:PLANTED_KEY}"
+
+
+def rows(folder: Path, *rows: dict[str, object]) -> str:
+    path = folder / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return f"data.path={path}"
+
+
+@pytest.mark.parametrize("auto", [True, False])
+def test_data_is_never_resolved(
+    sft: Sft, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], auto: bool
+) -> None:
+    """Neither a column's name nor a row, through training, export, generation, score and rehearsal."""
+    monkeypatch.setenv("PLANTED_KEY", SECRET)
+    many = [{"prompt": f"{REFERENCE} {n}", REFERENCE: f"\\{REFERENCE} {REFERENCE}"} for n in range(60)]
+    if not auto:
+        many = [{"prompt": f"{row['prompt']}", REFERENCE: row[REFERENCE], "other": "x"} for row in many]
+    columns = ["data.conversation.response=\\" + REFERENCE]
+    columns += [] if auto else ["data=prompt_response"]
+    options = [*sft.settings, rows(sft.folder, *many), "run=r", "max_steps=1", *columns]
+    assert sft("preview", *options) == 0
+    assert sft("train", *options) == 0, capsys.readouterr().err
+    assert sft("generate", "run=r", "--prompt", REFERENCE, "max_new_tokens=2") == 0
+    assert sft("score", "run=r", f"data={sft.folder}/rows.jsonl") == 0
+    assert sft("export", "run=r", f"output={sft.folder}/again") == 0
+    if not auto:
+        assert sft("rehearse", *options) == 0
+    everything = "".join(capsys.readouterr())
+    everything += "".join(
+        path.read_bytes().decode(errors="replace") for path in sft.folder.rglob("*") if path.is_file()
+    )
+    assert SECRET not in everything
+    assert REFERENCE in (sft.run_folder("r") / "config.yaml").read_text()
+
+
+PLANTED = {
+    "typed": "pl4nted-on-the-command-line",
+    "variable": "pl4nted-in-the-environment",
+    "diff": "pl4nted-in-a-tracked-file",
+    "url": "pl4nted-in-a-url",
+    "shape": "hf_" + "Pl4nted" * 5,
+    "callback": "pl4nted-in-a-callback",
+}
+
+
+def test_no_secret_is_written(
+    sft: Sft, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """Planted in settings, environment, command line, a tracked file and a URL: in no file of the run, whose own code
+    is recorded, and the same command resumes it."""
+    monkeypatch.setenv("TRACKER_API_KEY", PLANTED["variable"])
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    (tmp_path / "own_stop.py").write_text(
+        "from lightning.pytorch.callbacks import Callback\n"
+        "class Told(Callback):\n    def __init__(self, api_key): self.api_key = api_key\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    git = provenance._git
+
+    def with_diff(*arguments: str, **options: Path) -> str | None:
+        planted = f"+export WANDB_API_KEY={PLANTED['diff']}\n+key = '{PLANTED['shape']}'"
+        return planted if arguments[0] == "diff" else git(*arguments, **options)
+
+    monkeypatch.setattr(provenance, "_git", with_diff)
+    options = [
+        "logger=wandb",
+        "run=r",
+        "max_steps=4",
+        "evaluation.samples=1",
+        f"+extra.api_key={PLANTED['typed']}",
+        f"+extra.other='x {PLANTED['typed']}'",
+        "+extra.of_environment=${oc.env:TRACKER_API_KEY}",
+        f"+extra.url=https://me:{PLANTED['url']}@example.org/",
+        f"+extra.plain={PLANTED['shape']}",
+        "+callbacks.told._target_=own_stop.Told",
+        f"+callbacks.told.api_key={PLANTED['callback']}",
+    ]
+    assert sft.train(*options) == 0, capsys.readouterr().err
+    assert sft.train(*options) == 0
+    assert "is finished" in (said := "".join(capsys.readouterr()))
+    assert sft("export", "run=r", f"output={sft.folder}/runs/r/again") == 0
+    run = sft.run_folder("r")
+    names = [path for path in run.rglob("*") if path.is_file()]
+    assert any(path.suffix == ".wandb" for path in names)
+    for what, secret in PLANTED.items():
+        holding = [str(path.relative_to(run)) for path in names if secret.encode() in path.read_bytes()]
+        assert not holding, (what, holding)
+        assert secret not in said
+    recorded = json.loads((run / "provenance.json").read_text())
+    assert recorded["functions"] == {"callbacks.told._target_": "own_stop.Told"}
+    own = hashlib.sha256((tmp_path / "own_stop.py").read_bytes()).hexdigest()
+    assert recorded["own_code"][str(tmp_path / "own_stop.py")] == own
