@@ -103,3 +103,21 @@ def test_no_secret_is_written(
     assert recorded["functions"] == {"callbacks.told._target_": "own_stop.Told"}
     own = hashlib.sha256((tmp_path / "own_stop.py").read_bytes()).hexdigest()
     assert recorded["own_code"][str(tmp_path / "own_stop.py")] == own
+
+
+HOSTILE = "a\x1b[31m\x1b]0;owned\x07b\x9b1m\rc\u202ed\u2066e\x00f\tg\nh"
+RAW = [char for char in HOSTILE if char not in "abcdefgh[]0;owned31m\t\n"]
+
+
+def test_nothing_of_the_data_moves_the_cursor(sft: Sft, capsys: pytest.CaptureFixture[str]) -> None:
+    """Not in the preview, on a terminal and as a page, nor in a line of log, report, model card or error."""
+    many = [{"prompt": f"{HOSTILE} {n}", "response": HOSTILE} for n in range(30)]
+    options = [*sft.settings, rows(sft.folder, *many), "run=r", "max_steps=1", "evaluation.samples=2"]
+    assert sft("preview", *options) == 0
+    assert "\\x1b[31m\\x1b]0;owned\\x07b\\x9b1m\\rc\\u202ed\\u2066e\\x00f\tg\nh" in (shown := capsys.readouterr().out)
+    assert sft("train", *options) == 0
+    wrong = rows(sft.folder, *({HOSTILE: "x", f"{HOSTILE}2": "y"} for _ in range(3)))
+    assert sft("train", *sft.settings, wrong, "run=s") == 2
+    pages = [sft.run_folder("r") / name for name in ("preview.html", "report.html", "export/README.md", "config.yaml")]
+    shown += "".join(capsys.readouterr()) + "".join(page.read_text() for page in pages)
+    assert not [char for char in RAW if char in shown]

@@ -33,11 +33,11 @@ def test_assigned_in_text_and_on_a_command_line() -> None:
 @pytest.mark.parametrize(
     ("line", "shown"),
     [
-        ('+    token = "abcdef"', "+    token = ***"),
+        ('+    token = "abcdef"', '+    token = "***"'),
         ("+export WANDB_API_KEY=0123abc", "+export WANDB_API_KEY=***"),
         ("+WANDB_API_KEY=0123abc sft train", "+WANDB_API_KEY=*** sft train"),
-        ("-  hub_token: 'abc'", "-  hub_token: ***"),
-        ('+ os.environ["HF_TOKEN"] = "abc"', '+ os.environ["HF_TOKEN"] = ***'),
+        ("-  hub_token: 'abc'", "-  hub_token: '***'"),
+        ('+ os.environ["HF_TOKEN"] = "abc"', '+ os.environ["HF_TOKEN"] = "***"'),
         *((line, line) for line in ("+    token = tokenizer.encode(text)[0]", "+def f(token: int) -> int:")),
         *((line, line) for line in ("+export HF_TOKEN=$(cat file)", "+    return tokens[password]", "+num_tokens=3")),
     ],

@@ -15,6 +15,7 @@ samples with those that the model had in training: verified.json.
 """
 
 import json
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -35,6 +36,7 @@ from sft.export.processor import copy_files
 from sft.runs.files import check_writable
 from sft.runs.identity import TODAY, Config
 from sft.runs.metrics_file import Metrics
+from sft.runs.plain import plain
 from sft.runs.run import Run
 from sft.training.log import log
 from sft.training.prepare import Prepared, check_model, model_source, quiet
@@ -211,12 +213,18 @@ def model_card(
     }
     lines = ["---", f"library_name: {'peft' if merge is False else 'transformers'}", "pipeline_tag: text-generation"]
     if base and not Path(base).exists():
-        lines.append(f"base_model: {base}")
+        lines.append(f"base_model: {json.dumps(base) if not base.isprintable() else base}")
     lines += ["---", f"# {run.folder.name}", "", "Supervised fine-tuning by `sft`.", "", "| | |", "|---|---|"]
-    lines += [f"| {name} | {value} |" for name, value in recipe.items()]
+    lines += [f"| {name} | {_cell(value)} |" for name, value in recipe.items()]
     configuration = (run.folder / "config.yaml").read_text().rstrip()
-    lines += ["", "The whole configuration:", "", "```yaml", configuration, "```", ""]
+    fence = "`" * max(3, 1 + max(map(len, re.findall("`+", configuration)), default=0))
+    lines += ["", "The whole configuration:", "", f"{fence}yaml", configuration, fence, ""]
     return "\n".join(lines)
+
+
+def _cell(value: object) -> str:
+    """Of a Markdown table: one line, whatever a path or an argument holds."""
+    return re.sub(r"([|<])", r"\\\1", plain(str(value)))
 
 
 def _arguments_line(template: Mapping[str, object]) -> str:

@@ -29,6 +29,7 @@ from sft.errors import BadRow, UserError
 from sft.evaluation.generation import answer, decode
 from sft.export.folder import load_exported
 from sft.runs.files import input_file
+from sft.runs.plain import lines as shown_lines
 from sft.runs.run import Run
 from sft.training.prepare import check_model, model_source, quiet, template_settings
 
@@ -48,7 +49,10 @@ def main(config: DictConfig) -> None:
     token_ids = [served_ids(tokenizer, row_function, one, template) for one in asked]
     for line, response in zip(lines, answers(folder, tokenizer, token_ids, config, trusted), strict=True):
         made = json.dumps({"prompt": line.pop("prompt"), "response": response, **line}, ensure_ascii=False)
-        print(made if config.prompt is None else response, flush=True)
+        text = made if config.prompt is None else response
+        print(
+            shown_lines(text) if sys.stdout.isatty() else text, flush=True
+        )  # a file or a pipe gets what the model said
 
 
 def known(asked: Sequence[Row | str], row_function: RowFunction, file: str | None) -> Iterator[dict[str, object]]:

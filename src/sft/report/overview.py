@@ -10,7 +10,8 @@ from rich.text import Text
 
 from sft.cluster.time_limit import clock
 from sft.report.progress import Progress
-from sft.report.screen import plain, shade, share
+from sft.report.screen import shade, share
+from sft.runs.plain import plain
 from sft.runs.results import duration
 
 COLUMNS: dict[str, Callable[[Progress], str]] = {

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from sft.runs import provenance
 from sft.runs.failure import follows
+from sft.runs.plain import plain
 from sft.runs.provenance import is_library
 from sft.runs.secrets import redacted
 
@@ -30,7 +31,7 @@ def report(error: BaseException, config: "DictConfig | None") -> str:
     """
     settings = _resolved(config)
     message = str(error).strip().partition("\n")[0]
-    first = redacted(f"{type(error).__name__}: {message}", settings)[:300]
+    first = plain(redacted(f"{type(error).__name__}: {message}", settings))[:300]
     path = None
     with suppress(OSError):  # a full disk, say
         path = None if follows(error) else _write_crash(error, settings)

@@ -19,7 +19,7 @@ _KEY = rf"[\w.-]*(?:{SECRET.pattern})[\w.-]*"
 _ASSIGNED = re.compile(rf"({_KEY}[\"']?\s*[:=]\s*[\"']?(?:bearer\s+)?)[^\s\"',)}}]+", re.IGNORECASE)
 # In code, where most values are names: a quoted text, or what a shell is given.
 _IN_CODE = re.compile(
-    rf"({_KEY}[\"'\])]*\s*[:=]+\s*[rbuf]?)(?:\"[^\"\n]+\"|'[^'\n]+')|((?:^|[\s;+-]){_KEY}=)[^\s\"'$(),]+(?=[\s;]|$)",
+    rf"({_KEY}[\"'\])]*\s*[:=]+\s*[rbuf]?)([\"'])[^\n]+?\2|((?:^|[\s;+-]){_KEY}=)[^\s\"'$(),]+(?=[\s;]|$)",
     re.IGNORECASE | re.MULTILINE,
 )
 # What keys look like wherever they are issued.
@@ -34,6 +34,15 @@ _IN_URL = re.compile(r"(\w://[^\s/:@\"']*:)[^\s/@\"']+(?=@)")
 _PLACES = re.compile(r"[/~.]|\w:\\")  # of files that hold secrets, and are none
 
 
+_known: set[str] = set()  # of this command's settings
+
+
+def learn(settings: Mapping[str, object]) -> None:
+    """Notes the secrets of a command's settings, so that nothing here needs to be given them."""
+    _known.clear()
+    _known.update(_secrets(settings))
+
+
 def redacted(text: str, settings: Mapping[str, object] | None = None) -> str:
     """The text without what is secret: values of the environment and of settings whose names say so, wherever they
     stand; what is assigned to such a name; and what looks like a key."""
@@ -42,12 +51,15 @@ def redacted(text: str, settings: Mapping[str, object] | None = None) -> str:
 
 def of_code(text: str, settings: Mapping[str, object] | None = None) -> str:
     """The same for a piece of code, whose variables may be called `token`."""
-    return _IN_CODE.sub(lambda found: f"{found[1] or found[2]}{HIDDEN}", hidden(text, _secrets(settings or {})))
+    return _IN_CODE.sub(
+        lambda found: f"{found[1] or found[3]}{found[2] or ''}{HIDDEN}{found[2] or ''}",
+        hidden(text, _secrets(settings or {})),
+    )
 
 
 def hidden(text: str, secrets: Iterable[str] = ()) -> str:
     """The text without these secrets, those of the environment, and what looks like a key."""
-    for secret in sorted({*secrets, *_of_environment(tuple(os.environ.items()))}, key=len, reverse=True):
+    for secret in sorted({*secrets, *_known, *_of_environment(tuple(os.environ.items()))}, key=len, reverse=True):
         for form in {secret, json.dumps(secret)[1:-1], shlex.quote(secret)}:
             text = text.replace(form, HIDDEN)
     return _IN_URL.sub(rf"\1{HIDDEN}", _SHAPES.sub(HIDDEN, text))

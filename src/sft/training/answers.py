@@ -22,9 +22,10 @@ from sft.evaluation.generation import answer, answering, decode
 from sft.evaluation.prompts import Prompt, choose, question
 from sft.export.folder import generation_config
 from sft.ranks import together
-from sft.report.screen import EMPTY, plain
+from sft.report.screen import EMPTY
 from sft.runs import answers_file, signals, watchdog
 from sft.runs.answers_file import Answer
+from sft.runs.plain import plain
 from sft.runs.run import Run
 from sft.training.log import is_main, log
 from sft.training.module import SFTModule
