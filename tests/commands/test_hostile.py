@@ -7,6 +7,9 @@ from pathlib import Path
 import pytest
 
 from running import Sft
+from sft.commands.job import pick
+from sft.data import chat_template
+from sft.errors import UserError
 from sft.runs import provenance
 
 SECRET = "k3y-of-the-environment"
@@ -114,10 +117,39 @@ def test_nothing_of_the_data_moves_the_cursor(sft: Sft, capsys: pytest.CaptureFi
     many = [{"prompt": f"{HOSTILE} {n}", "response": HOSTILE} for n in range(30)]
     options = [*sft.settings, rows(sft.folder, *many), "run=r", "max_steps=1", "evaluation.samples=2"]
     assert sft("preview", *options) == 0
-    assert "\\x1b[31m\\x1b]0;owned\\x07b\\x9b1m\\rc\\u202ed\\u2066e\\x00f\tg\nh" in (shown := capsys.readouterr().out)
+    shown = capsys.readouterr().out
+    print(shown)
+    assert "\\x1b[31m\\x1b]0;owned\\x07b\\x9b1m\\rc\\u202ed\\u2066e\\x00f\tg\nh" in shown
     assert sft("train", *options) == 0
     wrong = rows(sft.folder, *({HOSTILE: "x", f"{HOSTILE}2": "y"} for _ in range(3)))
     assert sft("train", *sft.settings, wrong, "run=s") == 2
     pages = [sft.run_folder("r") / name for name in ("preview.html", "report.html", "export/README.md", "config.yaml")]
     shown += "".join(capsys.readouterr()) + "".join(page.read_text() for page in pages)
     assert not [char for char in RAW if char in shown]
+
+
+def test_a_template_that_loops_for_ever(
+    sft: Sft, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(chat_template, "SECONDS", 0.5)
+    file = sft.folder / "endless.jinja"
+    file.write_text("{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}")
+    for command in ("preview", "train"):
+        assert sft(command, *sft.settings, f"model.chat_template={file}", "run=r") == 2
+        line = capsys.readouterr().err.splitlines()[-1]
+        assert line.startswith("sft: the chat template (model.chat_template") and "takes more than" in line
+    assert not sft.run_folder("r").exists()
+
+
+@pytest.mark.parametrize("setting", ["run=../x", "run=a%j", "run='a;b#c'", "run=-x", "name='a\nb'", f"run={'x' * 300}"])
+def test_odd_names_are_refused_in_a_line(sft: Sft, capsys: pytest.CaptureFixture[str], setting: str) -> None:
+    for more in ([], ["-m"]):
+        assert sft("train", *more, *sft.settings, setting) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert "is not a name of at most 120 bytes" in line
+    assert not (sft.folder / "runs").exists() and not (sft.folder / "x").exists()
+
+
+def test_a_sweeps_value_with_a_line_break() -> None:
+    with pytest.raises(UserError, match=r"^name: its value has a line break"):
+        pick(1, ["seed=1,2", "name='a\nb'"])

@@ -97,9 +97,8 @@ def _submit(config: DictConfig, job: Job, dry_run: bool, rehearse: bool) -> None
     number = _queue(command, job, run)
     _print_commands(number, run, log.replace("%j", str(number)).replace("%%", "%"))
     if config.logger and "wandb" in config.logger:
-        print(
-            f"W&B: run {run.folder.name}; if the nodes are offline: wandb sync {shlex.quote(str(run.folder))}/wandb/offline-run-*"
-        )
+        place = shlex.quote(str(run.folder))
+        print(f"W&B: run {run.folder.name}; if the nodes are offline: wandb sync {place}/wandb/offline-run-*")
 
 
 def check_devices(job: Job, accelerator: str) -> list[str]:
