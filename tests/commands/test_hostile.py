@@ -2,9 +2,11 @@
 
 import hashlib
 import json
+import shutil
 from pathlib import Path
 
 import pytest
+import torch
 
 from running import Sft
 from sft.commands.job import pick
@@ -119,7 +121,7 @@ def test_nothing_of_the_data_moves_the_cursor(sft: Sft, capsys: pytest.CaptureFi
     assert sft("preview", *options) == 0
     shown = capsys.readouterr().out
     print(shown)
-    assert "\\x1b[31m\\x1b]0;owned\\x07b\\x9b1m\\rc\\u202ed\\u2066e\\x00f\tg\nh" in shown
+    assert "\\x1b[31m\\x1b]0;owned\\x07b\\x9b1m\\rc\\u202ed\\u2066e\\x00f" in shown and "g\nh" in shown
     assert sft("train", *options) == 0
     wrong = rows(sft.folder, *({HOSTILE: "x", f"{HOSTILE}2": "y"} for _ in range(3)))
     assert sft("train", *sft.settings, wrong, "run=s") == 2
@@ -153,3 +155,39 @@ def test_odd_names_are_refused_in_a_line(sft: Sft, capsys: pytest.CaptureFixture
 def test_a_sweeps_value_with_a_line_break() -> None:
     with pytest.raises(UserError, match=r"^name: its value has a line break"):
         pick(1, ["seed=1,2", "name='a\nb'"])
+
+
+class Malicious:
+    """Leaves a file where it is unpickled."""
+
+    def __init__(self, trace: Path) -> None:
+        self.trace = trace
+
+    def __reduce__(self) -> tuple[object, tuple[str, ...]]:
+        return Path.touch, (self.trace,)  # type: ignore[return-value]
+
+
+@pytest.mark.parametrize("of", ["model", "adapter"])
+def test_no_pickle_is_executed(
+    sft: Sft, model_folder: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path, of: str
+) -> None:
+    """Weights in a pickle that does something are refused in one line, without being done."""
+    trace, folder = tmp_path / "executed", tmp_path / "weights"
+    if of == "model":
+        shutil.copytree(model_folder, folder)
+        (folder / "model.safetensors").unlink()
+        torch.save({"model.norm.weight": Malicious(trace)}, folder / "pytorch_model.bin")
+        options = [*sft.settings, f"model.path={folder}"]
+    else:
+        folder.mkdir()
+        target = {"peft_type": "LORA", "r": 2, "target_modules": ["q_proj"], "task_type": "CAUSAL_LM"}
+        (folder / "adapter_config.json").write_text(
+            json.dumps({**target, "base_model_name_or_path": str(model_folder)})
+        )
+        torch.save({"base_model.model.model.q": Malicious(trace)}, folder / "adapter_model.bin")
+        options = [*sft.settings, "adapter=lora", f"model.path={folder}"]
+    assert sft("train", *options, "run=r") == 2
+    said = capsys.readouterr().err
+    assert said.splitlines()[-1].startswith("sft: ") and "Traceback" not in said
+    assert not trace.exists()
+    print(said)
