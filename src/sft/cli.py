@@ -17,7 +17,8 @@ from sft.cluster import submitit_rank
 from sft.config import CONF, arguments
 from sft.errors import UserError, by_hand
 from sft.mistakes import CONFIGURATION, one_line
-from sft.runs import crash, failure, signals, startup
+from sft.runs import crash, failure, secrets, signals, startup
+from sft.runs.plain import plain
 from sft.runs.process import leave
 
 if TYPE_CHECKING:
@@ -140,16 +141,17 @@ def _parsed(command: str, typed: list[str]) -> arguments.Typed:
 def _check(command: str, config: "DictConfig", typed: set[str]) -> None:
     """What can be known to be wrong before torch is imported."""
     name = CONFIGURATION.get(command, command)
+    from omegaconf import OmegaConf
+
     if "data" in config:
         from sft.training.settings import check_inputs, check_schema, settle_batch
         from sft.training.shape import settle_data
 
+        secrets.learn(OmegaConf.to_container(config, resolve=True))  # type: ignore[arg-type]
         check_schema(config, name, typed)
         settle_data(config)
         settle_batch(config)
     else:
-        from omegaconf import OmegaConf
-
         from sft.config.check import check
 
         settings: Any = OmegaConf.to_container(config, resolve=True)
@@ -211,6 +213,7 @@ def _report(error: Exception, command: str, config: "DictConfig | None" = None) 
         traceback.print_exception(error)
     if message is None:
         return crash.report(error, config), 1
+    message = plain(secrets.redacted(message))  # it may quote a row, or what a library said
     print(f"sft: {message}", file=sys.stderr, flush=True)
     return message, 2
 

@@ -33,10 +33,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
+from sft.config.literal import instantiate, resolved
 from sft.errors import UserError
 from sft.model.model_class import of_folder
 from sft.model.router import has_loss
@@ -117,9 +117,7 @@ def certify(
 
 def prepare(config: DictConfig, folder: Path) -> tuple[DictConfig, Excerpt]:
     """Writes the small model into `folder`; returns the configuration and the samples of all cells."""
-    config = copy.deepcopy(config)
-    OmegaConf.set_struct(config, False)
-    OmegaConf.resolve(config)
+    config = resolved(config)
     if config.data.path:
         read = copy.deepcopy(config)
         read.data.val_path, read.data.val_split, read.data.val_size = None, None, 0

@@ -15,9 +15,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
-from hydra.utils import instantiate
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
+from sft.config.literal import instantiate, literal
 from sft.data import store
 from sft.data.fingerprint import data_fingerprint
 from sft.data.rows import Source
@@ -187,7 +187,7 @@ def _store(folder: Path) -> str:
 
 
 def _model(run: Run) -> str:
-    source = model_source(OmegaConf.create(dict(run.config)), run)
+    source = model_source(literal(run.config), run)
     check_model(run, source, weights=source.adapter is not None)
     return WHOLE
 

@@ -82,6 +82,10 @@ def pick(index: int, overrides: list[str]) -> list[str]:
         raise UserError(
             f"there is no setting {index}: these are {len(settings)} settings, sbatch --array=0-{len(settings) - 1}"
         )
+    if odd := [setting for setting in settings[index] if "\n" in setting]:
+        raise UserError(
+            f"{odd[0].partition('=')[0]}: its value has a line break, at which the batch script divides them"
+        )
     return settings[index]
 
 

@@ -24,6 +24,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from sft.commands.export import try_export
+from sft.config.literal import escaped, resolved
 from sft.data.chat_template import special_ids
 from sft.data.labels import IGNORE
 from sft.errors import UserError
@@ -47,9 +48,7 @@ PRECISIONS = ("32-true", "bf16-mixed", "bf16-true")  # that a processor has
 def main(config: DictConfig) -> None:
     quiet()
     folder = Path(tempfile.mkdtemp(prefix="sft-rehearsal-"))
-    config = copy.deepcopy(config)
-    OmegaConf.set_struct(config, False)
-    OmegaConf.resolve(config)  # settings that refer to others keep their values when those change
+    config = resolved(config)
     options = config.pop("rehearse")
     stages = Stages(folder, options.timeout)
     try:
@@ -114,7 +113,7 @@ def _check(config: DictConfig, folder: Path, num_rows: int) -> str:
     num_ranks, accumulation = check(config, here=False)
     extension.settle(config)
     small = copy.deepcopy(config)
-    settings: Any = OmegaConf.to_container(config)
+    settings: Any = OmegaConf.to_container(config, resolve=True)
     run = Run.of(settings)
     check_writable(Path(config.data.cache_dir), "data.cache_dir")
     cut_data(small.data, folder, num_rows)
@@ -124,7 +123,8 @@ def _check(config: DictConfig, folder: Path, num_rows: int) -> str:
         try_export(prepared)
     shrink_job(small, prepared, folder)
     (folder / "conf").mkdir()
-    OmegaConf.save({"defaults": ["quiet", "_self_"], **small}, folder / "conf" / "rehearsed.yaml")
+    shrunk: Any = OmegaConf.to_container(small, resolve=True)
+    OmegaConf.save({"defaults": ["quiet", "_self_"], **escaped(shrunk)}, folder / "conf" / "rehearsed.yaml")
     sources = [source for split in prepared.splits.ledger.values() for source in split.get("sources", [])]
     num_read, num_lost = sum(source["rows"] for source in sources), sum(source["rows_lost"] for source in sources)
     return (

@@ -16,10 +16,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from hydra.utils import instantiate
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from transformers import AutoTokenizer, PreTrainedModel
 
+from sft.config.literal import instantiate, literal
 from sft.data.batch import make_batch, to_device
 from sft.data.labels import IGNORE
 from sft.data.rows import first_rows
@@ -44,7 +44,7 @@ def main(config: DictConfig) -> None:
     folder = run.exported()
     run.check_export()
     if (folder / "adapter_config.json").exists():  # nothing without its base
-        check_model(run, model_source(OmegaConf.create(dict(run.config)), run), weights=True)
+        check_model(run, model_source(literal(run.config), run), weights=True)
     settings = run.config
     data_config = instantiate(settings["data"], _convert_="all")
     if note := computation.note(run.folder, settings):

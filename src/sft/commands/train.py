@@ -33,6 +33,7 @@ from sft.runs import computation, lease, manifest, provenance, signals, startup
 from sft.runs.metrics_file import Metrics
 from sft.runs.results import Result, after, summarise
 from sft.runs.run import Run
+from sft.runs.secrets import without_secrets
 from sft.runs.stopped import lifted
 from sft.training import extension
 from sft.training.launch import find
@@ -197,4 +198,9 @@ def facts(config: DictConfig, prepared: "Prepared") -> dict[str, object]:
     """What each checkpoint tells of its run."""
     template = {"template": prepared.template} if prepared.template else {}
     callbacks = OmegaConf.to_container(config.callbacks, resolve=True) if config.get("callbacks") else {}
-    return {"seed": config.seed, "stop_token_ids": prepared.stop_token_ids, "callbacks": callbacks, **template}
+    return {
+        "seed": config.seed,
+        "stop_token_ids": prepared.stop_token_ids,
+        "callbacks": without_secrets(callbacks),
+        **template,
+    }

@@ -32,7 +32,8 @@ def _share_or_whole(value: float) -> float:
 
 
 def _legal(name: str) -> str:
-    if set(name) & set("/\\#?%:") or name.startswith((".", "-")) or name != name.strip() or len(name) > 120:
+    odd = set(name) & set("/\\#?%:") or not name.isprintable() or name.startswith((".", "-", "~"))
+    if odd or name != name.strip() or len(name.encode()) > 120:
         raise ValueError
     return name
 
@@ -57,7 +58,7 @@ SetName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{1,30}$")]
 Open = described("a mapping of names of your own choice", dict[str, Any])
 # Of a folder, and of the run in W&B.
 Name = described(
-    "a name of at most 120 characters, none of them one of / \\ # ? % : and no . or - at its start",
+    "a name of at most 120 bytes, all of it visible, none of it one of / \\ # ? % : and no . - or ~ at its start",
     Annotated[Text, AfterValidator(_legal)],
 )
 Day = described("a day, YYYY-MM-DD", Annotated[str, AfterValidator(_day)])

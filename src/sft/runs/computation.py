@@ -114,11 +114,11 @@ def check(folder: Path, config: Config, allow: Iterable[str], step: int) -> str 
     """What a run's log should say of resuming after `step`, if anything. UserError for a change of what makes the
     samples or the loss, or of a user's function that decides the numbers, unless `code` is allowed."""
     story = taken(events.read(folder), step)
-    if not story:
-        return None
-    before = recorded(events.read(folder), story[-1])
-    if before is None:
-        return f"{folder} was begun before a run's code and versions were recorded: they are not compared this time"
+    before = recorded(events.read(folder), story[-1]) if story else None
+    if before is None:  # an older run, or its events are lost
+        return (
+            f"{folder} has no record of the code and versions that it was trained with: they are not compared this time"
+        )
     found = changes(before, now(config))
     refused = [change for change in found if change.refused]
     if refused and "code" not in allow:
@@ -174,7 +174,7 @@ def recorded(story: Sequence[Event], start: Event) -> Computation | None:
     """The fingerprint of a start; None of one that has none."""
     digest = start.get("computation")
     for event in story:
-        if digest and event.get("computation") == digest and (code := event.get("code")):
+        if digest and event.get("computation") == digest and (code := event.get("code")) and _digest(code) == digest:
             return code
     return None
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Required, TypedDict
 
 from sft.runs.provenance import now
+from sft.runs.secrets import redacted
 
 
 class SlurmJob(TypedDict, total=False):
@@ -63,7 +64,8 @@ def job() -> SlurmJob:
 
 def record(folder: Path, event: str, **details: object) -> None:
     """Appends an event to the run's story in a single write."""
-    line = json.dumps({"time": now(), "event": event, **job(), **details}) + "\n"
+    said = {"time": now(), "event": event, **job(), **{name: _told(detail) for name, detail in details.items()}}
+    line = json.dumps(said) + "\n"
     descriptor = os.open(folder / "events.jsonl", os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
     try:
         size = os.fstat(descriptor).st_size
@@ -72,6 +74,13 @@ def record(folder: Path, event: str, **details: object) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def _told(detail: object) -> object:
+    """Without what is secret; settings are words such as `logger.api_key=...`."""
+    if isinstance(detail, list):
+        return [_told(one) for one in detail]
+    return redacted(detail) if isinstance(detail, str) else detail
 
 
 def read(folder: Path) -> list[Event]:

@@ -23,6 +23,7 @@ from sft.runs.identity import TODAY, Config, deciding, identity
 from sft.runs.manifest import Damaged
 from sft.runs.process import live_process
 from sft.runs.provenance import now
+from sft.runs.secrets import redacted, without_secrets
 from sft.runs.signals import Interrupted
 
 
@@ -125,11 +126,11 @@ class Run:
         names = {path.name for path in run.folder.iterdir()} if run.folder.is_dir() else set()
         strange = [name for name in names - begun if not name.startswith(TRIAL)]
         if (run.folder / "config.yaml").exists():
-            now = deciding(json.loads(json.dumps(config)))
+            now = deciding(without_secrets(json.loads(json.dumps(config))))
             try:
-                before = deciding(run.config)
+                before = deciding(without_secrets(run.config))
             except Damaged:  # an attempt writes it again, if it is the same run
-                if provenance.recorded(run.folder).get("identity") != identity(config):
+                if provenance.recorded(run.folder).get("identity") != identity(without_secrets(config)):
                     raise
                 before = now
             differing = [key for key in sorted(before.keys() | now.keys()) if before.get(key) != now.get(key)]
@@ -234,8 +235,9 @@ class Run:
         self._mend(config)
         if not recorded:
             today = {TODAY: template[TODAY]} if template and TODAY in template else {}
-            of_run = {"data": dict(data_fingerprint), "model": dict(model or {}), "identity": identity(config)}
-            provenance.write(self.folder, {**provenance.collect(), **today, **of_run})
+            of_run = {"data": dict(data_fingerprint), "model": dict(model or {})}
+            own = {"identity": identity(without_secrets(config))}
+            provenance.write(self.folder, {**provenance.collect(config), **today, **of_run, **own})
         self._mark("running", num_steps)
         try:
             yield finished
@@ -253,7 +255,7 @@ class Run:
             if new and mistake and not self.checkpoints.exists():
                 shutil.rmtree(self.folder)
             else:
-                reason = f"{type(error).__name__}: {error}"[:2000]
+                reason = redacted(f"{type(error).__name__}: {error}"[:2000], config)
                 with suppress(OSError):  # a full disk must not hide what filled it
                     self._mark("failed", num_steps, {"error": reason})
                 if "SFT_JOB_FOLDER" not in os.environ:  # else the batch script records it: it knows of all ranks
@@ -270,7 +272,7 @@ class Run:
                 config_file.read(self.folder)
         except Damaged as error:
             lost.append(f"{error.what}: written again")
-        config_file.write(self.folder, config)
+        config_file.write(self.folder, without_secrets(dict(config)))
         for what in lost:
             print(f"note: {what}", flush=True)
             events.record(self.folder, "mended", why=what)

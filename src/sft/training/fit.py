@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from hydra.utils import instantiate
 from lightning.fabric.plugins.environments.cluster_environment import ClusterEnvironment
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch.callbacks import Callback, ProgressBar
@@ -19,6 +18,7 @@ from omegaconf import DictConfig, OmegaConf
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from sft.checkpoint.checkpoint import Checkpoint
+from sft.config.literal import instantiate
 from sft.errors import UserError
 from sft.model.loading import ModelSource
 from sft.model.loss import Objective

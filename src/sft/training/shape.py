@@ -4,9 +4,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf, open_dict
 
+from sft.config.literal import escaped, instantiate
 from sft.data.conversation import Row
 from sft.data.files import Source
 from sft.data.shape import NUM_ROWS, chat_in_text, find
@@ -47,7 +47,7 @@ def _settle(config: DictConfig) -> list[str]:
         return []
     if is_auto and (recorded := _recorded(config, asked)):
         with open_dict(config):
-            config.data.conversation, config.data.supervise = recorded
+            config.data.conversation, config.data.supervise = escaped(recorded)
         return []
     training, validation = instantiate(config.data, _convert_="all").sources()
     rows: dict[Source, list[Row]] = {}
@@ -73,7 +73,7 @@ def _settle(config: DictConfig) -> list[str]:
                 )
         function, asked = SHAPES[shape.name].target, shape.arguments
         with open_dict(config):
-            config.data.conversation = {"_target_": function, "_partial_": True, **asked}
+            config.data.conversation = escaped({"_target_": function, "_partial_": True, **asked})
             if shape.name == "text":
                 config.data.supervise = "all"
         lines += [line for _, line in found.values()]

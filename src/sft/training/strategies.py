@@ -11,7 +11,6 @@ from functools import partial
 from typing import Any
 
 import torch
-from hydra.utils import instantiate
 from lightning.pytorch import Trainer
 from lightning.pytorch.accelerators import CPUAccelerator
 from lightning.pytorch.strategies import (
@@ -28,6 +27,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from sft.checkpoint.layout import Rows, Whole, ZeRO3, ZeRO12, allocate, move_buffers
+from sft.config.literal import instantiate
 from sft.errors import UserError
 from sft.model.loading import decoder_layers
 from sft.model.sharded_loading import Sharding
