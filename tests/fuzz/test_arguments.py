@@ -16,15 +16,21 @@ from sft.mistakes import one_line, unknown
 
 from .drawn import fuzz, texts, values
 
-NAMES = sorted({name for command in ("train", "export") for name in arguments.names(command)} | arguments.groups().keys())
+NAMES = sorted(
+    {name for command in ("train", "export") for name in arguments.names(command)} | arguments.groups().keys()
+)
 signs = st.lists(
-    st.sampled_from((*"[]{},:='\"\\$~+-*/.#%;()@ \n\t", "${", "${oc.env:HOME}", "1e-4", "null", "true", "a", "é", "\u202e")),
+    st.sampled_from(
+        (*"[]{},:='\"\\$~+-*/.#%;()@ \n\t", "${", "${oc.env:HOME}", "1e-4", "null", "true", "a", "é", "\u202e")
+    ),
     max_size=6,
 ).map("".join)
 names = st.sampled_from(NAMES) | texts | st.builds("{}.{}".format, st.sampled_from(NAMES), texts)
 words = (
     st.builds("{}{}={}".format, st.sampled_from(("", "", "", "+", "++", "~", "--", "-")), names, signs | texts)
-    | st.sampled_from(("-m", "--cfg", "--cfg=job", "-p", "--config-dir", "--config-name=x", "--prompt", "-h", "--", "-"))
+    | st.sampled_from(
+        ("-m", "--cfg", "--cfg=job", "-p", "--config-dir", "--config-name=x", "--prompt", "-h", "--", "-")
+    )
     | signs
     | texts
 )
@@ -64,7 +70,12 @@ def test_any_text_reaches_hydra_unchanged() -> None:
             return
         override = parser.parse_override(setting)
         meant: Any = override.value()
-        if not override.is_sweep_override() and isinstance(meant, str) and "${" not in value and '"' in setting[:8 + len(name)]:
+        if (
+            not override.is_sweep_override()
+            and isinstance(meant, str)
+            and "${" not in value
+            and '"' in setting[: 8 + len(name)]
+        ):
             assert OmegaConf.create({"a": meant})._get_node("a") is not None
 
     fuzz(any_text)
@@ -73,7 +84,8 @@ def test_any_text_reaches_hydra_unchanged() -> None:
 def test_any_configuration_is_checked_in_a_line() -> None:
     trees = st.dictionaries(
         st.sampled_from([name for name in NAMES if "." not in name]) | texts,
-        values | st.dictionaries(st.sampled_from([name.rpartition(".")[2] for name in NAMES]) | texts, values, max_size=3),
+        values
+        | st.dictionaries(st.sampled_from([name.rpartition(".")[2] for name in NAMES]) | texts, values, max_size=3),
         max_size=4,
     )
 

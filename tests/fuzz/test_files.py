@@ -1,14 +1,10 @@
 """Damaged files of a run → what of them is whole, or one line; nothing else."""
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
-import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from safetensors.numpy import save
 
 from sft.errors import UserError
 from sft.runs import events
@@ -44,7 +40,9 @@ def test_any_bytes_as_metrics_have_figures_or_a_line(tmp_path: Path) -> None:
 def test_a_file_that_grows_and_changes_is_followed_as_if_read_anew(tmp_path: Path) -> None:
     file = tmp_path / "metrics.csv"
 
-    @given(st.lists(st.integers(0, len(METRICS)).map(lambda size: METRICS[:size]) | mutated(st.just(METRICS)), max_size=4))
+    @given(
+        st.lists(st.integers(0, len(METRICS)).map(lambda size: METRICS[:size]) | mutated(st.just(METRICS)), max_size=4)
+    )
     def versions(contents: list[bytes]) -> None:
         file.unlink(missing_ok=True)
         following = Following(file, ["train/loss", "val/loss"])

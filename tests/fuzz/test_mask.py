@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
+from data.conftest import word_tokenizer
 from sft.data import conversation as shapes
 from sft.data.conversation import Conversation, Empty
 from sft.data.labels import IGNORE
@@ -16,7 +17,6 @@ from sft.data.mask import Tokenization
 from sft.data.token_ids import pretokenized
 from sft.errors import BadRow, UserError
 
-from data.conftest import word_tokenizer
 from .drawn import fuzz, scalars, texts, values
 
 words = st.lists(
@@ -24,7 +24,9 @@ words = st.lists(
     max_size=4,
 ).map("".join)
 any_text = words | texts
-contents = any_text | st.none() | st.lists(any_text | st.fixed_dictionaries({"type": st.just("text"), "text": any_text}))
+contents = (
+    any_text | st.none() | st.lists(any_text | st.fixed_dictionaries({"type": st.just("text"), "text": any_text}))
+)
 calls = st.fixed_dictionaries(
     {}, optional={"name": any_text, "arguments": values, "id": any_text, "function": st.deferred(lambda: calls)}
 )
@@ -43,7 +45,7 @@ turns = st.fixed_dictionaries(
 )
 ids = st.lists(st.integers(-1, 300), max_size=5)
 COLUMNS: dict[str, st.SearchStrategy[Any]] = {
-    **{name: any_text | values for name in ("prompt", "response", "instruction", "input", "output", "text", "system")},
+    **dict.fromkeys(("prompt", "response", "instruction", "input", "output", "text", "system"), any_text | values),
     "history": st.lists(st.lists(any_text, min_size=2, max_size=2), max_size=2) | values,
     "messages": st.lists(turns, max_size=5) | values | st.lists(turns, max_size=3).map(json.dumps),
     "completion": st.lists(turns, max_size=2) | any_text | values,

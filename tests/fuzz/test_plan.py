@@ -64,7 +64,9 @@ def test_a_plan_is_its_seed_s_and_ranks_share_each_step_out() -> None:
         plan = epoch_plan(lengths, supervised, global_batch_size=size, **settings)
         again = epoch_plan(lengths, supervised, global_batch_size=size, **settings)
         other = epoch_plan(lengths, supervised, global_batch_size=1, **settings)
-        assert [p.tolist() for p in plan.packs] == [p.tolist() for p in again.packs] == [p.tolist() for p in other.packs]
+        assert (
+            [p.tolist() for p in plan.packs] == [p.tolist() for p in again.packs] == [p.tolist() for p in other.packs]
+        )
         seen = []
         for number in range(plan.num_steps):
             step = again.step(number)  # of another process that resumes here
@@ -92,7 +94,9 @@ def test_validation_has_each_sample_once_over_all_ranks() -> None:
         shares = [eval_plan(lengths, **cut, rank=rank) for rank in range(ranks)]
         assert len({len(batches) for batches in shares}) == 1
         assert sorted(np.concatenate([b for batches in shares for b in batches])) == [*range(len(lengths))]
-        assert most_eval_samples(lengths, **cut) == [max(1, *map(len, at_once)) for at_once in zip(*shares, strict=True)]
+        assert most_eval_samples(lengths, **cut) == [
+            max(1, *map(len, at_once)) for at_once in zip(*shares, strict=True)
+        ]
         step, room = default_step(lengths, most, packing)
         assert step >= 1 and lengths.max() <= room <= most
 
