@@ -103,7 +103,8 @@ def certify(
         of_group = run_group(config, folder, samples, list(group), references, before)
         if doubtful := sorted({result.cell.key for result in of_group if result.may_be_rounding}):
             references |= with_rounding(config, folder, samples, {key: references[key] for key in doubtful})
-            of_group = [replace(result, rounding=references[result.cell.key].rounding) for result in of_group]
+            measured = {key: references[key].rounding for key in doubtful}
+            of_group = [replace(result, rounding=measured.get(result.cell.key, result.rounding)) for result in of_group]
         results += of_group
         num_passed = sum(result.passed for result in of_group)
         print(
