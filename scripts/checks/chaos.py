@@ -1,11 +1,10 @@
 """Draws faults, puts them to short runs, and shows what became of these: the sweep and the table of scripts/chaos."""
 
-import os
 import re
 import shutil
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
@@ -123,7 +122,8 @@ def num_faults(results: list[Result]) -> int:
 
 def write(page: Path, results: list[Result], about: dict[str, Any]) -> None:
     """Puts the table between its marks in a page."""
-    said = f"`{about['command']}`, {about['date']}, {about['minutes']:g} minutes on {about['cores']} cores ({about['cpu']})"
+    machine = f"{about['minutes']:g} minutes on {about['cores']} cores ({about['cpu']})"
+    said = f"`{about['command']}`, {about['date']}, {machine}"
     text, found = re.subn(
         f"{re.escape(BEGIN)}.*?{re.escape(END)}",
         lambda _: f"{BEGIN}\n\n{table(results)}\n\n{said}.\n\n{END}",

@@ -1,17 +1,14 @@
 """`sft` in processes that start in a fraction of a second, and what is planted in them.
 
-Each is forked from a server that has imported what takes seconds, and calls the command line as a user does. Ranks are
-started by hand, as a cluster does.
+Each is forked from a server that has imported what takes seconds (tests/warm.py), and calls the command line as a user
+does; so does the process by which an export is verified. Ranks are started by hand, as a cluster does.
 """
 
-import gc
-import multiprocessing
 import os
 import random
 import signal
 import socket
 import sys
-import threading
 import time
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -21,14 +18,8 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
-from checks.process import PRELOADED, PRELOADED_CPU
+from warm import LOCK, PROCESSES, enter, python
 
-CONTEXT: Any = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(
-    [*PRELOADED, *PRELOADED_CPU, "sft.commands.train", "sft.training.prepare", "checks.chaos_start"]
-)
-# Where one is started multiprocessing looks at all of its processes, and the code of one that has ended is read once.
-LOCK = threading.Lock()
 CHANGES = ("os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.truncate", "fcntl.flock")
 LEFT = 75.0  # seconds for the other ranks to end once one has failed
 
@@ -85,9 +76,17 @@ class Start:
             place = {"WORLD_SIZE": self.num_ranks, "RANK": rank, "LOCAL_RANK": rank, "NODE_RANK": 0}
             ranks = address | {name: str(value) for name, value in place.items()} if self.num_ranks > 1 else address
             environment = {**os.environ, **own, **ranks, **self.environment}
-            pipe, there = CONTEXT.Pipe(duplex=False)
-            given = (environment, str(self.folder), str(log), self.arguments, self.planted.get(rank, Planted()), there)
-            child = CONTEXT.Process(target=_main, args=given)
+            pipe, there = PROCESSES.Pipe(duplex=False)
+            given = (
+                python().executable,
+                environment,
+                str(self.folder),
+                str(log),
+                self.arguments,
+                self.planted.get(rank, Planted()),
+                there,
+            )
+            child = PROCESSES.Process(target=_main, args=given)
             with LOCK:
                 child.start()
             there.close()
@@ -134,29 +133,26 @@ class Start:
 
 
 def _main(
-    environment: dict[str, str], folder: str, log: str, arguments: list[str], planted: Planted, ready: Connection
+    executable: str,
+    environment: dict[str, str],
+    folder: str,
+    log: str,
+    arguments: list[str],
+    planted: Planted,
+    ready: Connection,
 ) -> None:
     os.setsid()
     file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(file, 1)
     os.dup2(file, 2)
-    os.chdir(folder)
-    os.environ.clear()
-    os.environ.update(environment)
-    from lightning.fabric.utilities.rank_zero import rank_zero_only
-
+    enter(executable, folder, environment)
     from sft import cli
-    from sft.runs.process import exit_with_parent
 
-    gc.freeze()  # what the server has imported is not looked through, which would copy its memory
-    exit_with_parent()
-    multiprocessing.set_start_method(None, force=True)  # the default, not another server
-    rank_zero_only.rank = int(environment.get("RANK", 0))  # type: ignore[attr-defined]  # the server is the first
     for number in (signal.SIGHUP, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     plant(planted, folder)
-    sys.argv = [str(Path(sys.executable).with_name("sft")), *arguments]
+    sys.argv = [str(Path(executable).with_name("sft")), *arguments]
     ready.send(True)
     ready.close()
     cli.main()
