@@ -13,7 +13,7 @@ from typing import Any
 
 from checks.chaos_faults import KINDS, Kind
 from checks.chaos_judge import FAULTS, MISSED, OUTCOMES, Verdict
-from checks.chaos_trial import LAYOUTS, Reference, Trial, can_mount, write_assets
+from checks.chaos_trial import LAYOUTS, LIMIT, Reference, Trial, can_mount, write_assets
 
 BEGIN, END = "<!-- written by scripts/chaos: begin -->", "<!-- end -->"
 
@@ -58,14 +58,16 @@ class Sweep:
             for layout in LAYOUTS
         }
 
-    def one(self, seed: int, number: int, stop: threading.Event | None = None, fault: str = "") -> Result | None:
+    def one(
+        self, seed: int, number: int, stop: threading.Event | None = None, fault: str = "", limit: float = LIMIT
+    ) -> Result | None:
         kind, layout, draw = drawn(seed, number, self.kinds)
         if stop and stop.is_set():
             return None
         reference = self.references[layout]
         reference.make()
         begun = time.monotonic()
-        trial = Trial(self.folder / f"trial-{number}", reference, fault)
+        trial = Trial(self.folder / f"trial-{number}", reference, fault, limit)
         try:
             verdict = kind.act(trial, draw)
         finally:

@@ -35,8 +35,10 @@ def signalled(number: signal.Signals) -> Act:
         ranks = trial.ranks if draw.random() < 0.5 else [draw.choice(trial.ranks)]
         trial.copy(trial.reference.assets)
         if draw.random() < 0.5:
-            change, rank = 1 + int(draw.random() * trial.reference.changes), draw.choice(trial.ranks)
-            trial.what = f"{number.name} to rank {rank} at change {change} of {trial.reference.changes}"
+            rank = draw.choice(trial.ranks)
+            changes = trial.reference.changes[rank]
+            change = 1 + int(draw.random() * changes)
+            trial.what = f"{number.name} to rank {rank} at change {change} of {changes}"
             ended = trial.keep(trial.start({rank: Planted(number, change, fault=trial.fault)}).wait(trial.limit))
             met = any(ended.codes)
         else:
@@ -285,9 +287,7 @@ def inputs(trial: Trial, draw: Random) -> Verdict:
         lines = before.splitlines(keepends=True)
         number = int(draw.random() * len(lines))
         way = draw.choice(["a letter", "a letter", "a row less", "a row twice"])
-        line = re.sub(
-            rb'(response": ")(.)', lambda found: found[1] + (b"x" if found[2] != b"x" else b"y"), lines[number]
-        )
+        line = re.sub(rb'(response": ").', rb"\1x", lines[number])  # no word of the rows has one
         new = {"a letter": [line], "a row less": [], "a row twice": [line, line]}[way]
         after, how = b"".join([*lines[:number], *new, *lines[number + 1 :]]), f"{way}, row {number}"
     else:
@@ -301,7 +301,8 @@ def inputs(trial: Trial, draw: Random) -> Verdict:
     trial.what = f"{file.relative_to(trial.folder)}: {how} changed{', of the same time' if same_time else ''}"
     what = {"rows.jsonl": "the data", "config.json": "the model", "model.safetensors": "the model"}
     names = (file.name, what.get(file.name, "template"), "tokenizer") if "model" in path else (file.name, "the data")
-    return trial.finish(names, lambda: file.write_bytes(before), resumes=True, must_name=True)
+    used = file.name != "model.safetensors"  # a resumed run has weights of its own
+    return trial.finish(names, lambda: file.write_bytes(before), resumes=True, must_name=used)
 
 
 def exported(trial: Trial, draw: Random) -> Verdict:

@@ -79,7 +79,7 @@ def crashed(ended: Ended) -> str | None:
     """The first line of a traceback or crash report, with the last line of the output."""
     found = _CRASH.search(ended.output)
     lines = [line for line in ended.output.strip().splitlines() if line.startswith("sft:")] or [""]
-    return f"{found[0].strip()[:60]} ... {lines[-1][:160]}" if found else None
+    return f"{found[0].strip()[:40]} ... {lines[-1][:240]}" if found else None
 
 
 def refusal(ended: Ended, names: Iterable[str]) -> str | None:

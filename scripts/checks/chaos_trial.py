@@ -1,4 +1,4 @@
-"""One trial of scripts/chaos: a folder of its own with model and data, a run in it, and the same command until it ends."""
+"""A trial of scripts/chaos: a folder with model and data, a run in it, and the same command until it has finished."""
 
 import json
 import os
@@ -77,19 +77,20 @@ class Reference:
     layout: str
     _lock: Any = field(default_factory=threading.RLock)
     seconds: float = 0.0  # that the run takes
-    changes: int = 0  # that its first rank makes to the disk
+    changes: list[int] = field(default_factory=list)  # that each rank makes to the disk
 
     @cached_property
     def whole(self) -> Path:
         """A folder with the finished run."""
         num_ranks, settings = LAYOUTS[self.layout]
-        folder, count = self.folder / "whole", self.folder / "count"
+        folder = self.folder / "whole"
+        counts = [self.folder / f"changes-{rank}" for rank in range(num_ranks)]
         shutil.copytree(self.assets, folder)
-        planted = {0: Planted(count=str(count))}
+        planted = {rank: Planted(count=str(count)) for rank, count in enumerate(counts)}
         ended = Start(folder, [*SETTINGS, *settings], num_ranks, planted=planted).wait(LIMIT * 2)
         if ended.code:
             raise RuntimeError(f"the reference of {self.layout} ended with {ended.codes}:\n{ended.output}")
-        self.seconds, self.changes = ended.seconds, int(count.read_text())
+        self.seconds, self.changes = ended.seconds, [int(count.read_text()) for count in counts]
         return folder
 
     @cached_property
