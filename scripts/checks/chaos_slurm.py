@@ -1,5 +1,5 @@
-"""The faults of a cluster, on one that scripts/chaos --slurm starts on this machine: a batch job on two nodes meets one,
-and is submitted again, as a user does, where it isn't requeued."""
+"""The faults of a cluster, on one that scripts/chaos --slurm starts on this machine: a batch job on two nodes meets one.
+Where it isn't requeued it is submitted again, as by a user."""
 
 import os
 import sys
@@ -88,6 +88,9 @@ def on_a_job(cluster: Cluster, name: str, hit: Hit) -> Callable[[Trial, Random],
         options = (*OPTIONS, "--signal=USR1@30", "--time=10", f"--output={trial.folder}/%j.out")
         jobs = []
 
+        def over(job: str) -> bool:
+            return eventually(lambda: cluster.job(job)["JobState"] in OVER, LIMIT)
+
         def submit() -> str:
             jobs.append(cluster.submit(*options, "slurm/train.sbatch", *settings, cwd=ROOT, env=path))
             return jobs[-1]
@@ -103,7 +106,7 @@ def on_a_job(cluster: Cluster, name: str, hit: Hit) -> Callable[[Trial, Random],
             return Verdict(MISSED)
         hit(cluster, job, node, draw)
         for _ in range(4):
-            if not eventually(lambda: cluster.job(job)["JobState"] in OVER, LIMIT):
+            if not over(job):
                 fields = cluster.job(job)
                 done(cluster, "scancel", "--signal=KILL", "--full", job)
                 done(cluster, "scancel", job)

@@ -188,8 +188,13 @@ def plant(planted: Planted, folder: str) -> None:
     if planted.at or planted.slow or planted.count:
         number = os.open(planted.count, os.O_WRONLY | os.O_CREAT) if planted.count else -1
         sys.addaudithook(hook)
-        fsync = os.fsync
-        os.fsync = lambda descriptor: (fsync(descriptor), changed())[0]  # Python reports no flush
+        before = os.fsync
+
+        def fsync(fd: Any) -> None:  # of which Python reports nothing
+            before(fd)
+            changed()
+
+        os.fsync = fsync
 
 
 def _jump(seconds: float, after: float) -> None:
