@@ -52,7 +52,7 @@ again    queued       7/90   24:00:00            2.5000            4   10 min ag
 broken   unreadable    0/?                                             30 min ago
 failed   failed        1/2                                n2           50 min ago
 done     finished      2/2    0:01:40            1.5000   n1       3      2 h ago
-broken unreadable: status.json is empty or cut
+broken unreadable: runs/broken/status.json is empty: sft train writes it again
 failed failed: E: [disk] on fire
 """
 

@@ -33,6 +33,7 @@ from sft.data.samples import Samples, columns_of
 from sft.data.staging import Staging
 from sft.data.store import DTYPES, Store
 from sft.errors import UserError
+from sft.runs import manifest
 
 from .conftest import data_config, word_tokenizer
 
@@ -278,6 +279,65 @@ def test_a_store_is_built_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert again.data_fingerprint == first.data_fingerprint
     moved = rows_file(tmp_path / "cache" / "a.jsonl", many_rows(10))
     assert open_store(moved, cache=tmp_path / "cache").fingerprint == first.fingerprint
+
+
+def damage(path: Path, how: str) -> None:
+    """Without a change that a look at its size or time would show, for `flip`."""
+    content, stat = bytearray(path.read_bytes()), path.stat()
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content if how == "flip" else content[:-1])
+    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+
+
+@pytest.mark.parametrize("how", ["flip", "truncate"])
+@pytest.mark.parametrize("name", ["input_ids.bin", "supervised.bin", "rows.bin", "content.bin", "meta.json"])
+def test_a_damaged_store_is_named(name: str, how: str, tmp_path: Path) -> None:
+    file = rows_file(tmp_path / "data.jsonl", many_rows(20))
+    store = open_store(file, cache=tmp_path / "cache")
+    folder = tmp_path / "cache" / "stores" / store.fingerprint
+    damage(folder / name, how)
+    with pytest.raises(UserError, match=rf"{name} is damaged .*: remove the folder .*{folder.name}"):
+        open_store(file, cache=tmp_path / "cache")
+    shutil.rmtree(folder)
+    again = open_store(file, cache=tmp_path / "cache")
+    assert all((again[i][0] == store[i][0]).all() for i in range(len(store)))
+
+
+def test_a_damaged_manifest_is_named(tmp_path: Path) -> None:
+    file = rows_file(tmp_path / "data.jsonl", many_rows(20))
+    folder = tmp_path / "cache" / "stores" / open_store(file, cache=tmp_path / "cache").fingerprint
+    text = (folder / "manifest.json").read_text()
+    for damaged in (text.replace("1", "2", 1), text[:-5], "", "[]", text.replace('"files"', '"fules"')):
+        (folder / "manifest.json").write_text(damaged)
+        with pytest.raises(UserError, match=r"manifest.json is (damaged|empty)"):
+            open_store(file, cache=tmp_path / "cache")
+
+
+def test_a_store_from_before_there_were_manifests(tmp_path: Path) -> None:
+    file = rows_file(tmp_path / "data.jsonl", many_rows(20))
+    store = open_store(file, cache=tmp_path / "cache")
+    folder = tmp_path / "cache" / "stores" / store.fingerprint
+    (folder / "manifest.json").unlink()
+    assert len(open_store(file, cache=tmp_path / "cache")) == len(store)
+    damage(folder / "input_ids.bin", "truncate")
+    with pytest.raises(UserError, match=r"input_ids.bin is damaged \(it has .* bytes\)"):
+        open_store(file, cache=tmp_path / "cache")
+
+
+def test_a_store_is_compared_once_while_it_is_unchanged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = rows_file(tmp_path / "data.jsonl", many_rows(20))
+    folder = tmp_path / "cache" / "stores" / open_store(file, cache=tmp_path / "cache").fingerprint
+    monkeypatch.setattr("sft.data.fingerprint.RACY_SECONDS", -1.0)
+    read: list[Path] = []
+    compare = manifest.entry
+    monkeypatch.setattr(manifest, "entry", lambda path: [read.append(path), compare(path)][1])
+    for _ in range(2):
+        open_store(file, cache=tmp_path / "cache")
+        assert {path.name for path in read} >= {"input_ids.bin", "meta.json"}
+        assert len(read) == len({*read})
+    damage(folder / "input_ids.bin", "flip")  # its size and time of modification are as they were
+    with pytest.raises(UserError, match="input_ids.bin is damaged"):
+        open_store(file, cache=tmp_path / "cache")
 
 
 def test_opening_reads_no_tokens(tmp_path: Path) -> None:

@@ -131,12 +131,17 @@ def test_a_verdict_that_never_came_is_not_waited_for(tmp_path: Path) -> None:
     assert [Progress.read(folder, now=NOON + 990 + age).exit_code for age in (59, 61)] == [None, 1]
 
 
+EMPTY = "STATUS is empty: sft train writes it again"
+NO_JSON = "STATUS is damaged (it is no JSON): sft train writes it again"
+NO_OBJECT = "STATUS is damaged (it is no JSON object): sft train writes it again"
+
+
 @pytest.mark.parametrize(
     ("name", "text", "state", "why"),
     [
-        ("status.json", "", "unreadable", "status.json is empty or cut"),
-        ("status.json", '{"state": "runn', "unreadable", "status.json is empty or cut"),
-        ("status.json", "[1]", "unreadable", "status.json is empty or cut"),
+        ("status.json", "", "unreadable", EMPTY),
+        ("status.json", '{"state": "runn', "unreadable", NO_JSON),
+        ("status.json", "[1]", "unreadable", NO_OBJECT),
         ("status.json", '{"state": "finished", "time": 7}', "unreadable", ISO),
         ("status.json", None, "new", None),
         ("metrics.csv", "step,train/loss,val/loss\n1,4.0,\n2,3.", "finished", None),
@@ -152,7 +157,7 @@ def test_a_broken_folder(name: str, text: str | None, state: str, why: str | Non
     folder = make(tmp_path / "a", {"state": "finished", "num_steps": 2, "time": at(800)}, STORY, ROWS)
     (folder / name).unlink() if text is None else (folder / name).write_text(text)
     run = Progress.read(folder)
-    assert (run.state, run.error) == (state, why)
+    assert (run.state, run.error) == (state, why and why.replace("STATUS", str(folder / "status.json")))
     if name == "metrics.csv":
         assert run.step == (1 if text and "4.0" in text else 0)
 

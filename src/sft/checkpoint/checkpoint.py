@@ -4,11 +4,11 @@
       shard-00000-of-00004.safetensors  what one rank wrote: `NAME|FIELD|START` is the flat values of parameter NAME's
                                         FIELD from START on; FIELD is `weight`, `average` (of the weights), or one of
                                         the optimizer's (exp_avg, ...)
-      callbacks.pt                      state of the callbacks that have any
-      state.json                        step, shapes, hyperparameters of each group, validation loss, what the run was,
-                                        size and checksum of each shard
+      callbacks.json                    state of the callbacks that have any; its tensors are in callbacks.safetensors
+      state.json                        step, shapes, hyperparameters of each group, validation loss, what the run was
       probes.json                       log-probabilities of a few samples by the model that was saved
       probes-average.json               the same with the average as its weights
+      manifest.json                     size and checksum of each file but state.json, which holds its own
 
 Nothing in it depends on strategy, ranks, accumulation or Lightning's loops: the step names the place in the step
 plan, and random numbers are a function of that place. Each rank writes what it holds and reads what it needs, a
@@ -16,9 +16,9 @@ tensor at a time, and nothing is gathered. A folder is written beside its name, 
 half-written one is never seen.
 """
 
-import json
 import shutil
 from collections import defaultdict
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -28,12 +28,16 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
+from sft.checkpoint import plain_state
 from sft.checkpoint.layout import Whole, fp32_like, full_shape, named_trainable, persistent_buffers
-from sft.checkpoint.safetensors_file import BY_NAME, checksum, read_range
+from sft.checkpoint.safetensors_file import BY_NAME, read_range
 from sft.errors import UserError
 from sft.ranks import place, together
+from sft.runs import saved
+from sft.runs.manifest import Damaged
 
-FORMAT = 2
+FORMAT = 3
+FORMATS = (2, FORMAT)  # that are read: 2 has no manifest
 
 
 class State(TypedDict):
@@ -56,7 +60,7 @@ class State(TypedDict):
     buffers: list[str]  # those of the names that are buffers
     groups: list[dict[str, object]]  # of the optimizer: hyperparameters, and names of the parameters
     scalars: list[str]  # states that are one number for a whole parameter
-    files: dict[str, dict[str, int]]  # size and checksum by name
+    files: list[str]  # the shards
     optimizer_dropped: NotRequired[bool]  # weights alone are left
     seed: int
     stop_token_ids: NotRequired[list[int]]
@@ -82,8 +86,7 @@ class Checkpoint:
 
     @cached_property
     def state(self) -> State:
-        state: State = json.loads((self.path / "state.json").read_text())
-        return state
+        return saved.state(self.path)  # type: ignore[return-value]
 
     @property
     def last(self) -> bool:
@@ -92,10 +95,7 @@ class Checkpoint:
 
     def callbacks(self) -> dict[str, dict[str, object]]:
         """State of the callbacks by their key."""
-        states: dict[str, dict[str, object]] = torch.load(
-            self.path / "callbacks.pt", map_location="cpu", weights_only=True
-        )
-        return states
+        return plain_state.read(self.path)  # type: ignore[return-value]
 
     @property
     def loss(self) -> float | None:
@@ -133,26 +133,19 @@ class Checkpoint:
                 filled += high - low
         assert filled == len(into), f"{self.path}: {name}|{field} lacks {len(into) - filled} values"
 
-    def verify(self) -> None:
-        """Compares the files with their checksums, each rank its share; `UserError` where one is damaged."""
-        rank, world_size = place()
+    def faults(self) -> list[str]:
+        """What is wrong with its files, checksums included, each in a line."""
+        return saved.faults(self.path)
 
-        def compare() -> None:
-            for name, recorded in list(self.state["files"].items())[rank::world_size]:
-                path = self.path / name
-                if not path.exists() or checksum(path) != recorded:
-                    raise UserError(
-                        f"{path} is damaged (its checksum is another): remove the folder {self.path}, and the run "
-                        "resumes from the checkpoint before it"
-                    )
-
-        together(compare)
+    def verify(self) -> list[str]:
+        """The same, each rank its share of the files; all ranks get all."""
+        return [fault for share in together(lambda: saved.faults(self.path, share=place())) for fault in share]
 
     def restore(self, layout: Whole, hyperparameters: bool = True) -> None:
         """Puts weights, optimizer state and, if asked to, each group's hyperparameters back: each rank its own part, by
         name."""
         state = self.state
-        if state["format"] != FORMAT:
+        if state["format"] not in FORMATS:
             raise UserError(f"{self.path} has format {state['format']}, this is {FORMAT}: start the run anew")
         if state.get("optimizer_dropped"):
             raise UserError(f"{self.path} can't be resumed: its optimizer states were dropped")
@@ -172,9 +165,9 @@ class Checkpoint:
                 f"{self.path} has {len(state['groups'])} groups of parameters with settings of their own, this run "
                 f"has {len(optimizer.param_groups)}: set parameters.groups as they were, or start another run"
             )
-        for group, saved in zip(optimizer.param_groups, state["groups"], strict=True):
+        for group, before in zip(optimizer.param_groups, state["groups"], strict=True):
             # Which of its names decay is for this run to say: an earlier version went by a parameter's shape alone.
-            group.update({key: value for key, value in saved.items() if hyperparameters and key != "param_names"})
+            group.update({key: value for key, value in before.items() if hyperparameters and key != "param_names"})
         fields: defaultdict[str, list[str]] = defaultdict(list)  # of the optimizer's states, by the parameter's name
         for name, field in self._pieces:
             if field not in ("weight", "average"):
@@ -233,13 +226,30 @@ def saved_buffers(model: nn.Module) -> list[tuple[str, Tensor]]:
 
 
 def complete(folder: Path) -> list[Checkpoint]:
-    """The complete checkpoints of a folder, oldest first."""
-    return [Checkpoint(path) for path in sorted(folder.glob("step-*"))]
+    """The checkpoints of a folder whose state can be read, oldest first."""
+    found = []
+    for path in saved.folders(folder).values():
+        checkpoint = Checkpoint(path)
+        with suppress(Damaged):
+            if checkpoint.state:
+                found.append(checkpoint)
+    return found
 
 
 def latest(folder: Path) -> Checkpoint | None:
-    """The newest complete checkpoint."""
+    """The newest of them."""
     return next(reversed(complete(folder)), None)
+
+
+def to_resume(folder: Path) -> tuple[Checkpoint | None, dict[Path, str]]:
+    """The newest checkpoint that is whole, and what is wrong with each after it: by the sizes of their files, which
+    each rank sees alike; the ranks compare checksums when they read it. UserError where none is whole.
+
+    Of a run's last one nothing more is read but by an export, so its checksums are compared here."""
+    found, skipped = saved.whole(folder, contents=lambda path: Checkpoint(path).last)
+    if found is None and skipped:
+        raise Damaged(next(iter(skipped.values())), saved.NONE_IS_WHOLE.format(folder.parent))
+    return (Checkpoint(found) if found else None), skipped
 
 
 def best(checkpoints: list[Checkpoint]) -> Checkpoint | None:

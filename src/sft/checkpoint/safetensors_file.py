@@ -6,13 +6,15 @@ shape and place of each tensor, then the tensors' bytes end to end.
 
 import json
 import struct
-import zlib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
 from safetensors import safe_open
 from torch import Tensor
+from xxhash import xxh3_128
+
+from sft.runs.manifest import Entry
 
 DTYPES = {
     torch.float64: "F64",
@@ -40,21 +42,10 @@ def read_range(file: safe_open, name: str, start: int, stop: int) -> Tensor:
     return values[first:last].reshape(-1)[start - first * row : stop - first * row]
 
 
-def checksum(path: Path) -> dict[str, int]:
-    """Size and checksum of a file, as `write` returns them."""
-    crc = size = 0
-    with path.open("rb") as file:
-        while block := file.read(2**24):
-            crc, size = zlib.crc32(block, crc), size + len(block)
-    return {"bytes": size, "crc32": crc}
-
-
-def write(
-    path: Path, layout: Mapping[str, tuple[torch.dtype, Sequence[int]]], read: Callable[[str], Tensor]
-) -> dict[str, int]:
+def write(path: Path, layout: Mapping[str, tuple[torch.dtype, Sequence[int]]], read: Callable[[str], Tensor]) -> Entry:
     """Writes `path`; `layout` gives dtype and shape of each tensor, `read(name)` the tensor when its turn comes.
 
-    Returns the file's size and checksum: {"bytes": ..., "crc32": ...}.
+    Returns the file's size and checksum.
     """
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     end = 0
@@ -66,12 +57,12 @@ def write(
     with path.open("wb") as file:
         head = struct.pack("<Q", len(text)) + text
         file.write(head)
-        crc = zlib.crc32(head)
+        digest = xxh3_128(head)
         for name, (dtype, shape) in layout.items():
             tensor = read(name)
             assert tensor.dtype == dtype and tensor.shape == torch.Size(shape), f"{name} is not as announced"
             data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
             file.write(data)
-            crc = zlib.crc32(data, crc)
+            digest.update(data)
             del tensor, data  # before the next is read
-    return {"bytes": len(head) + end, "crc32": crc}
+    return {"bytes": len(head) + end, "xxh3_128": digest.hexdigest()}

@@ -1,6 +1,5 @@
 """Writes a checkpoint, all ranks at once: whole, or nothing of its name."""
 
-import io
 import json
 import shutil
 from collections.abc import Mapping, Sequence
@@ -11,13 +10,15 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from sft.checkpoint import safetensors_file
-from sft.checkpoint.checkpoint import FORMAT, Checkpoint, discard_unfinished, saved_buffers
+from sft.checkpoint import plain_state, safetensors_file
+from sft.checkpoint.checkpoint import FORMAT, Checkpoint, discard_unfinished, remove, saved_buffers
 from sft.checkpoint.layout import Part, Whole, flat, full_shape, named_trainable
 from sft.checkpoint.safetensors_file import BY_NAME
 from sft.errors import UserError
 from sft.ranks import place, together
-from sft.runs.files import fsync, write_json
+from sft.runs import manifest, saved
+from sft.runs.files import fsync
+from sft.runs.manifest import Entry, Manifest
 
 
 def save(
@@ -31,7 +32,7 @@ def save(
     """Publishes `folder/step-{step}` whole, or leaves nothing of that name. Called by every rank."""
     rank, world_size = place()
     final = folder / f"step-{step:08d}"
-    staging = folder / f".unfinished-{final.name}"
+    staging, replaced = folder / f".unfinished-{final.name}", folder / f".unfinished-replaced-{final.name}"
     shard = f"shard-{rank:05d}-of-{world_size:05d}.safetensors"
 
     def begin() -> None:
@@ -40,26 +41,27 @@ def save(
             discard_unfinished(folder)
             staging.mkdir()
 
-    def write() -> dict[str, dict[str, int]]:
+    def write() -> Manifest:
         written = _write_shard(staging / shard, layout, rank, world_size)
         fsync(staging / shard)
         return {shard: written}
 
     def finish() -> None:
         if rank == 0:
-            document = {"format": FORMAT, "step": step, **state, **_description(layout), "files": files}
-            (staging / "state.json").write_text(json.dumps(document, indent=2))
-            for name, measured in probes.items():
-                (staging / f"{name}.json").write_text(json.dumps(measured))
-            # Through memory: torch's own file writer doesn't say that a disk is full.
-            buffer = io.BytesIO()
-            torch.save(dict(callbacks), buffer)
-            (staging / "callbacks.pt").write_bytes(buffer.getvalue())
+            contents = plain_state.dump(dict(callbacks))
+            contents |= {f"{name}.json": json.dumps(measured).encode() for name, measured in probes.items()}
+            for name, content in contents.items():
+                (staging / name).write_bytes(content)
+            document = {"format": FORMAT, "step": step, **state, **_description(layout), "files": sorted(files)}
+            manifest.write_sealed(staging / "state.json", document)
             flush(staging)
+            manifest.write(staging, files | manifest.entries(staging, contents))
             if final.exists():  # the same step again, after a resume from an earlier one
-                shutil.rmtree(final)
+                final.rename(replaced)  # a removal that is killed must leave nothing that looks complete
             staging.rename(final)
             flush(folder, contents=False)
+            if replaced.exists():
+                remove(replaced)
 
     try:
         together(begin)
@@ -75,19 +77,24 @@ def save(
 def drop_optimizer(checkpoint: Checkpoint) -> None:
     """Rewrites a checkpoint without the optimizer's states: at each moment it is complete, with them or without."""
     state, folder = checkpoint.state, checkpoint.path
-    files = state["files"]
+    shards, known = list(state["files"]), manifest.read(folder, saved.ADVICE)
+    if known is None:  # it was written before there were any
+        known = manifest.entries(folder, [path.name for path in folder.iterdir() if path.name != "state.json"])
     if not state.get("optimizer_dropped"):
-        files = {f"weights-{name}": _weights_alone(folder / name, folder / f"weights-{name}") for name in files}
+        known |= {f"weights-{name}": _weights_alone(folder / name, folder / f"weights-{name}") for name in shards}
+        shards = [f"weights-{name}" for name in shards]
         flush(folder)
+        manifest.write(folder, known)
         # What is read from now on: until it has this name, the old files are.
-        write_json(folder / "state.json", {**state, "files": files, "scalars": [], "optimizer_dropped": True})
-        flush(folder, contents=False)
-    for path in folder.glob("*.safetensors"):
-        if path.name not in files:
-            path.unlink()
+        dropped = {**state, "format": FORMAT, "files": shards, "scalars": [], "optimizer_dropped": True}
+        manifest.write_sealed(folder / "state.json", dropped)
+    unused = {path.name for path in folder.glob("*shard-*.safetensors")} - {*shards}
+    manifest.write(folder, {name: entry for name, entry in known.items() if name not in unused})
+    for name in unused:
+        (folder / name).unlink()
 
 
-def _weights_alone(shard: Path, into: Path) -> dict[str, int]:
+def _weights_alone(shard: Path, into: Path) -> Entry:
     """Copies weights and averages, one at a time; size and checksum of the file."""
     with safe_open(shard, "pt") as file:
         slices = {key: file.get_slice(key) for key in file.offset_keys()}
@@ -99,7 +106,7 @@ def _weights_alone(shard: Path, into: Path) -> dict[str, int]:
         return safetensors_file.write(into, entries, file.get_tensor)
 
 
-def _write_shard(path: Path, layout: Whole, rank: int, world_size: int) -> dict[str, int]:
+def _write_shard(path: Path, layout: Whole, rank: int, world_size: int) -> Entry:
     """Writes this rank's share of weights and optimizer state; size and checksum of the file."""
     parts = layout.parts()
     if layout.replicated:

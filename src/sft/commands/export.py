@@ -21,6 +21,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from omegaconf import DictConfig, OmegaConf
@@ -31,8 +32,10 @@ from sft.errors import UserError, disk_is_full
 from sft.export.folder import Read, Specs, empty_model, generation_config, verify, write_model
 from sft.export.merge import adapter_config, completed, merged, write_adapter
 from sft.export.processor import copy_files
-from sft.runs.files import check_writable
+from sft.runs import config_file, manifest, provenance, saved
+from sft.runs.files import check_writable, fsync
 from sft.runs.identity import TODAY, Config
+from sft.runs.manifest import Damaged
 from sft.runs.metrics_file import Metrics
 from sft.runs.run import Run
 from sft.training.log import log
@@ -77,6 +80,8 @@ def export_run(
             raise UserError("merge=false: the base has no rows for the tokens of model.add_tokens: set merge=true")
     elif merge is not None:
         raise UserError(f"merge={merge}: {run.folder} has no adapter, all of its weights were trained")
+    if wrong := checkpoint.faults():  # its probes would prove what is damaged
+        raise Damaged(wrong[0], saved.ADVICE)
     output = output or run.export
     log(f"export {output}: writing, then reloading in a fresh process")
     # Kept beside its place until it is proven; a failed one stays there for inspection.
@@ -122,13 +127,26 @@ def export_run(
         step=checkpoint.step,
         trust_remote_code=source.trust_remote_code,
     )
-    if output.exists():
-        shutil.rmtree(output)
-    staging.rename(output)
+    publish(staging, output)
     log(
         f"export {output}: step {checkpoint.step}; the log-probabilities of {verdict['num_tokens']} tokens differ from "
         f"the trained model's by {verdict[verdict['compared']]:.1e} (tolerance {verdict['tolerance']:.1e})"
     )
+
+
+def publish(staging: Path, output: Path) -> None:
+    """Puts a proven export in its place, with a manifest of all but its model card, which its user may edit."""
+    files = [path.relative_to(staging).as_posix() for path in staging.rglob("*") if path.is_file()]
+    for name in files:
+        fsync(staging / name)
+    manifest.write(staging, manifest.entries(staging, [name for name in files if name != "README.md"]))
+    replaced = output.with_name(f"{output.name}.replaced")
+    shutil.rmtree(replaced, ignore_errors=True)
+    if output.exists():
+        output.rename(replaced)
+    staging.rename(output)
+    fsync(output.parent)
+    shutil.rmtree(replaced, ignore_errors=True)
 
 
 def try_export(prepared: Prepared, run: Run | None = None) -> None:
@@ -185,8 +203,8 @@ def model_card(
     template: Mapping[str, object] = state.get("template") or {}  # type: ignore[assignment]
     data = settings["data"]
     base = settings["model"]["path"]
-    provenance = json.loads((run.folder / "provenance.json").read_text())
-    sources = json.loads((run.folder / "data.json").read_text())["train"]["sources"]
+    recorded: Any = provenance.recorded(run.folder)
+    sources = _ledger(run)["train"]["sources"]
     num_samples = sum(source["samples"] for source in sources)
     num_supervised = sum(source["supervised_tokens"] for source in sources)
     loss = "not measured" if val_loss is None else f"{val_loss:.4f}"
@@ -204,18 +222,26 @@ def model_card(
         "step": f"{step} of {state['num_steps']}{place and f', {place}'}",
         **({"weights": f"an average of the steps' ({json.dumps(settings['averaging'])})"} if average else {}),
         "validation loss": loss,
-        **({"first batch": provenance["first_batch"]["said"]} if "first_batch" in provenance else {}),
-        **({"code": provenance["code"]} if "code" in provenance else {}),
-        "commit": provenance["commit"],
+        **({"first batch": recorded["first_batch"]["said"]} if "first_batch" in recorded else {}),
+        **({"code": recorded["code"]} if "code" in recorded else {}),
+        "commit": recorded.get("commit"),
     }
     lines = ["---", f"library_name: {'peft' if merge is False else 'transformers'}", "pipeline_tag: text-generation"]
     if base and not Path(base).exists():
         lines.append(f"base_model: {base}")
     lines += ["---", f"# {run.folder.name}", "", "Supervised fine-tuning by `sft`.", "", "| | |", "|---|---|"]
     lines += [f"| {name} | {value} |" for name, value in recipe.items()]
-    configuration = (run.folder / "config.yaml").read_text().rstrip()
+    configuration = config_file.text(run.folder).rstrip()
     lines += ["", "The whole configuration:", "", "```yaml", configuration, "```", ""]
     return "\n".join(lines)
+
+
+def _ledger(run: Run) -> Any:
+    """The rows that were used and lost."""
+    try:
+        return manifest.read_sealed(run.folder / "data.json", "the next start of sft train writes it again")
+    except FileNotFoundError:
+        raise UserError(f"{run.folder / 'data.json'} is missing: put back a copy") from None
 
 
 def _arguments_line(template: Mapping[str, object]) -> str:
@@ -282,6 +308,9 @@ def said(run: Run, chosen: Checkpoint, metrics: Metrics) -> str:
 def choose(run: Run, which: str) -> Checkpoint:
     """The run's checkpoint `last`, `best` or of a step."""
     run.check_step(which)
+    asked = max(run.steps) if which == "last" else int(which) if which != "best" else None
+    if asked is not None and (wrong := saved.faults(saved.folders(run.checkpoints)[asked], contents=False)):
+        raise Damaged(wrong[0], saved.ADVICE)
     checkpoints = complete(run.checkpoints)
     if which == "last":
         return checkpoints[-1]

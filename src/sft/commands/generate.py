@@ -36,6 +36,7 @@ from sft.training.prepare import check_model, model_source, quiet, template_sett
 def main(config: DictConfig) -> None:
     run = Run.find(config.run, config.runs_dir)
     folder = run.exported()
+    run.check_export()
     if (folder / "adapter_config.json").exists():  # nothing without its base
         check_model(run, model_source(OmegaConf.create(dict(run.config)), run), weights=True)
     quiet()

@@ -41,6 +41,7 @@ def main(config: DictConfig) -> None:
     path = output_file(config.output, "output") if config.output else None
     run = Run.find(config.run, config.runs_dir)
     folder = run.exported()
+    run.check_export()
     if (folder / "adapter_config.json").exists():  # nothing without its base
         check_model(run, model_source(OmegaConf.create(dict(run.config)), run), weights=True)
     settings = run.config

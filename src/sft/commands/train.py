@@ -29,8 +29,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from sft.runs import signals
-from sft.runs.files import write_json
+from sft.runs import events, manifest, saved, signals
 from sft.runs.metrics_file import Metrics
 from sft.runs.results import Result, after, summarise
 from sft.runs.run import Run
@@ -86,7 +85,7 @@ def main(config: DictConfig) -> float | None:
     quiet()
     check_targets(config)
     check_devices(config.trainer.accelerator, config.trainer.devices)
-    resume = checkpoints.latest(run.checkpoints)
+    resume, skipped = checkpoints.to_resume(run.checkpoints)
     begins = extended if resume is None else None
     if begins:
         resume = begins.checkpoint()
@@ -102,7 +101,11 @@ def main(config: DictConfig) -> float | None:
     # Trackers get the final report.
     with tracking() as trackers, reported(run.folder) as report, attempt as status:
         if is_main():
-            write_json(run.folder / "data.json", prepared.splits.ledger)
+            for folder, wrong in skipped.items():
+                log(f"note: {wrong}: resumes from the newest checkpoint that is whole")
+                events.record(run.folder, "skipped", why=wrong)
+                saved.set_aside(folder)
+            manifest.write_sealed(run.folder / "data.json", prepared.splits.ledger)
             write_html(run.folder / "preview.html", prepared)
         begun = f", {f'extends {begins.run.folder}' if begins else 'resumed'} after step {data.start_step}"
         log(f"run {run.folder}: {data.num_steps} steps{begun if resume else ''}")

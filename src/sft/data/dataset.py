@@ -3,6 +3,7 @@
 import errno
 import hashlib
 import json
+import socket
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -16,12 +17,12 @@ from numpy.typing import NDArray
 from sft.data import ledger, splits
 from sft.data.build import build_store
 from sft.data.conversation import RowFunction
-from sft.data.fingerprint import data_fingerprint, mask_fingerprint
+from sft.data.fingerprint import NUM_DIGITS, data_fingerprint, mask_fingerprint, remembered
 from sft.data.ledger import Ledger
 from sft.data.mask import Tokenization
 from sft.data.rows import Source
 from sft.data.step_plan import split_held_out
-from sft.data.store import Store
+from sft.data.store import Store, check
 from sft.errors import FULL_DISK, UserError
 
 if TYPE_CHECKING:
@@ -173,9 +174,23 @@ class DataConfig:
                     f"{cache_dir}: the token store cannot be written ({error.strerror or error}): make room or set "
                     "data.cache_dir to another folder"
                 ) from error
+        if not wait:  # the first rank: the others have the same files
+            _compare(folder, cache_dir / "fingerprints")
         store = Store(folder, sources)
         ledger.check(store.counts, self.max_lost, self.overlong)  # on opening too: max_lost is no part of the key
         return store
+
+
+def _compare(folder: Path, memo_dir: Path) -> None:
+    """Damaged where a checksum of the store's files is another; they are read once on a machine while unchanged."""
+    stats = [(path.name, path.stat()) for path in sorted(folder.iterdir())]
+    state = [(name, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino) for name, stat in stats]
+
+    def whole() -> str:
+        check(folder, contents=True)
+        return "0" * NUM_DIGITS
+
+    remembered(folder, f"{socket.gethostname()}\n{state}", memo_dir, whole)
 
 
 def _sources(paths: str | list[str] | None, name: str | None, split: str, sample_by: str) -> list[Source]:

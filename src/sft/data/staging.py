@@ -24,6 +24,7 @@ from sft.data.ledger import Counts
 from sft.data.samples import Samples
 from sft.data.store import DTYPES, sum_weights
 from sft.errors import UserError
+from sft.runs import manifest
 from sft.runs.files import fsync, write_json
 
 SAVE_EVERY = 5.0  # seconds
@@ -111,6 +112,7 @@ class Staging:
         (self.store / "meta.json").write_text(json.dumps(meta, indent=1))
         for path in (*self.store.iterdir(), self.store):
             fsync(path)
+        manifest.write(self.store, manifest.entries(self.store, [path.name for path in self.store.iterdir()]))
         try:
             self.store.rename(self.target)
         except OSError:

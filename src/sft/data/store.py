@@ -11,6 +11,7 @@
         weights.bin           float32 [num_tokens]     of each token's loss, 0 where there is none
         weight_sums.bin       float64 [num_samples]    the sum of a sample's weights
         meta.json             the ledger
+        manifest.json         size and checksum of each file
 
 The weights are there only if a row brings some; without them every supervised token weighs 1.
 
@@ -30,6 +31,7 @@ from sft.data.files import short_names
 from sft.data.labels import IGNORE
 from sft.data.ledger import Counts, SourceCounts
 from sft.data.rows import Source
+from sft.runs import manifest
 
 DTYPES = {
     "input_ids": "int32",
@@ -41,13 +43,17 @@ DTYPES = {
     "content": "uint64",
 }
 WEIGHT_DTYPES = {"weights": "float32", "weight_sums": "float64"}
+REBUILD = "remove the folder {}: the same command builds it again from the data"
 SAMPLES_AT_ONCE = 2**10  # whose weights are summed, in float64
 
 
 class Store:
-    """The samples of some sources, in row order. Opening it reads only meta.json."""
+    """The samples of some sources, in row order. Opening it reads only meta.json.
+
+    Damaged where the files' sizes aren't what was written."""
 
     def __init__(self, folder: Path, sources: Sequence[Source]) -> None:
+        check(folder, contents=False)
         meta = json.loads((folder / "meta.json").read_text())
         self.fingerprint = folder.name
         self.data_fingerprint: str = meta["data_fingerprint"]
@@ -106,6 +112,29 @@ class Store:
     def row(self, i: int) -> int:
         """Number, counted from 0, of the row of its source that sample i came from."""
         return int(self._rows[i])
+
+
+def check(folder: Path, contents: bool) -> None:
+    """Damaged where a store's files aren't what was written: by their sizes or, with `contents`, their checksums."""
+    files = manifest.read(folder, REBUILD.format(folder))
+    wrong = _faults_of_old(folder) if files is None else manifest.faults(folder, files, contents)
+    if wrong:
+        raise manifest.Damaged(wrong[0], REBUILD.format(folder))
+
+
+def _faults_of_old(folder: Path) -> list[str]:
+    """Of a store that was built before there were manifests: the files must be as long as its ledger says."""
+    try:
+        counts: list[Counts] = json.loads((folder / "meta.json").read_text())["sources"]
+        num_samples, num_tokens = (sum(source[what] for source in counts) for what in ("samples", "tokens"))
+        for name, dtype in DTYPES.items():
+            length = num_tokens if name in ("input_ids", "supervised") else num_samples + (name == "offsets")
+            size = (folder / f"{name}.bin").stat().st_size
+            if size != length * np.dtype(dtype).itemsize:
+                return [f"{folder / name}.bin is damaged (it has {size:,} bytes)"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        return [f"{folder} is damaged ({type(error).__name__}: {error})"]
+    return []
 
 
 def sum_weights(folder: Path) -> None:

@@ -53,13 +53,12 @@ class Progress:
         try:
             return cls._read(folder, jobs, time.time() if now is None else now)
         except (OSError, ValueError, TypeError, KeyError, AttributeError, yaml.YAMLError) as error:
-            return cls(folder, "unreadable", _fault(folder, error), changed=_changed(folder))
+            why = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+            return cls(folder, "unreadable", why, changed=_changed(folder))
 
     @classmethod
     def _read(cls, folder: Path, jobs: Sequence[QueuedJob] | None, now: float) -> "Progress":
-        story = [
-            event for event in events.read(folder) if isinstance(event, dict) and {"time", "event"} <= event.keys()
-        ]
+        story = events.read(folder)
         run = Run(folder)
         status, metrics, found = run.status, end(folder / "metrics.csv", "val/loss"), state(run)
         changed = _changed(folder)
@@ -72,7 +71,7 @@ class Progress:
         return cls(
             folder,
             state=known,
-            error=status.get("error") if known == "failed" else None,
+            error=status.get("error") if known in ("failed", "unreadable") else None,
             step=metrics.step,
             num_steps=num_steps,
             loss=metrics.last("train/loss"),
@@ -141,15 +140,6 @@ def _changed(folder: Path) -> float:
         with suppress(OSError):
             times.append((folder / name).stat().st_mtime)
     return max(times, default=math.nan)
-
-
-def _fault(folder: Path, error: Exception) -> str:
-    with suppress(OSError):
-        try:
-            Run(folder).status.get("state")
-        except (ValueError, AttributeError):
-            return "status.json is empty or cut"
-    return " ".join(f"{type(error).__name__}: {error}".split())[:200]
 
 
 def _seconds(moment: str) -> float:

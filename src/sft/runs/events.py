@@ -4,6 +4,7 @@ their causes, and decisions. The first rank and the batch script's own steps app
 import json
 import os
 from contextlib import suppress
+from datetime import datetime
 from pathlib import Path
 from typing import Required, TypedDict
 
@@ -61,13 +62,16 @@ def record(folder: Path, event: str, **details: object) -> None:
 
 
 def read(folder: Path) -> list[Event]:
-    """All events so far, oldest first; a line cut short is left out."""
+    """All events so far, oldest first; a line that is cut short or damaged is left out."""
     try:
-        lines = (folder / "events.jsonl").read_text().splitlines()
+        lines = (folder / "events.jsonl").read_text(errors="replace").split("\n")
     except FileNotFoundError:
         return []
     events = []
     for line in lines:
         with suppress(ValueError):
-            events.append(json.loads(line))
+            event = json.loads(line)
+            if isinstance(event, dict) and all(isinstance(event.get(name), str) for name in ("time", "event")):
+                datetime.fromisoformat(event["time"])
+                events.append(event)
     return events

@@ -11,9 +11,13 @@ TRIAL = ".sft-"  # begins the name of what is only made to see whether a folder 
 
 
 def write_text(path: Path, text: str) -> None:
-    """Writes the text beside `path` and renames it: a reader never sees half of it, nor does a kill leave half."""
+    """Writes the text beside `path` and renames it: a reader never sees half of it, nor does a kill leave half, nor, as
+    the text is on the disk before, a power cut an empty file."""
     beside = unfinished(path)
-    beside.write_text(text)
+    with beside.open("w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
     os.replace(beside, path)
 
 

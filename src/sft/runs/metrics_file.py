@@ -4,7 +4,7 @@ import csv
 import math
 import statistics
 from array import array
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,15 +23,19 @@ class Metrics:
 
     @classmethod
     def read(cls, path: Path) -> "Metrics":
-        """All complete rows; none where there is no file."""
-        try:
-            with path.open(newline="") as file:
-                reader = csv.DictReader(file)
-                # A row cut short by a kill, or still being written, lacks columns: csv gives None for them.
-                rows = [row for row in reader if None not in row.values()]
-                return cls(list(reader.fieldnames or ()), rows)
-        except FileNotFoundError:
-            return cls([], [])
+        """All complete rows, each a later step than the one before; none where there is no file, or none of ours. What
+        is cut short by a kill, still being written or damaged is left out."""
+        rows: list[dict[str, str]] = []
+        with suppress(FileNotFoundError, csv.Error), path.open(newline="", errors="replace") as file:
+            reader = csv.DictReader(file)
+            columns = list(reader.fieldnames or ())
+            if "step" not in columns or len({*columns}) < len(columns):
+                return cls([], [])
+            for row in reader:
+                if _is_whole(row) and int(row["step"]) > (int(rows[-1]["step"]) if rows else -1):
+                    rows.append(row)
+            return cls(columns, rows)
+        return cls([], [])
 
     @property
     def step(self) -> int:
@@ -55,6 +59,16 @@ class Metrics:
 
     def median(self, column: str) -> float:
         return statistics.median(self.values(column) or [math.nan])
+
+
+def _is_whole(row: Mapping[str | None, object]) -> bool:
+    """Whether it has all columns, of numbers; csv gives None for one that it lacks, and for the name of one more."""
+    if None in row or None in row.values() or not str(row["step"]).isdecimal():
+        return False
+    try:
+        return all(value == "" or isinstance(float(str(value)), float) for value in row.values())
+    except ValueError:
+        return False
 
 
 def end(path: Path, wanted: str) -> Metrics:

@@ -1,16 +1,20 @@
 """Where a run came from: code, command, versions."""
 
-import json
 import platform
 import subprocess
 import sys
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TypedDict
 
-from sft.runs.files import write_json
+from sft.runs import manifest
 
+ADVICE = (
+    "put back a copy; without one remove it: the run resumes, and its data and its model are no longer compared with "
+    "those that it began with"
+)
 PACKAGES = (
     "torch",
     "lightning",
@@ -62,21 +66,24 @@ def collect() -> Provenance:
 
 def first_batch(folder: Path) -> FirstBatch | None:
     """What a run's first batch has proven; None of one that has none yet, or was begun before there was one."""
-    found: dict[str, FirstBatch] = _recorded(folder)
-    return found.get("first_batch")
+    return recorded(folder).get("first_batch")  # type: ignore[return-value]
 
 
 def amend(folder: Path, **parts: object) -> None:
     """Writes parts into a run's provenance.json, if there is one."""
-    before: dict[str, object] = _recorded(folder)
-    if before:
-        write_json(folder / "provenance.json", before | parts)
+    if before := recorded(folder):
+        write(folder, before | parts)
 
 
-def _recorded(folder: Path) -> dict:
-    """Empty where there is none."""
+def write(folder: Path, parts: Mapping[str, object]) -> None:
+    """Writes a run's provenance.json."""
+    manifest.write_sealed(folder / "provenance.json", parts)
+
+
+def recorded(folder: Path) -> dict[str, object]:
+    """All that a run's provenance.json holds; empty where there is none. Damaged where it isn't what was written."""
     try:
-        return json.loads((folder / "provenance.json").read_text())
+        return manifest.read_sealed(folder / "provenance.json", ADVICE)
     except FileNotFoundError:
         return {}
 

@@ -5,25 +5,24 @@ import json
 import os
 import shutil
 import socket
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypedDict
 
-import yaml
 from hydra.errors import InstantiationException
 
 from sft.config.check import shown
 from sft.errors import NotFinite, UserError, by_hand
-from sft.runs import events, provenance, watchdog
+from sft.runs import config_file, events, manifest, provenance, saved, watchdog
 from sft.runs.failure import cause
-from sft.runs.files import TRIAL, check_writable, unfinished, write_json, write_text
+from sft.runs.files import TRIAL, check_writable, unfinished
 from sft.runs.identity import TODAY, Config, deciding, identity
+from sft.runs.manifest import Damaged
 from sft.runs.provenance import now
 from sft.runs.signals import Interrupted
-
-LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # the same in a tenth of the time, where PyYAML has it
 
 
 class Status(TypedDict, total=False):
@@ -58,7 +57,7 @@ class Run:
     @property
     def steps(self) -> list[int]:
         """Of the checkpoints, ascending."""
-        return sorted(int(path.name.removeprefix("step-")) for path in self.checkpoints.glob("step-*"))
+        return [*saved.folders(self.checkpoints)]
 
     def check_step(self, which: str) -> None:
         """UserError unless there is a checkpoint of this step, or it is asked for as `last` or `best` of some."""
@@ -76,25 +75,37 @@ class Run:
             )
         return self.export
 
+    def check_export(self) -> None:
+        """UserError for an exported model whose files aren't those that were proven; reads all of them."""
+        advice = f"write it again with sft export run={self.folder.name}, or put back a copy"
+        files = manifest.read(self.export, advice)
+        if files is None:
+            print(f"note: {self.export} is from before there were checksums: it isn't compared", file=sys.stderr)
+        elif wrong := manifest.faults(self.export, files):
+            raise Damaged(wrong[0], advice)
+
     @property
     def status(self) -> Status:
+        """As `status.json` has it; `unreadable` where that isn't what was written: it says nothing that checkpoints
+        don't."""
         try:
-            return json.loads((self.folder / "status.json").read_text())
+            return manifest.read_sealed(self.folder / "status.json", "sft train writes it again")  # type: ignore[return-value]
         except FileNotFoundError:
             return {}
+        except Damaged as error:
+            return {"state": "unreadable", "error": str(error)}
 
     @property
     def config(self) -> Config:
-        return yaml.load((self.folder / "config.yaml").read_text(), Loader=LOADER)
+        """The resolved configuration; Damaged where `config.yaml` isn't what was written."""
+        return config_file.read(self.folder)
 
     @property
     def day(self) -> str | None:
         """The day it was begun, YYYY-MM-DD, which a chat template that writes the date sees; None until then."""
-        try:
-            recorded = json.loads((self.folder / "provenance.json").read_text())
-        except FileNotFoundError:
-            return None
-        return str(recorded.get("today") or recorded["started"][:10])  # runs begun before it was kept lack it
+        recorded = provenance.recorded(self.folder)
+        # Runs begun before it was kept lack it.
+        return str(recorded.get("today") or str(recorded["started"])[:10]) if recorded else None
 
     @classmethod
     def named(cls, config: Config) -> "Run":
@@ -113,7 +124,13 @@ class Run:
         names = {path.name for path in run.folder.iterdir()} if run.folder.is_dir() else set()
         strange = [name for name in names - begun if not name.startswith(TRIAL)]
         if (run.folder / "config.yaml").exists():
-            before, now = deciding(run.config), deciding(json.loads(json.dumps(config)))
+            now = deciding(json.loads(json.dumps(config)))
+            try:
+                before = deciding(run.config)
+            except Damaged:  # an attempt writes it again, if it is the same run
+                if provenance.recorded(run.folder).get("identity") != identity(config):
+                    raise
+                before = now
             differing = [key for key in sorted(before.keys() | now.keys()) if before.get(key) != now.get(key)]
             if differing:
                 key = differing[0]
@@ -141,11 +158,7 @@ class Run:
     @property
     def model(self) -> dict[str, dict[str, str]]:
         """The fingerprint of the model's files when it began; empty for a run begun before there was one."""
-        try:
-            recorded: dict[str, dict[str, str]] = json.loads((self.folder / "provenance.json").read_text()).get("model")
-        except FileNotFoundError:
-            return {}
-        return recorded or {}
+        return provenance.recorded(self.folder).get("model") or {}  # type: ignore[return-value]
 
     def check_model(self, now: Mapping[str, Mapping[str, str]]) -> None:
         """UserError for files of the model that have changed since the run began; `now` has the parts to compare."""
@@ -193,8 +206,8 @@ class Run:
             raise UserError(
                 f"{self.folder} is being trained by process {status['pid']} of this machine: wait for it or stop it"
             )
-        recorded = self.folder / "provenance.json"
-        if recorded.exists() and json.loads(recorded.read_text())["data"] != dict(data_fingerprint):
+        recorded = provenance.recorded(self.folder)
+        if recorded and recorded["data"] != dict(data_fingerprint):
             raise UserError(
                 f"the data has changed since {self.folder} began, so the run can't be resumed: put the data back, or "
                 "start another run with run=NAME"
@@ -202,13 +215,11 @@ class Run:
         self.check_model(model or {})
         new = not self.folder.exists()
         self.folder.mkdir(parents=True, exist_ok=True)
-        write_text(self.folder / "config.yaml", yaml.safe_dump(dict(config), sort_keys=False))
-        if not recorded.exists():
+        self._mend(config)
+        if not recorded:
             today = {TODAY: template[TODAY]} if template and TODAY in template else {}
-            write_json(
-                recorded,
-                {**provenance.collect(), **today, "data": dict(data_fingerprint), "model": dict(model or {})},
-            )
+            of_run = {"data": dict(data_fingerprint), "model": dict(model or {}), "identity": identity(config)}
+            provenance.write(self.folder, {**provenance.collect(), **today, **of_run})
         self._mark("running", num_steps)
         try:
             yield finished
@@ -232,6 +243,19 @@ class Run:
         self._mark("finished", num_steps, finished)
         events.record(self.folder, "finish", step=self._step())
 
+    def _mend(self, config: Config) -> None:
+        """Writes `config.yaml`, and says what of it and of `status.json` was damaged."""
+        lost = [self.status["error"]] if self.status.get("state") == "unreadable" else []
+        try:
+            if (self.folder / "config.yaml").exists():
+                config_file.read(self.folder)
+        except Damaged as error:
+            lost.append(f"{error.what}: written again")
+        config_file.write(self.folder, config)
+        for what in lost:
+            print(f"note: {what}", flush=True)
+            events.record(self.folder, "mended", why=what)
+
     def _step(self) -> int:
         """Of the newest checkpoint."""
         return max(self.steps, default=0)
@@ -247,7 +271,7 @@ class Run:
             "num_steps": num_steps,
             "step": self._step(),
         }
-        write_json(self.folder / "status.json", status | (details or {}))
+        manifest.write_sealed(self.folder / "status.json", status | (details or {}))
 
 
 def _listed(runs_dir: str) -> str:

@@ -1,11 +1,11 @@
 """Whether a run that a callback has ended before its last step continues: with that callback left out, or set
 otherwise, it does. Callbacks are not in a run's name, so it is the same run."""
 
-import json
 from collections.abc import Mapping
 from typing import Any
 
 from sft.config.check import shown
+from sft.runs import saved
 from sft.runs.identity import flatten
 from sft.runs.run import Run
 
@@ -15,11 +15,11 @@ Callbacks = Mapping[str, Mapping[str, Any]]  # type: ignore[explicit-any]  # set
 def lifted(run: Run, callbacks: Callbacks) -> str | None:
     """What is different in these callbacks, so that a run that ended early continues from its last checkpoint; None
     where it has not ended early, or stays ended."""
-    if not run.steps:
+    newest, _ = saved.whole(run.checkpoints)
+    if newest is None:
         return None
-    step = run.steps[-1]
-    state = json.loads((run.checkpoints / f"step-{step:08d}" / "state.json").read_text())
-    if not state["stopped"] or step >= state["num_steps"]:
+    state: dict[str, Any] = saved.state(newest)  # type: ignore[explicit-any]
+    if not state["stopped"] or state["step"] >= state["num_steps"]:
         return None
     if state.get("optimizer_dropped"):
         return None

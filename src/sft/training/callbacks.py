@@ -1,6 +1,5 @@
 """Callbacks of Lightning's that can't work here, with what to set instead; and what callbacks keep in a checkpoint."""
 
-import io
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
@@ -75,13 +74,11 @@ def load(trainer: "L.Trainer", module: "L.LightningModule", saved: dict[str, dic
 
 def check_states(trainer: "L.Trainer", module: "L.LightningModule") -> None:
     """Refuses callbacks whose state no checkpoint can hold, before a step is lost."""
-    import torch
+    from sft.checkpoint import plain_state
 
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         try:
-            buffer = io.BytesIO()
-            torch.save(states([callback], trainer, module), buffer)
-            torch.load(io.BytesIO(buffer.getvalue()), map_location="cpu", weights_only=True)
+            plain_state.parse(plain_state.dump(states([callback], trainer, module)))
         except Exception as error:  # of the user's own code, or of what it keeps
             message = " ".join(f"{type(error).__name__}: {error}".split())[:200]
             raise UserError(

@@ -23,11 +23,13 @@ from sft.checkpoint.save import save
 from sft.data.batch import Batch
 from sft.errors import UserError
 from sft.ranks import together
-from sft.runs import events, signals, watchdog
+from sft.runs import answers_file, events, saved, signals, watchdog
+from sft.runs.manifest import Damaged
 from sft.training import averaging, callbacks, early_stopping, probes
 from sft.training.averaging import layout
 from sft.training.log import log
 from sft.training.metrics import StepMetrics
+from sft.training.metrics_file import MetricsFile
 from sft.training.module import SFTModule
 
 
@@ -74,7 +76,7 @@ class Checkpoints(Callback):
             seen = ", ".join(f"{node}: {step}" for node, step in steps.items())
             raise RuntimeError(f"the ranks see different checkpoints in {self.folder}, of the steps {seen}")
         if self.resume is not None:
-            self._resume(trainer, module, self.resume)
+            self._resume(trainer, module, self._whole(trainer, self.resume))
         elif module.first_values is not None:
             layout(trainer, module).begin(module.first_values)
             module.first_values = None
@@ -116,13 +118,35 @@ class Checkpoints(Callback):
         log(str(interrupted))
         raise interrupted
 
-    def _resume(self, trainer: L.Trainer, module: SFTModule, saved: Checkpoint) -> None:
-        step = saved.step
-        watchdog.beat(step)
-        saved.verify()
+    def _whole(self, trainer: L.Trainer, candidate: Checkpoint) -> Checkpoint:
+        """The checkpoint, or where a checksum of its files is another, the newest before it that is whole."""
+        watchdog.beat(candidate.step)
+        while wrong := candidate.verify():
+            watchdog.beat(candidate.step)
+            found = None if self.extends else saved.whole(self.folder, before=candidate.step)[0]
+            together(lambda: None)  # all have looked
+            if found is None:
+                raise Damaged(wrong[0], saved.NONE_IS_WHOLE.format(self.folder.parent))
+            before, candidate = candidate, Checkpoint(found)
+            step = candidate.step
+            log(f"note: {wrong[0]}: resumes from step {step}, the newest checkpoint that is whole")
+            if trainer.is_global_zero:
+                saved.set_aside(before.path)
+                answers_file.keep_until(self.folder.parent, step)
+            self._record(trainer, "skipped", step=before.step, why=wrong[0])
+            self.resume = candidate
+            trainer.datamodule.start_step = step  # type: ignore[attr-defined]
+            for file in trainer.loggers:
+                if isinstance(file, MetricsFile):
+                    file.resume(step)
+            together(lambda: None)  # it has been set aside
+        return candidate
+
+    def _resume(self, trainer: L.Trainer, module: SFTModule, checkpoint: Checkpoint) -> None:
+        step = checkpoint.step
         watchdog.beat(step)
         where = layout(trainer, module)
-        saved.restore(where, hyperparameters=not self.extends)
+        checkpoint.restore(where, hyperparameters=not self.extends)
         watchdog.beat(step)
         scheduler = trainer.lr_scheduler_configs[0].scheduler
         scheduler.last_epoch = step
@@ -132,11 +156,11 @@ class Checkpoints(Callback):
                 where.optimizer.param_groups, scheduler.base_lrs, scheduler.lr_lambdas, strict=True
             ):
                 group["lr"] = peak * factor(step)
-            counts = {key: state for key, state in saved.callbacks().items() if key == StepMetrics.__qualname__}
+            counts = {key: state for key, state in checkpoint.callbacks().items() if key == StepMetrics.__qualname__}
             callbacks.load(trainer, module, counts)  # its steps are this run's, too
         else:  # the rate itself came back with the optimizer's groups
-            self.best = checkpoints.measured_best(saved, checkpoints.complete(self.folder))
-            callbacks.load(trainer, module, saved.callbacks())
+            self.best = checkpoints.measured_best(checkpoint, checkpoints.complete(self.folder))
+            callbacks.load(trainer, module, checkpoint.callbacks())
         # Lightning counts from where the loader starts: tell it how much came before. Its own resume would
         # take these from the checkpoint, where they'd depend on the accumulation of the run that saved.
         loop = trainer.fit_loop.epoch_loop
@@ -185,8 +209,8 @@ class Checkpoints(Callback):
             self._end_step(trainer, module, measured=True)
 
     def on_fit_end(self, trainer: L.Trainer, module: SFTModule) -> None:
-        saved = checkpoints.latest(self.folder)
-        if saved is None or not saved.last:
+        last = checkpoints.latest(self.folder)
+        if last is None or not last.last:
             step = trainer.global_step
             where = f"after step {step}, not at its end" if step else "before its first step"
             raise UserError(
@@ -240,7 +264,7 @@ class Checkpoints(Callback):
             "validated": validated,
             **self.facts,
         }
-        saved = save(
+        made = save(
             self.folder,
             step,
             layout(trainer, module),
@@ -250,7 +274,7 @@ class Checkpoints(Callback):
         )
         if trainer.is_global_zero:
             checkpoints.prune(self.folder, self.keep_last)
-            log(f"step {step}: saved {saved.path}")
+            log(f"step {step}: saved {made.path}")
             if stopped_early:
                 log(f"step {step}: stopped early: {stopped_early}")
         self._record(trainer, "save", step=step, seconds=round(time.perf_counter() - start, 3))

@@ -15,7 +15,9 @@ from omegaconf import DictConfig, OmegaConf
 
 from sft.config.check import shown
 from sft.errors import UserError
+from sft.runs import provenance, saved
 from sft.runs.identity import deciding
+from sft.runs.manifest import Damaged
 from sft.runs.run import Run
 
 if TYPE_CHECKING:
@@ -41,7 +43,7 @@ class Extended:
 
     def check(self, fingerprint: Mapping[str, str], num_steps: int) -> None:
         """UserError where the data is another, or there is no step left to train."""
-        if json.loads((self.run.folder / "provenance.json").read_text())["data"] != dict(fingerprint):
+        if provenance.recorded(self.run.folder).get("data") != dict(fingerprint):
             raise UserError(f"extend.run={self.run.folder}: the data has changed since it began: put the data back")
         if num_steps <= self.step:
             raise UserError(
@@ -62,7 +64,7 @@ def settle(config: DictConfig) -> Extended | None:
         raise UserError(f"extend.run={run.folder} is not finished: its own command resumes it")
     config.extend.step = config.extend.step or run.steps[-1]
     run.check_step(str(config.extend.step))
-    state = json.loads((run.checkpoints / f"step-{config.extend.step:08d}" / "state.json").read_text())
+    state = saved.state(run.checkpoints / f"step-{config.extend.step:08d}")
     if state.get("optimizer_dropped"):
         raise UserError(
             f"extend.run={run.folder}: its optimizer states were dropped (checkpoint.drop_optimizer), so it can't be "
@@ -111,7 +113,10 @@ def hint(config: DictConfig, run: Run) -> str | None:
     folders = [path.parent for path in Path(config.runs_dir).glob("*/config.yaml")]
     for folder in sorted(folders, key=lambda folder: -folder.stat().st_mtime)[:NUM_LOOKED_AT]:
         other = Run(folder)
-        before = deciding(other.config)
+        try:
+            before = deciding(other.config)
+        except Damaged:
+            continue
         is_longer = before != now and _without_length(before) == _without_length(now)
         if other.status.get("state") == "finished" and is_longer:
             return (
