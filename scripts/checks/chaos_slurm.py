@@ -1,4 +1,4 @@
-"""The faults of a cluster, on one that scripts/chaos --slurm starts on this machine: a batch job on two nodes meets one.
+"""The faults of a cluster, which scripts/chaos --slurm starts on this machine: a batch job on two nodes meets one.
 Where it isn't requeued it is submitted again, as by a user."""
 
 import os
