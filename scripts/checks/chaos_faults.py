@@ -230,15 +230,19 @@ def damaged(pattern: str, leaving: str = "") -> Act:
         if not files:
             return Verdict(MISSED)
         path = files[int(draw.random() * len(files))]
+        # Of checkpoints sometimes the same file of each, so that none is whole.
+        every = [other for other in files if other.name == path.name] if draw.random() < 0.25 else [path]
         place = path.relative_to(trial.folder)
-        before = path.read_bytes()
-        trial.what = f"{place}: {damage(path, draw)}"
+        before = {other: other.read_bytes() for other in every}
+        done = [damage(other, draw) for other in every]
+        trial.what = f"{place}{' and in each other' if len(every) > 1 else ''}: {', '.join(done)}"
 
         def heal() -> None:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_bytes(before)
+            for other, content in before.items():
+                other.parent.mkdir(parents=True, exist_ok=True)
+                other.write_bytes(content)
 
-        return trial.finish((path.name, f"{place.parent}"), heal, resumes=True)
+        return trial.finish((path.name, f"{place.parent}"), heal, resumes=True, may_begin_anew=len(every) > 1)
 
     return act
 

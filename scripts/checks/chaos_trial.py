@@ -191,12 +191,14 @@ class Trial:
         names: Iterable[str] = (),
         heal: Callable[[], object] | None = None,
         resumes: bool = False,
+        may_begin_anew: bool = False,
         must_name: bool = False,
     ) -> Verdict:
         """The same command until the run has finished as it should.
 
         A refusal that names one of `names` is followed: what it says to remove is removed; otherwise `heal` mends what
-        was damaged. `resumes`: a whole checkpoint is there to resume from. `must_name`: one of the names must be said.
+        was damaged. `resumes`: it began before, and resumes from a checkpoint, unless it says why it can't and
+        `may_begin_anew`. `must_name`: one of the names must be said.
         """
         first, names, refused = len(self.ended), list(names), ""
         for _ in range(STARTS):
@@ -223,15 +225,15 @@ class Trial:
                 return Verdict(LOST, f"started again it ended with {ended.codes}: {last}")
         else:
             return Verdict(LOST, f"not finished after {STARTS} starts")
-        after, said = self.ended[first:], refused
+        after = self.ended[first:]
         if difference := self.reference.truth.differs(self.run):
             metrics_alone = self.reference.truth.differs(self.run, with_metrics=False) is None
             if not (metrics_alone and judge.says(after, names)):
                 return Verdict(SILENT, difference)
         if must_name and not judge.says(after, names):
             return Verdict(SILENT, f"nothing said of {names[0]}")
-        if resumes and not judge.resumed(ended):
-            return Verdict(LOST, f"began anew, though a checkpoint is whole; {said[:200]}")
+        if resumes and not judge.resumed(ended) and not (may_begin_anew and judge.says(after, names)):
+            return Verdict(LOST, f"began anew; {refused[:200]}")
         return Verdict(REFUSED, refused) if refused else Verdict(SURVIVED)
 
     def _remove(self, path: str) -> bool:
