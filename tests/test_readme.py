@@ -44,6 +44,7 @@ KINDS = (
     SLURM,  # parsed; run by tests/slurm/test_jobs.py, tests/commands/test_submit.py and test_rehearse.py
     r"scripts/bench ",
     r"scripts/architectures$",  # tests/test_architectures.py, of one model
+    r"scripts/chaos",  # tests/test_chaos.py; a minute of it is run by CI
     r"scripts/gpu",  # parsed; run by CI with --cpu, and on a GPU by hand
     r"wandb (sweep|agent) ",  # an agent's runs: tests/training/test_trackers.py
     r"source slurm/site.sh$|cmp ",  # those that every machine has
