@@ -25,7 +25,7 @@ from sft.errors import UserError
 from sft.runs import config_file, events, manifest, provenance, saved
 from sft.runs.manifest import Damaged
 from sft.runs.metrics_file import Metrics
-from sft.runs.results import duration
+from sft.runs.lease import duration
 from sft.runs.run import Run
 from sft.training.prepare import check_model, model_source
 
@@ -152,7 +152,7 @@ def _export(run: Run) -> Iterator[Part]:
 def _inputs(run: Run) -> Iterator[Part]:
     """The run's data, its token stores and its model, compared with what they were when the run began."""
     try:
-        settings, recorded = run.config, cast(dict[str, Any], provenance.recorded(run.folder))  # type: ignore[explicit-any]
+        settings, recorded = run.config, cast(dict[str, Any], provenance.recorded(run.folder))
     except Damaged:
         return  # named above
     data = instantiate(settings["data"], _convert_="all")

@@ -156,7 +156,7 @@ class ChatTemplate:
         from transformers.utils import chat_template_utils
 
         given = {**self._arguments, **arguments} if arguments else self._arguments
-        rendered: Any = partial(
+        rendered: Any = partial(  # type: ignore[explicit-any]
             chat_template_utils.render_jinja_template,
             [messages],
             tools=tools,  # type: ignore[arg-type]  # lists and mappings are invariant

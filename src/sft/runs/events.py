@@ -6,7 +6,7 @@ import os
 from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
-from typing import Required, TypedDict
+from typing import Required, TypedDict, cast
 
 from sft.runs.provenance import now
 from sft.runs.secrets import redacted
@@ -89,11 +89,11 @@ def read(folder: Path) -> list[Event]:
         lines = (folder / "events.jsonl").read_text(errors="replace").split("\n")
     except FileNotFoundError:
         return []
-    events = []
+    events: list[Event] = []
     for line in lines:
         with suppress(ValueError):
             event = json.loads(line)
             if isinstance(event, dict) and all(isinstance(event.get(name), str) for name in ("time", "event")):
                 datetime.fromisoformat(event["time"])
-                events.append(event)
+                events.append(cast(Event, event))
     return events
