@@ -23,9 +23,9 @@ from sft.data.fingerprint import data_fingerprint
 from sft.data.rows import Source
 from sft.errors import UserError
 from sft.runs import config_file, events, manifest, provenance, saved
+from sft.runs.lease import duration
 from sft.runs.manifest import Damaged
 from sft.runs.metrics_file import Metrics
-from sft.runs.lease import duration
 from sft.runs.run import Run
 from sft.training.prepare import check_model, model_source
 
