@@ -65,13 +65,13 @@ def hidden(text: str, secrets: Iterable[str] = ()) -> str:
     return _IN_URL.sub(rf"\1{HIDDEN}", _SHAPES.sub(HIDDEN, text))
 
 
-def without_secrets(value: Any, settings: Mapping[str, object] | None = None) -> Any:
+def without_secrets(value: Any, settings: Mapping[str, object] | None = None) -> Any:  # type: ignore[explicit-any]  # nested
     """A configuration, or another nested value, with the same parts. `settings`: whose secrets may be in it; its own,
     if it isn't given. A text that speaks of a password stays as it is."""
     return _cleaned(value, _secrets(value if settings is None else settings))
 
 
-def _cleaned(value: Any, secrets: set[str]) -> Any:
+def _cleaned(value: Any, secrets: set[str]) -> Any:  # type: ignore[explicit-any]
     if isinstance(value, Mapping):
         return {
             key: _hide(inner) if SECRET.search(str(key)) else _cleaned(inner, secrets) for key, inner in value.items()
@@ -81,7 +81,7 @@ def _cleaned(value: Any, secrets: set[str]) -> Any:
     return hidden(value, secrets) if isinstance(value, str) else value
 
 
-def _hide(value: Any) -> Any:
+def _hide(value: Any) -> Any:  # type: ignore[explicit-any]
     if isinstance(value, Mapping):
         return {key: _hide(inner) for key, inner in value.items()}
     if isinstance(value, list | tuple):
