@@ -64,21 +64,21 @@ def compile_optimizer(log: Callable[[str], None]) -> None:
 @contextmanager
 def no_endless_wait(log: Callable[[str], None]) -> Iterator[None]:
     """torch's extensions are loaded by one process after the other, and none waits for one that is dead."""
-    from torch.utils import cpp_extension, file_baton
+    from torch.utils import cpp_extension
+    from torch.utils.file_baton import FileBaton
 
-    class Baton(file_baton.FileBaton):
+    class Baton(FileBaton):
         def try_acquire(self) -> bool:
             # Never in vain: who only waited would take for built what a killed process hasn't.
             while not super().try_acquire():
                 wait(Path(self.lock_file_path), log)
             return True
 
-    torchs = file_baton.FileBaton
     cpp_extension.FileBaton = Baton  # type: ignore[attr-defined]
     try:
         yield
     finally:
-        cpp_extension.FileBaton = torchs  # type: ignore[attr-defined]
+        cpp_extension.FileBaton = FileBaton  # type: ignore[attr-defined]
 
 
 def wait(lock: Path, log: Callable[[str], None]) -> None:
