@@ -59,6 +59,7 @@ BENCHMARKS = {
     "strategies": ("--only", "ddp"),
     "tracking": ("--threads", "1"),
     "apart": ("--threads", "1"),
+    "start": ("--threads", "1"),
 }
 
 
@@ -270,6 +271,8 @@ def test_benchmark(command: str, tmp_path: Path) -> None:
         assert results["plan"]["num_packs"] == results["plan"]["fewest_packs"]
     elif command == "tracking":
         assert results["ratios"].keys() == results["median_ratios"].keys() >= {"tokens_per_second", "wall"}
+    elif command == "start":
+        assert results["median"]["start"] > results["median"]["compare"] > 0
     elif command == "apart":
         packed, apart = (results["runs"][name][0]["tokens_per_second"] for name in ("packed", "apart"))
         assert results["slower"] == packed / apart

@@ -98,18 +98,9 @@ def train(folder: Path, options: Namespace, settings: tuple[str, ...]) -> Run:
     """Figures of one run."""
     runs, ends = folder / "runs", folder / "ends.json"
     shutil.rmtree(runs, ignore_errors=True)
-    command = [
-        *(sys.executable, "-m", "sft", "train", "run=run", f"runs_dir={runs}", f"data.cache_dir={folder}/cache"),
-        *(f"model.path={folder}/model", f"data.path={folder}/rows.jsonl", "data=prompt_response"),
-        *("data.conversation.chat=false", f"data.max_length={options.max_length}", "data.val_size=16"),
-        *("trainer=gpu" if options.gpu else "trainer=cpu", "export=false", "checkpoint.save_every=1000000"),
-        *(f"global_batch_size={options.packs}", f"max_steps={options.steps}", f"val_every={options.val_every}"),
-        f"+callbacks.clock={{_target_: benchmarks.clock.StepClock, path: {ends}}}",
-        *settings,
-        *options.overrides,
-    ]
+    clock = f"+callbacks.clock={{_target_: benchmarks.clock.StepClock, path: {ends}}}"
     began = time.perf_counter()
-    started(command, options)
+    started(command(folder, options, (clock, "checkpoint.save_every=1000000", *settings)), options)
     wall = time.perf_counter() - began
     with (runs / "run" / "metrics.csv").open(newline="") as file:
         tokens = [float(row["train/tokens"]) for row in csv.DictReader(file) if row["train/tokens"]]
@@ -130,10 +121,23 @@ def train(folder: Path, options: Namespace, settings: tuple[str, ...]) -> Run:
     }
 
 
-def started(command: list[str], options: Namespace) -> None:
-    """Runs it, and shows its output only if it fails."""
+def command(folder: Path, options: Namespace, settings: tuple[str, ...]) -> list[str]:
+    """Of a run in `folder`."""
+    return [
+        *(sys.executable, "-m", "sft", "train", "run=run", f"runs_dir={folder}/runs", f"data.cache_dir={folder}/cache"),
+        *(f"model.path={folder}/model", f"data.path={folder}/rows.jsonl", "data=prompt_response"),
+        *("data.conversation.chat=false", f"data.max_length={options.max_length}", "data.val_size=16"),
+        *("trainer=gpu" if options.gpu else "trainer=cpu", "export=false"),
+        *(f"global_batch_size={options.packs}", f"max_steps={options.steps}", f"val_every={options.val_every}"),
+        *settings,
+        *options.overrides,
+    ]
+
+
+def environment(options: Namespace) -> dict[str, str]:
+    """Of a process that is measured."""
     scripts = Path(__file__).parents[1]
-    environment = os.environ | {
+    variables = os.environ | {
         "PYTHONPATH": os.pathsep.join(filter(None, [str(scripts), os.environ.get("PYTHONPATH")])),
         "OMP_NUM_THREADS": str(options.threads),
         "TOKENIZERS_PARALLELISM": "false",
@@ -141,10 +145,15 @@ def started(command: list[str], options: Namespace) -> None:
         "WANDB_MODE": "offline",
     }
     if not options.gpu:
-        environment["CUDA_VISIBLE_DEVICES"] = ""
-    process = subprocess.run(command, env=environment, capture_output=True, text=True)
+        variables["CUDA_VISIBLE_DEVICES"] = ""
+    return variables
+
+
+def started(arguments: list[str], options: Namespace) -> None:
+    """Runs it, and shows its output only if it fails."""
+    process = subprocess.run(arguments, env=environment(options), capture_output=True, text=True)
     if process.returncode:
-        sys.exit(f"{' '.join(command)} failed:\n{process.stdout[-2000:]}{process.stderr[-4000:]}")
+        sys.exit(f"{' '.join(arguments)} failed:\n{process.stdout[-2000:]}{process.stderr[-4000:]}")
 
 
 if __name__ == "__main__":
