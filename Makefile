@@ -4,7 +4,7 @@ BIN := .venv/bin
 export PYTHONUNBUFFERED := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test slurm browser lint clean
+.PHONY: help install demo test slurm browser lint audit clean
 
 help: ## list the targets
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /\1\t/' | expand -t 10
@@ -43,6 +43,10 @@ lint: install ## style, types and the direction of imports
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+audit: install ## look the installed packages up among known vulnerabilities; needs the network
+	@$(BIN)/python -c 'import pip_audit' 2>/dev/null || $(BIN)/python -m pip install --disable-pip-version-check --quiet 'pip-audit>=2.7' || { echo "sft: make audit needs pip-audit, and the network to install it" >&2; exit 2; }
+	@$(BIN)/python -m pip_audit --skip-editable --progress-spinner off
 
 clean: ## remove caches and build output; runs/ and .venv stay
 	rm -rf cache .pytest_cache .mypy_cache .ruff_cache .import_linter_cache

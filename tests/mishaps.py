@@ -1,6 +1,7 @@
 """What happens to a process that trains: callbacks, planted by `+callbacks.NAME={_target_: mishaps....}`, and
 functions that it calls before anything else."""
 
+import json
 import os
 import signal
 import sys
@@ -14,7 +15,7 @@ from lightning.pytorch.callbacks import Callback, Timer
 
 from sft.checkpoint import checkpoint, safetensors_file, save
 from sft.data import staging
-from sft.runs import signals
+from sft.runs import lease, signals
 from sft.runs.metrics_file import Metrics
 from sft.training.checkpointing import Checkpoints
 from sft.training.module import SFTModule
@@ -71,6 +72,21 @@ class Mishap(AtStep):
             next(iter(trainer.lightning_module.parameters())).data.fill_(float("nan"))
         else:
             raise ArithmeticError(f"the mishap of rank {self.rank}")
+
+
+class TakenOver(AtStep):
+    """A process on another machine takes the run over, as while this one is suspended."""
+
+    def __init__(self, step: int, folder: str) -> None:
+        super().__init__(step)
+        self.folder = Path(folder)
+
+    def act(self, trainer: L.Trainer) -> None:
+        held = lease.newest(self.folder)
+        assert held and held.owner and lease._held
+        another = {**held.owner, "owner": "another", "host": "n8", "machine": "n8", "pid": 1}
+        (self.folder / f"{lease.NAME}{held.number + 1}").write_text(json.dumps(another))
+        lease._held.renewed -= 60
 
 
 class UntilSignal(AtStep):

@@ -53,8 +53,8 @@ class Sft:
 
     def __call__(self, command: str, *arguments: str) -> int:
         """Exit code of `sft COMMAND ARGUMENTS`, run here."""
-        # A run's watchdog takes the timer by which pytest ends a test.
-        left, begun = signal.getitimer(signal.ITIMER_REAL)[0], monotonic()
+        # A run's watchdog takes the signal by which pytest ends a test.
+        left, begun = signal.setitimer(signal.ITIMER_REAL, 0)[0], monotonic()
         numbers = (*signals.SIGNALS, *signals.BY_HAND, signal.SIGALRM)
         handlers = {number: signal.getsignal(number) for number in numbers}
         with self.monkeypatch.context() as patch:

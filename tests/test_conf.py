@@ -65,7 +65,8 @@ def test_every_option_composes_and_instantiates(
 
 
 @pytest.mark.parametrize(
-    "command", ["train", "preview", "rehearse", "certify", "score", "generate", "export", "compare", "runs", "watch"]
+    "command",
+    ["train", "preview", "rehearse", "certify", "score", "generate", "export", "compare", "runs", "watch", "check"],
 )
 def test_every_command_has_a_configuration(command: str) -> None:
     with initialize_config_dir(str(CONF), version_base="1.3"):

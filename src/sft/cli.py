@@ -17,7 +17,8 @@ from sft.cluster import submitit_rank
 from sft.config import CONF, arguments
 from sft.errors import UserError, by_hand
 from sft.mistakes import CONFIGURATION, one_line
-from sft.runs import crash, failure, signals
+from sft.runs import crash, failure, secrets, signals, startup
+from sft.runs.plain import plain
 from sft.runs.process import leave
 
 if TYPE_CHECKING:
@@ -28,6 +29,7 @@ COMMANDS = {
     "preview": "show the training samples, token by token",
     "watch": "follow a run in the terminal: progress, curves, answers, events",
     "runs": "list all runs with their state, step, time left, host and job",
+    "check": "compare every file of a run with its checksum, and say what losing it would cost",
     "compare": "show runs side by side, the best first, with the settings that differ",
     "rehearse": "run a small version of a job through all its stages before you queue it",
     "submit": "check training on a Slurm cluster, then queue it",
@@ -62,11 +64,13 @@ def main() -> None:
     except BaseException as error:
         if by_hand(error):
             crash.interrupted(command)
+            startup.tell("interrupted", 130)
             _leave_ranks(130)
             sys.exit(130)
         if not isinstance(error, Exception):
             raise
         _end_with(error, command)
+    startup.leave()
     _leave_ranks(0)
 
 
@@ -137,16 +141,17 @@ def _parsed(command: str, typed: list[str]) -> arguments.Typed:
 def _check(command: str, config: "DictConfig", typed: set[str]) -> None:
     """What can be known to be wrong before torch is imported."""
     name = CONFIGURATION.get(command, command)
+    from omegaconf import OmegaConf
+
     if "data" in config:
         from sft.training.settings import check_inputs, check_schema, settle_batch
         from sft.training.shape import settle_data
 
+        secrets.learn(OmegaConf.to_container(config, resolve=True))  # type: ignore[arg-type]
         check_schema(config, name, typed)
         settle_data(config)
         settle_batch(config)
     else:
-        from omegaconf import OmegaConf
-
         from sft.config.check import check
 
         settings: Any = OmegaConf.to_container(config, resolve=True)
@@ -208,6 +213,7 @@ def _report(error: Exception, command: str, config: "DictConfig | None" = None) 
         traceback.print_exception(error)
     if message is None:
         return crash.report(error, config), 1
+    message = plain(secrets.redacted(message))  # it may quote a row, or what a library said
     print(f"sft: {message}", file=sys.stderr, flush=True)
     return message, 2
 
@@ -215,6 +221,7 @@ def _report(error: Exception, command: str, config: "DictConfig | None" = None) 
 def _end_with(error: Exception, command: str, config: "DictConfig | None" = None) -> NoReturn:
     """Ends the process with a report of the error; a run that a signal stopped has already reported it."""
     if isinstance(error, signals.Interrupted):
+        startup.leave()
         _leave_ranks(error.exit_code)
         sys.exit(error.exit_code)
     if isinstance(error, BrokenPipeError) and _is_unread():
@@ -222,7 +229,9 @@ def _end_with(error: Exception, command: str, config: "DictConfig | None" = None
     if folder := os.environ.get("SFT_JOB_FOLDER"):
         with suppress(OSError):  # a full disk must not hide the error that filled it
             failure.write(Path(folder), error)
-    sys.exit(_report(error, command, config)[1])
+    message, code = _report(error, command, config)
+    startup.tell(message, code)
+    sys.exit(code)
 
 
 def _is_unread() -> bool:

@@ -2,8 +2,10 @@
 
 import difflib
 import errno
+import os
 import re
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 from sft.config import arguments
@@ -29,11 +31,27 @@ def one_line(error: BaseException, command: str) -> str | None:
             name = getattr(link, "filename", None)
             return "the disk is full" + (f" ({name})" if name else "") + ": make room, then run the same command again"
         if isinstance(link, PermissionError) or (isinstance(link, OSError) and link.errno == errno.EROFS):
-            return f"{link.filename or 'a file'} can't be written: set runs_dir or data.cache_dir to another folder"
+            return _refused(link)
     for link in links:
         if isinstance(link, HydraException | OmegaConfBaseException):
             return _of_hydra(link, command)
     return None
+
+
+def _refused(error: OSError) -> str:
+    """The line for a file that this user may not read or write."""
+    if not error.filename:
+        return f"a file can't be used ({error.strerror or error}): see who owns the folders of the run and the data"
+    file = Path(str(error.filename))
+    with suppress(OSError):  # of a folder that can't be entered
+        if file.exists() and not os.access(file, os.R_OK):
+            return (
+                f"{file} can't be read: chmod or chown it, or name another (data.path, data.val_path, evaluation.text, "
+                "model.path)"
+            )
+        if file.is_file() and not os.access(file, os.W_OK):
+            return f"{file} can't be written: chmod or chown it, or name another (output, runs_dir, data.cache_dir)"
+    return f"{file} can't be written: set runs_dir or data.cache_dir to another folder"
 
 
 def unknown(name: str, command: str) -> str:

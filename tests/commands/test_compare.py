@@ -16,8 +16,9 @@ from rich.console import Console
 
 from running import Sft
 from sft.commands.compare import show
+from sft.runs.process import live_process
 from sft.runs.results import Result
-from sft.runs.run import Run, live_process
+from sft.runs.run import Run
 
 
 def make(name: str, losses: list[float | None], state: str = "finished", **settings: Any) -> None:

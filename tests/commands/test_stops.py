@@ -191,7 +191,8 @@ def test_a_job_that_has_failed_too_often_alerts(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setenv("SLURM_JOB_ID", "7")
     causes = "signal lost timeout killed hung out_of_memory not_finite failed disk_full misconfigured"
     events.record(tmp_path, "job", max_requeues=dict.fromkeys(causes.split(), 0))
-    job.end(Run(tmp_path), 1, tmp_path / "log")
+    with pytest.raises(SystemExit, match="1"):
+        job.end(Run(tmp_path), 1, tmp_path / "log")
     stop, alert = events.read(tmp_path)[-2:]
     assert (stop["event"], alert["event"], alert["title"]) == ("stop", "alert", "Not requeued")
     assert stop["why"] in alert["text"]
@@ -215,7 +216,8 @@ def test_a_job_is_requeued_after_a_signal_and_not_when_its_user_has_ended_it(
             job.end(Run(tmp_path), 75, tmp_path / "log")
         assert ended.value.code == 75
         return
-    job.end(Run(tmp_path), 75, tmp_path / "log")
+    with pytest.raises(SystemExit, match="1"):
+        job.end(Run(tmp_path), 75, tmp_path / "log")
     last = events.read(tmp_path)[-1]
     assert (last["event"], last["cause"], last["why"]) == ("stop", event, "max_time is over")
     assert "max_time is over; submit the job again to resume" in capsys.readouterr().out
@@ -384,3 +386,26 @@ def test_what_compares_validations_without_any_is_refused_before_torch_is_import
 ) -> None:
     assert sft.train("run=run", "data.val_size=0", "checkpoint.export=best") == 2
     assert capsys.readouterr().err.startswith("sft: checkpoint.export=best is the lowest validation loss, and the run")
+
+
+def test_a_job_whose_ranks_never_started_has_failed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """srun can end with 0 all the same."""
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    events.record(tmp_path, "job", max_requeues={"failed": 0})
+    with pytest.raises(SystemExit, match="1"):
+        job.end(Run(tmp_path), 0, tmp_path / "log")
+    assert events.read(tmp_path)[-2]["error"] == "a rank ended: exit code 0"
+    (tmp_path / "status.json").write_text('{"state": "finished"}')
+    job.end(Run(tmp_path), 0, tmp_path / "log")
+
+
+def test_a_killed_batch_script_is_judged_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    events.record(tmp_path, "job", max_requeues={"killed": 3})
+    for code in (75, 1):  # the second time the guard finds the verdict there
+        with pytest.raises(SystemExit, match=str(code)):
+            job.end(Run(tmp_path), None, tmp_path / "log")
+    assert [(event["event"], event.get("cause")) for event in events.read(tmp_path)] == [
+        ("job", None),
+        ("requeue", "killed"),
+    ]

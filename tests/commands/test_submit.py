@@ -296,18 +296,25 @@ def test_a_run_that_a_sweep_has_queued_from_a_machine_without_a_gpu(
         assert f"job 5 (PENDING) trains {sft.folder}/runs/run already" in capsys.readouterr().err
 
 
-def test_notes(sft: Sft, slurm: FalseSlurm, capsys: pytest.CaptureFixture[str]) -> None:
+OFFLOAD = ("trainer.num_nodes=1", "strategy=deepspeed_zero2_offload")
+
+
+def test_notes(
+    sft: Sft, slurm: FalseSlurm, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(sft.folder))
     # Of five nodes one is there, for which Slurm would refuse what it queues.
     slurm.answer("sinfo", "main*|4|16|gpu:2|infinite|n/a|up|down*\nmain*|1|16|gpu:2|infinite|n/a|up|idle")
     slurm.answer("sbatch", "allocation failure: Requested node configuration is not available", code=1)
     run = sft.folder / "runs" / "run"
     run.mkdir(parents=True)
     (run / "events.jsonl").write_text(json.dumps({"event": "save", "step": 10, "seconds": 160.0}) + "\n")
-    assert sft("submit", "--dry-run", *FITTING, "--", *settings(sft, *GPU, "trainer.num_nodes=1")) == 0
+    assert sft("submit", "--dry-run", *FITTING, "--", *settings(sft, *GPU, *OFFLOAD)) == 0
     notes = [line for line in capsys.readouterr().out.splitlines() if line.startswith("note: ")]
     assert notes[0] == "note: trainer.num_nodes=1 gives way to 2, the job's own"
     assert notes[1].startswith("note: on this machine's own disk, which the nodes may not see: runs_dir (")
     assert notes[2:] == [
+        "note: the first node compiles DeepSpeed's AdamW for the host before it trains: about a minute, once",
         "note: a save took 160 s in earlier attempts, and --signal leaves 300 s for the step under way and a save: "
         "--signal=USR1@640 is safer",
         "note: 1 of the 2 nodes that it needs are up in partition main, so the job waits",

@@ -20,7 +20,8 @@ from runfiles import rows, weights
 from running import Sft
 from sft.checkpoint.checkpoint import complete
 from sft.data.batch import Batch
-from sft.runs import events
+from sft.runs import events, lease
+from sft.runs.process import live_process
 from sft.training.module import SFTModule
 
 SGD = ("optimizer=sgd", "optimizer.lr=0.5", "trainer.gradient_clip_val=null", "schedule=constant")
@@ -288,14 +289,27 @@ def test_trackers(sft: Sft, logger: str, expected: str) -> None:
 
 def test_second_process_at_the_same_run_is_refused(sft: Sft, capsys: pytest.CaptureFixture[str]) -> None:
     assert sft.train("run=run", "max_steps=1", "export=false") == 0
-    status = json.loads((sft.run_folder() / "status.json").read_text())
-    from sft.runs.run import live_process
-
+    held = lease.newest(sft.run_folder())
+    assert held and held.owner and held.owner["ended"]
     parent = os.getppid()
-    status |= {"state": "running", "pid": parent, "process": live_process(parent)}
-    (sft.run_folder() / "status.json").write_text(json.dumps(status))
+    owner = held.owner | {"pid": parent, "process": live_process(parent), "ended": False}
+    held.path.write_text(json.dumps(owner))
     assert sft.train("run=run", "max_steps=1", "export=false") == 2
-    assert f"is being trained by process {parent}" in capsys.readouterr().err
+    assert f"is being trained by process {parent} on {owner['host']}, for" in capsys.readouterr().err
+
+
+def test_run_that_another_has_taken_over_is_left_to_it(sft: Sft) -> None:
+    """At the loss nothing of the folder changes any more but the log of this process."""
+    taken = f"+callbacks.taken={{_target_: mishaps.TakenOver, step: 3, folder: {sft.run_folder()}}}"
+    ended = sft.process("train", *sft.settings, "run=run", "export=false", "checkpoint.save_every=1", taken)
+    assert ended.code == 2, ended.output
+    assert "was taken over by process 1 on n8, for 0 min, while this process stood still" in ended.output
+    assert "Traceback" not in ended.output
+    folder = sft.run_folder()
+    assert [path.name for path in sorted((folder / "checkpoints").iterdir())] == ["step-00000001", "step-00000002"]
+    assert [row["step"] for row in rows(folder)] == ["0", "1", "2"]
+    assert json.loads((folder / "status.json").read_text())["state"] == "running"
+    assert [event["event"] for event in events.read(folder)] == ["start", "save", "save"]
 
 
 def test_early_stopping_ends_with_a_checkpoint_and_an_export(sft: Sft) -> None:

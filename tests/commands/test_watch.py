@@ -18,7 +18,7 @@ from running import Sft
 from sft.commands import watch
 from sft.commands.watch import Queue, Watched, follow
 from sft.runs import answers_file, events
-from sft.runs.run import live_process
+from sft.runs.process import live_process
 
 HERE = {"host": socket.gethostname(), "pid": os.getpid(), "process": live_process(os.getpid())}
 

@@ -17,7 +17,7 @@ GROUPS = [(group, option) for group, options in groups().items() for option in o
 
 @cache
 def composed(command: str, *overrides: str) -> Any:
-    needed = ["run=x"] if command in ("score", "generate", "export") else []
+    needed = ["run=x"] if command in ("score", "generate", "export", "check") else []
     with initialize_config_dir(str(CONF), version_base="1.3"):
         return OmegaConf.to_container(compose(command, [*needed, *overrides]), resolve=True)
 
@@ -57,7 +57,9 @@ PRECISION = (
     "bf16-mixed; 64 bits are untested: 32-true)"
 )
 WHOLE, ABOVE_0 = "is not a whole number from 1 on", "is not a number above 0"
-NAME = "is not a name of at most 120 characters, none of them one of / \\ # ? % : and no . or - at its start"
+NAME = (
+    "is not a name of at most 120 bytes, all of it visible, none of it one of / \\ # ? % : and no . - or ~ at its start"
+)
 
 
 @pytest.mark.parametrize(

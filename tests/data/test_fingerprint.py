@@ -51,6 +51,7 @@ def test_a_folder_is_known_by_the_files_of_the_split(tmp_path: Path) -> None:
 
 def test_a_file_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = Source(str(settled(tmp_path / "d.jsonl", "one")))
+    monkeypatch.setattr(fingerprint, "RACY_SECONDS", 0)  # its last change was just now
     first = data_fingerprint(source, tmp_path / "cache")
     monkeypatch.setattr(fingerprint.hashlib, "file_digest", None)  # would raise
     assert data_fingerprint(source, tmp_path / "cache") == first
@@ -64,6 +65,19 @@ def test_a_file_written_just_now_is_not_remembered(tmp_path: Path) -> None:
     first = data_fingerprint(source, tmp_path / "cache")
     file.write_text("two")
     os.utime(file, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    assert data_fingerprint(source, tmp_path / "cache") != first
+
+
+def test_other_content_of_the_same_size_and_time_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Remembered as it is, written anew in place, and its modification time set back."""
+    monkeypatch.setattr(fingerprint, "RACY_SECONDS", 0)
+    file = settled(tmp_path / "d.jsonl", "one")
+    source, stat = Source(str(file)), file.stat()
+    first = data_fingerprint(source, tmp_path / "cache")
+    while file.stat().st_ctime_ns == stat.st_ctime_ns:  # within the same tick of the file system's clock
+        file.write_text("two")
+        os.utime(file, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    assert (file.stat().st_size, file.stat().st_mtime_ns, file.stat().st_ino) == (3, stat.st_mtime_ns, stat.st_ino)
     assert data_fingerprint(source, tmp_path / "cache") != first
 
 

@@ -183,6 +183,9 @@ def test_a_slice_of_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
         UserError, match=r"split 'train\[:x\]' can't be read .*: write train\[:1000\] or train\[10%:20%"
     ):
         load(file, "train[:x]")
+    with pytest.raises(UserError) as error:
+        load(file, "train[\n]")
+    assert "\n" not in str(error.value)
     with pytest.raises(UserError, match="it has no rows"):
         load(file, "train[20:]")
 

@@ -294,13 +294,14 @@ def damage(path: Path, how: str) -> None:
 def test_a_damaged_store_is_named(name: str, how: str, tmp_path: Path) -> None:
     file = rows_file(tmp_path / "data.jsonl", many_rows(20))
     store = open_store(file, cache=tmp_path / "cache")
+    before = [store[i][0].tolist() for i in range(len(store))]
     folder = tmp_path / "cache" / "stores" / store.fingerprint
     damage(folder / name, how)
     with pytest.raises(UserError, match=rf"{name} is damaged .*: remove the folder .*{folder.name}"):
         open_store(file, cache=tmp_path / "cache")
     shutil.rmtree(folder)
     again = open_store(file, cache=tmp_path / "cache")
-    assert all((again[i][0] == store[i][0]).all() for i in range(len(store)))
+    assert [again[i][0].tolist() for i in range(len(again))] == before
 
 
 def test_a_damaged_manifest_is_named(tmp_path: Path) -> None:
@@ -336,7 +337,7 @@ def test_a_store_is_compared_once_while_it_is_unchanged(tmp_path: Path, monkeypa
         assert {path.name for path in read} >= {"input_ids.bin", "meta.json"}
         assert len(read) == len({*read})
     damage(folder / "input_ids.bin", "flip")  # its size and time of modification are as they were
-    with pytest.raises(UserError, match="input_ids.bin is damaged"):
+    with pytest.raises(UserError, match=r"input_ids\.bin is damaged"):
         open_store(file, cache=tmp_path / "cache")
 
 

@@ -12,6 +12,7 @@ from sft.model.model_class import of_folder
 from sft.proof import shrink, small_config
 from sft.proof.small_config import Form
 
+LINEAR_HEADS = {"linear_key_head_dim": 32, "linear_value_head_dim": 32}  # of fewer channels, rounding is amplified
 LINEAR, FULL, SLIDING = "linear_attention", "full_attention", "sliding_attention"
 
 # What each kind of architecture must have when it is small, and the parameters that it doesn't use itself.
@@ -25,7 +26,8 @@ KINDS: dict[str, tuple[dict[str, Any], str]] = {
     "mamba": ({"num_hidden_layers": 2, "expand": 2}, ""),
     "mamba2": ({"chunk_size": 16, "expand": 2}, ""),
     "jamba": ({"layers_block_type": [*4 * ["mamba"], "attention"]}, ""),
-    "qwen3_next": ({"layer_types": [LINEAR, FULL], "linear_conv_kernel_dim": 4, "num_experts": 4}, ""),
+    "qwen3_next": ({"layer_types": [LINEAR, FULL], "linear_conv_kernel_dim": 4, "num_experts": 4, **LINEAR_HEADS}, ""),
+    "kimi_linear": ({"layer_types": [LINEAR, LINEAR, FULL], "linear_head_dim": 32}, ""),
     "deepseek_v3": ({"first_k_dense_replace": 1, "num_hidden_layers": 2, "n_group": 2, "topk_group": 1}, ""),
     "zamba2": ({"layers_block_type": [LINEAR, "hybrid"], "hybrid_layer_ids": [1]}, ""),
     "bloom": ({"n_layer": 2}, ""),

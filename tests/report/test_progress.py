@@ -12,7 +12,7 @@ import pytest
 from sft.cluster.slurm import QueuedJob
 from sft.errors import UserError
 from sft.report.progress import Progress, find
-from sft.runs.run import live_process
+from sft.runs.process import live_process
 
 Story = list[tuple[float, str, dict[str, Any]]]
 NOON = datetime(2026, 3, 1, 12, tzinfo=UTC).timestamp()
@@ -91,6 +91,7 @@ FAILED, FINISHED = {"state": "failed", "error": "E: why"}, {"state": "finished"}
         (None, [SUBMIT], [RUNS], "starting", None),
         (None, [SUBMIT], None, "new", None),
         (RUNNING, [SUBMIT, START], [RUNS], "running", None),
+        (RUNNING, [SUBMIT, START], [RUNS._replace(state="SUSPENDED")], "suspended", None),
         (RUNNING, [START, BEGUN], [RUNS], "starting", None),  # after a lost node
         (RUNNING, [SUBMIT, START], [WAITS], "queued", None),
         (RUNNING, [(0, "start", {})], None, "running", None),

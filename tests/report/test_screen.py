@@ -11,10 +11,11 @@ from rich.console import Console, RenderableType
 
 from sft.report.overview import table
 from sft.report.progress import Progress
-from sft.report.screen import news, plain, sparkline, view
+from sft.report.screen import news, sparkline, view
 from sft.runs.answers_file import Answer
 from sft.runs.events import Event
 from sft.runs.metrics_file import Curve
+from sft.runs.plain import plain
 
 NOW = 1772366400.0  # 2026-03-01, 12:00 UTC
 

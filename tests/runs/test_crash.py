@@ -11,6 +11,7 @@ from omegaconf import OmegaConf
 
 from sft.runs import crash
 from sft.runs.run import Run
+from sft.runs.secrets import SECRET
 
 SECRETS = ("hf_0123456789", "abc def", "k3y!", "s3cret")
 
@@ -120,4 +121,4 @@ def test_the_address_to_report_it_to(
     ],
 )
 def test_which_keys_are_secret(key: str, secret: bool) -> None:
-    assert bool(crash.SECRET.search(key)) == secret
+    assert bool(SECRET.search(key)) == secret

@@ -221,6 +221,26 @@ def test_a_cancelled_job_saves_and_is_not_requeued(jobs: Jobs) -> None:
     assert jobs.cluster.exec("squeue", "--noheader", f"--job={job}").stdout == ""
 
 
+def test_killed_batch_script_leaves_a_verdict_and_is_requeued(jobs: Jobs) -> None:
+    job = jobs.submit("shell", 1, 1, jobs.gate("fourth", 6))
+    jobs.reached("fourth")
+    kill = f"kill -KILL $(pgrep -f 'job0*{job}/[s]lurm_script')"
+    jobs.cluster.exec("srun", f"--jobid={job}", "--overlap", "bash", "-c", kill)
+    jobs.reached("fourth")
+    assert jobs.cluster.job(job)["Restarts"] == "1"
+    jobs.open("fourth")
+    log = jobs.finished(job)
+    assert jobs.verdicts("shell") == [("requeue", "killed", 5), ("finish", "", NUM_STEPS)]
+    assert "\nrequeued: killed at step 5: the batch script was killed; 1 of cluster.max_requeues.killed=" in log
+
+
+def test_folder_that_slurm_would_expand(jobs: Jobs) -> None:
+    folder = jobs.sft.folder / "50%b"
+    jobs.finished(jobs.submit("percent", 1, 1, f"runs_dir={folder}", "max_steps=1", "val_every=1", "export=false"))
+    (errors,) = (folder / "percent" / "logs").glob("*/rank-0.err")
+    assert errors.read_text().startswith("restart 0 on ")
+
+
 def test_time_limit(jobs: Jobs, limited: str) -> None:
     jobs.finished(limited)
     *stops, last = jobs.verdicts("limited")

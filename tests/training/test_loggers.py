@@ -4,6 +4,7 @@ import errno
 import os
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,7 +24,7 @@ from sft.config import CONF
 from sft.errors import UserError
 from sft.runs.metrics_file import Metrics
 from sft.runs.run import Run
-from sft.training.trackers import about, choose, wandb_run
+from sft.training.trackers import about, choose, tensorboard, wandb_run
 from sft.training.trackers.guard import guarded
 from sft.training.trackers.mlflow import mlflow_logger
 from sft.training.trackers.tensorboard import tensorboard_logger
@@ -174,6 +175,25 @@ def test_tensorboard_has_the_settings_beside_the_best_and_last_values(tmp_path: 
     ).session_start_info
     assert start.hparams["optimizer.lr"].number_value == 0.5
     assert start.hparams["optimizer.name"].string_value == "null"
+
+
+def test_tensorboard_on_a_full_disk_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    from tensorboard.compat.tensorflow_stub.io.gfile import LocalFileSystem
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    logger: Any = guarded(tensorboard_logger(run="r", folder=tmp_path, history=[]), "tensorboard")
+    monkeypatch.setattr(LocalFileSystem, "_write", full)
+    monkeypatch.setattr(threading, "excepthook", tensorboard._told)  # pytest has set its own
+    for step in range(100):
+        logger.log_metrics({"val/loss": 2.0}, step)
+        logger.save()
+    logger.finalize("success")
+    line = "tensorboard failed; the run continues without it until it is resumed: [Errno 28] No space left on device\n"
+    assert capfd.readouterr() == (line, "")
 
 
 @pytest.fixture

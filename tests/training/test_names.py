@@ -86,6 +86,7 @@ SAME = {
     "checkpoint.keep_last": "1",
     "export": "false",
     "extra": "{note: first}",
+    "resume.allow": "[code]",
     "micro_batch_size": "2",
     "data.max_lost": "1",
     "data.num_workers": "2",

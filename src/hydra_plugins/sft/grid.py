@@ -25,6 +25,7 @@ from sft.cluster import slurm
 from sft.errors import UserError
 from sft.runs import process, signals
 from sft.runs.identity import deciding
+from sft.runs.plain import plain
 from sft.runs.results import Result, best_first
 from sft.runs.run import Run
 
@@ -90,7 +91,7 @@ class Grid(BasicSweeper):
         from sft.training.settings import check, check_schema, settle_batch
         from sft.training.shape import settle_data
 
-        shown = " ".join(item for item in overrides if item.partition("=")[0] in varied) or "this setting"
+        shown = plain(" ".join(item for item in overrides if item.partition("=")[0] in varied)) or "this setting"
         if self.queued:
             overrides = [*overrides, *self._allocation(overrides)]
         config = self.hydra_context.config_loader.load_sweep_config(self.config, overrides)
@@ -120,6 +121,11 @@ class Grid(BasicSweeper):
                 )
         slurm.check_installed()
         launcher = self.config.hydra.launcher
+        logs = launcher.submitit_folder
+        if "%" in logs.replace("%j", ""):
+            raise UserError(
+                f"the jobs' logs would be in {logs}, where Slurm expands %: set runs_dir to a folder without"
+            )
         return [f"trainer.num_nodes={launcher.nodes}", f"trainer.devices={launcher.tasks_per_node}"]
 
     def refuse_queued(self, setting: Setting) -> None:

@@ -71,12 +71,11 @@ def _encoded(value: object, tensors: dict[str, Tensor]) -> object:
         return {KIND: "complex", "value": [value.real, value.imag]}
     if isinstance(value, torch.dtype):
         return {KIND: "dtype", "value": str(value)}
-    for kind, (collection, _) in COLLECTIONS.items():
+    for name, (collection, _) in COLLECTIONS.items():
         if type(value) is collection:
-            return {KIND: kind, "value": [_encoded(item, tensors) for item in value]}  # type: ignore[attr-defined]
-    for kind, mapping in MAPPINGS.items():
-        if type(value) is not mapping:
-            continue
+            return {KIND: name, "value": [_encoded(item, tensors) for item in value]}  # type: ignore[attr-defined]
+    kind = next((kind for kind, mapping in MAPPINGS.items() if type(value) is mapping), None)
+    if kind and isinstance(value, dict):
         if kind == "dict" and KIND not in value and all(type(key) is str for key in value):
             return {key: _encoded(item, tensors) for key, item in value.items()}
         pairs = [[_encoded(key, tensors), _encoded(item, tensors)] for key, item in value.items()]

@@ -16,7 +16,7 @@ from sft.checkpoint.layout import Part, Whole, flat, full_shape, named_trainable
 from sft.checkpoint.safetensors_file import BY_NAME
 from sft.errors import UserError
 from sft.ranks import place, together
-from sft.runs import manifest, saved
+from sft.runs import lease, manifest, saved
 from sft.runs.files import fsync
 from sft.runs.manifest import Entry, Manifest
 
@@ -37,6 +37,7 @@ def save(
 
     def begin() -> None:
         if rank == 0:
+            lease.check()
             folder.mkdir(parents=True, exist_ok=True)
             discard_unfinished(folder)
             staging.mkdir()
@@ -56,6 +57,7 @@ def save(
             manifest.write_sealed(staging / "state.json", document)
             flush(staging)
             manifest.write(staging, files | manifest.entries(staging, contents))
+            lease.check()
             if final.exists():  # the same step again, after a resume from an earlier one
                 final.rename(replaced)  # a removal that is killed must leave nothing that looks complete
             staging.rename(final)
@@ -68,7 +70,7 @@ def save(
         files = {name: written for shard_files in together(write) for name, written in shard_files.items()}
         together(finish)
     except BaseException:
-        if rank == 0:
+        if rank == 0 and not lease.is_lost():  # else it can be another's
             shutil.rmtree(staging, ignore_errors=True)
         raise
     return Checkpoint(final)

@@ -33,10 +33,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
+from sft.config.literal import instantiate, resolved
 from sft.errors import UserError
 from sft.model.model_class import of_folder
 from sft.model.router import has_loss
@@ -103,7 +103,8 @@ def certify(
         of_group = run_group(config, folder, samples, list(group), references, before)
         if doubtful := sorted({result.cell.key for result in of_group if result.may_be_rounding}):
             references |= with_rounding(config, folder, samples, {key: references[key] for key in doubtful})
-            of_group = [replace(result, rounding=references[result.cell.key].rounding) for result in of_group]
+            measured = {key: references[key].rounding for key in doubtful}
+            of_group = [replace(result, rounding=measured.get(result.cell.key, result.rounding)) for result in of_group]
         results += of_group
         num_passed = sum(result.passed for result in of_group)
         print(
@@ -117,9 +118,7 @@ def certify(
 
 def prepare(config: DictConfig, folder: Path) -> tuple[DictConfig, Excerpt]:
     """Writes the small model into `folder`; returns the configuration and the samples of all cells."""
-    config = copy.deepcopy(config)
-    OmegaConf.set_struct(config, False)
-    OmegaConf.resolve(config)
+    config = resolved(config)
     if config.data.path:
         read = copy.deepcopy(config)
         read.data.val_path, read.data.val_split, read.data.val_size = None, None, 0

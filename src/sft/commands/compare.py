@@ -25,6 +25,7 @@ from omegaconf import DictConfig
 from sft.config.check import shown
 from sft.errors import UserError
 from sft.runs.files import output_file
+from sft.runs.plain import plain
 from sft.runs.results import Result, best_first, differing
 from sft.runs.run import Run
 
@@ -76,12 +77,12 @@ def show(results: list[Result], console: "Console | None" = None) -> None:
         console.print(f"{left} {more}: sft compare output=runs.csv writes all", soft_wrap=True)
     for result in results:
         if result.error:
-            text = f"{result.name} failed: {' '.join(result.error.split())[:300]}"
+            text = plain(f"{result.name} failed: {' '.join(result.error.split())[:300]}")
             console.print(text, markup=False, soft_wrap=True)
 
 
 FIGURES: dict[str, Callable[[Result], str]] = {
-    "run": lambda result: result.name,
+    "run": lambda result: plain(result.name),
     "state": lambda result: result.state,
     "step": lambda result: f"{result.step}/{result.num_steps or '?'}",
     "validation loss": lambda result: _figure(result.last, ".4f"),
@@ -120,7 +121,7 @@ def _figure(value: float, form: str) -> str:
 
 
 def _short(value: object) -> str:
-    text = f"{value:.6g}" if isinstance(value, float) else shown(value)
+    text = f"{value:.6g}" if isinstance(value, float) else plain(shown(value))
     half = LONGEST // 2
     return text if len(text) <= LONGEST else f"{text[: half - 1]}…{text[-half:]}"
 

@@ -15,6 +15,7 @@ samples with those that the model had in training: verified.json.
 """
 
 import json
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -24,19 +25,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from transformers import AutoConfig, AutoTokenizer
 
 from sft.checkpoint.checkpoint import Checkpoint, best, complete, latest, measured_best
+from sft.config.literal import literal
 from sft.errors import UserError, disk_is_full
 from sft.export.folder import Read, Specs, empty_model, generation_config, verify, write_model
 from sft.export.merge import adapter_config, completed, merged, write_adapter
 from sft.export.processor import copy_files
-from sft.runs import config_file, manifest, provenance, saved
+from sft.runs import computation, config_file, manifest, provenance, saved
 from sft.runs.files import check_writable, fsync
 from sft.runs.identity import TODAY, Config
 from sft.runs.manifest import Damaged
 from sft.runs.metrics_file import Metrics
+from sft.runs.plain import plain
 from sft.runs.run import Run
 from sft.training.log import log
 from sft.training.prepare import Prepared, check_model, model_source, quiet
@@ -71,8 +74,9 @@ def export_run(
     """
     dtypes = {None: None, "float32": torch.float32, "bfloat16": torch.bfloat16}
     settings = run.config
-    source = model_source(OmegaConf.create(dict(settings)), run)
-    check_model(run, source, weights=source.adapter is not None)
+    source = model_source(literal(settings), run)
+    tokenizer = source.load_tokenizer()
+    check_model(run, source, weights=source.adapter is not None, template=str(tokenizer.chat_template or ""))
     if source.adapter:
         merge = source.adapter.merge if merge is None else merge
         source.adapter.check_merge(merge, "merge")
@@ -97,7 +101,6 @@ def export_run(
     if average and not checkpoint.has_average:
         raise UserError(f"{checkpoint.path} holds no average of the weights: set weights=trained, or train with one")
     read: Read = partial(checkpoint.tensor, average=average)
-    tokenizer = source.load_tokenizer()
     generation = generation_config(source, tokenizer, checkpoint.state["stop_token_ids"], log)
     if merge is False:
         write_adapter(staging, source, specs, read, dtypes[dtype])
@@ -225,15 +228,22 @@ def model_card(
         **({"first batch": recorded["first_batch"]["said"]} if "first_batch" in recorded else {}),
         **({"code": recorded["code"]} if "code" in recorded else {}),
         "commit": recorded.get("commit"),
+        **computation.history(run.folder, step),
     }
     lines = ["---", f"library_name: {'peft' if merge is False else 'transformers'}", "pipeline_tag: text-generation"]
     if base and not Path(base).exists():
-        lines.append(f"base_model: {base}")
+        lines.append(f"base_model: {json.dumps(base) if not base.isprintable() else base}")
     lines += ["---", f"# {run.folder.name}", "", "Supervised fine-tuning by `sft`.", "", "| | |", "|---|---|"]
-    lines += [f"| {name} | {value} |" for name, value in recipe.items()]
+    lines += [f"| {name} | {_cell(value)} |" for name, value in recipe.items()]
     configuration = config_file.text(run.folder).rstrip()
-    lines += ["", "The whole configuration:", "", "```yaml", configuration, "```", ""]
+    fence = "`" * max(3, 1 + max(map(len, re.findall("`+", configuration)), default=0))
+    lines += ["", "The whole configuration:", "", f"{fence}yaml", configuration, fence, ""]
     return "\n".join(lines)
+
+
+def _cell(value: object) -> str:
+    """Of a Markdown table: one line, whatever a path or an argument holds."""
+    return re.sub(r"([|<])", r"\\\1", plain(str(value)))
 
 
 def _ledger(run: Run) -> Any:

@@ -17,10 +17,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
-from hydra.utils import instantiate
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from sft.config.literal import instantiate, literal
 from sft.data.conversation import Row, RowFunction
 from sft.data.files import kind
 from sft.data.prompt import prompt_column, served, served_ids, shown
@@ -28,7 +28,9 @@ from sft.data.rows import Source, all_rows
 from sft.errors import BadRow, UserError
 from sft.evaluation.generation import answer, decode
 from sft.export.folder import load_exported
+from sft.runs import computation
 from sft.runs.files import input_file
+from sft.runs.plain import lines as shown_lines
 from sft.runs.run import Run
 from sft.training.prepare import check_model, model_source, quiet, template_settings
 
@@ -38,9 +40,11 @@ def main(config: DictConfig) -> None:
     folder = run.exported()
     run.check_export()
     if (folder / "adapter_config.json").exists():  # nothing without its base
-        check_model(run, model_source(OmegaConf.create(dict(run.config)), run), weights=True)
+        check_model(run, model_source(literal(run.config), run), weights=True)
     quiet()
     row_function = instantiate(run.config["data"]["conversation"], _convert_="all")
+    if note := computation.note(run.folder, run.config):
+        print(note, file=sys.stderr)
     asked = read(config, row_function)
     lines = list(known(asked, row_function, config.file))
     trusted = bool(run.config["model"].get("trust_remote_code"))
@@ -49,7 +53,10 @@ def main(config: DictConfig) -> None:
     token_ids = [served_ids(tokenizer, row_function, one, template) for one in asked]
     for line, response in zip(lines, answers(folder, tokenizer, token_ids, config, trusted), strict=True):
         made = json.dumps({"prompt": line.pop("prompt"), "response": response, **line}, ensure_ascii=False)
-        print(made if config.prompt is None else response, flush=True)
+        text = made if config.prompt is None else response
+        print(
+            shown_lines(text) if sys.stdout.isatty() else text, flush=True
+        )  # a file or a pipe gets what the model said
 
 
 def known(asked: Sequence[Row | str], row_function: RowFunction, file: str | None) -> Iterator[dict[str, object]]:

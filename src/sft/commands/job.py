@@ -2,10 +2,11 @@
 
   sft job setting INDEX [settings of a sweep]   prints one setting of slurm/sweep.sbatch, an override a line
   sft job begin [settings of sft train]         refuses what can't work; prints the run's folder
-  sft job end FOLDER EXIT_CODE LOG              reports why the ranks ended; exit code 75: requeue the job
+  sft job end FOLDER EXIT_CODE LOG              reports why the ranks ended; exit code 0: the run is finished, 75:
+                                                requeue the job, 1: neither
 
 `optimizer.lr=1e-5,2e-5 seed=0,1` are four settings, 0 to 3, in the order of `sft train -m`: the last varies first.
-EXIT_CODE is that of `srun`, LOG the file for its errors and Slurm's.
+EXIT_CODE is that of `srun`, or KILLED where the batch script itself was; LOG the file for its errors and Slurm's.
 """
 
 import os
@@ -28,6 +29,8 @@ from sft.runs.run import Run
 from sft.training import extension
 from sft.training.settings import check
 from sft.training.trackers.notify import gave_up
+
+KILLED = "killed"
 
 
 def main(config: DictConfig) -> None:
@@ -63,7 +66,7 @@ def without_configuration(arguments: list[str]) -> None:
         case ["setting", index, *overrides]:
             print("\n".join(pick(int(index), parse("train", ["--multirun", *overrides]).settings)))
         case ["end", folder, exit_code, log]:
-            end(Run(Path(folder)), int(exit_code), Path(log))
+            end(Run(Path(folder)), None if exit_code == KILLED else int(exit_code), Path(log))
         case _:
             raise UserError("sft job is for batch scripts: see slurm/train.sbatch")
 
@@ -79,16 +82,23 @@ def pick(index: int, overrides: list[str]) -> list[str]:
         raise UserError(
             f"there is no setting {index}: these are {len(settings)} settings, sbatch --array=0-{len(settings) - 1}"
         )
+    if odd := [setting for setting in settings[index] if "\n" in setting]:
+        raise UserError(
+            f"{odd[0].partition('=')[0]}: its value has a line break, at which the batch script divides them"
+        )
     return settings[index]
 
 
-def end(run: Run, exit_code: int, log: Path) -> None:
-    """Reports in the run's events, and as the last line of the log, why the ranks ended."""
+def end(run: Run, exit_code: int | None, log: Path) -> None:
+    """Reports in the run's events, and as the last line of the log, why the ranks ended; exit code 1 unless the run is
+    finished, 75 if the job is to be requeued. `exit_code`: None where the batch script has left no verdict."""
     if run.status.get("state") == "finished":
         return
     job = events.job()
     story = _of_job(events.read(run.folder), job)
     start = max(at for at, event in enumerate(story) if event["event"] == "job")
+    if exit_code is None and any(event["event"] in ("requeue", "stop") for event in story[start:]):
+        sys.exit(1)  # it has, and was killed after it
     printed = log.read_text(errors="replace") if log.is_file() else ""
     printed = printed.rpartition(f"job {job['job']} restart {job['restart']} ")[2]
     step = _step(run.folder)
@@ -96,7 +106,7 @@ def end(run: Run, exit_code: int, log: Path) -> None:
         if event["event"] in ("time_up", "by_hand"):
             events.record(run.folder, "stop", cause=event["event"], step=step, why=event["why"])
             print(f"stopped at step {step}: {event['why']}; submit the job again to resume", flush=True)
-            return
+            sys.exit(1)
     by_slurm = ended_by_slurm(printed)
     if any(event["event"] == "signal" for event in story[start:]):
         death = Death("signal", step, "its checkpoint is saved")
@@ -105,6 +115,8 @@ def end(run: Run, exit_code: int, log: Path) -> None:
         death = Death("timeout", step, error)
     elif by_slurm:  # the loss of a node, a preemption that gave no time, or a requeue by hand
         death = Death("lost", step, f"Slurm ended the job {by_slurm.lower()}")
+    elif exit_code is None:
+        death = Death("killed", step, "the batch script was killed")
     else:
         death = examine(logs(run.folder), job["restart"], exit_code, step, printed)
     if by_slurm == "":
@@ -112,6 +124,7 @@ def end(run: Run, exit_code: int, log: Path) -> None:
         print(f"stopped at step {death.step}: the job was cancelled; submit it again to resume", flush=True)
     elif _conclude(run.folder, death, story, story[start]["max_requeues"]):
         sys.exit(signals.EXIT_CODE)
+    sys.exit(1)
 
 
 def logs(run: Path) -> Path:

@@ -30,6 +30,7 @@ from sft.data.ledger import Ledger, not_read
 from sft.data.step_plan import DEFAULT_PACKS, check_division
 from sft.model.found import Proof
 from sft.runs.files import output_file
+from sft.runs.plain import lines, plain
 from sft.runs.run import Run
 from sft.training.first_batch import prove_here
 from sft.training.prepare import Prepared, quiet, setup
@@ -64,15 +65,15 @@ def show(console: Console, prepared: Prepared, num_packs: int, colour: bool) -> 
     console.print(figures(prepared))
     console.print(ledger_table(prepared.splits.ledger))
     for line in lost_rows(prepared.splits.ledger):
-        console.print(Text(line))
+        console.print(Text(plain(line)))
     if unread := not_read(prepared.splits.ledger):
-        console.print(Text(unread))
+        console.print(Text(plain(unread)))
     for number, pack in enumerate(packs[:num_packs]):
         num_tokens = int(train.lengths[pack].sum())
         full = f"{num_tokens / data.max_length:.1%} full"
         console.print(Text(f"pack {number}: {len(pack)} samples, {num_tokens} tokens, {full}", "bold"))
         for index in pack.tolist():
-            place = f"{train.source(index)} row {train.row(index)}"
+            place = plain(f"{train.source(index)} row {train.row(index)}")
             length, num_supervised = train.lengths[index], train.num_supervised[index]
             weight = "" if train.weight_sums[index] == num_supervised else f", weight {train.weight_sums[index]:g}"
             console.print(Text(f"  {place}: {length} tokens, {num_supervised} supervised{weight}", "dim"))
@@ -108,7 +109,7 @@ def proof_table(proof: Proof) -> Table:
         cells = [f"{number:.1e}" for number in [*numbers, max(found.reach, found.leak)]]
         if way == "noise":
             cells[1] = cells[3] = "-"
-        table.add_row(WAYS[way], *(["-"] * 4 + [found.error] if found.error else cells))
+        table.add_row(WAYS[way], *(["-"] * 4 + [Text(plain(found.error))] if found.error else cells))
     return table
 
 
@@ -119,7 +120,7 @@ def marked(
     text, supervised = Text(), labels != IGNORE
     borders = np.flatnonzero(supervised[1:] != supervised[:-1]) + 1
     for start, end in zip([0, *borders], [*borders, len(input_ids)], strict=True):
-        piece = str(tokenizer.decode(input_ids[start:end].tolist(), clean_up_tokenization_spaces=False))
+        piece = lines(str(tokenizer.decode(input_ids[start:end].tolist(), clean_up_tokenization_spaces=False)))
         if supervised[start]:
             text.append(piece if colour else f"[[{piece}]]", "bold green")
         else:
@@ -134,7 +135,7 @@ def ledger_table(ledger: Ledger) -> Table:
         for counts in part.get("sources", []):
             lost = ", ".join(f"{count} {reason}" for reason, count in counts["lost"].items()) or "0"
             numbers = f"{counts['rows']:,}", f"{counts['samples']:,}", lost, str(counts["truncated_prompt"])
-            table.add_row(split, counts["source"], *numbers)
+            table.add_row(split, Text(plain(counts["source"])), *map(Text, numbers))
     return table
 
 

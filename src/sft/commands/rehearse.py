@@ -17,12 +17,14 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
 from sft.commands.export import try_export
+from sft.config.literal import escaped, resolved
 from sft.data.chat_template import special_ids
 from sft.data.labels import IGNORE
 from sft.errors import UserError
@@ -32,6 +34,7 @@ from sft.runs.files import check_writable
 from sft.runs.run import Run
 from sft.runs.signals import EXIT_CODE
 from sft.training import extension
+from sft.training.compilation import compile_optimizer, offloads
 from sft.training.prepare import Prepared, quiet, setup
 from sft.training.settings import check
 
@@ -45,9 +48,7 @@ PRECISIONS = ("32-true", "bf16-mixed", "bf16-true")  # that a processor has
 def main(config: DictConfig) -> None:
     quiet()
     folder = Path(tempfile.mkdtemp(prefix="sft-rehearsal-"))
-    config = copy.deepcopy(config)
-    OmegaConf.set_struct(config, False)
-    OmegaConf.resolve(config)  # settings that refer to others keep their values when those change
+    config = resolved(config)
     options = config.pop("rehearse")
     stages = Stages(folder, options.timeout)
     try:
@@ -57,6 +58,10 @@ def main(config: DictConfig) -> None:
         if isinstance(error, UserError):
             raise UserError(f"check failed: {error}") from error
         raise
+    if offloads(config):  # outside the stages' time limit
+        stages.begin("compile")
+        compile_optimizer(partial(print, flush=True))
+        stages.end("DeepSpeed's AdamW for the host")
     try:
         _rehearse(stages)
     except Failed as failed:
@@ -108,7 +113,7 @@ def _check(config: DictConfig, folder: Path, num_rows: int) -> str:
     num_ranks, accumulation = check(config, here=False)
     extension.settle(config)
     small = copy.deepcopy(config)
-    settings: Any = OmegaConf.to_container(config)
+    settings: Any = OmegaConf.to_container(config, resolve=True)
     run = Run.of(settings)
     check_writable(Path(config.data.cache_dir), "data.cache_dir")
     cut_data(small.data, folder, num_rows)
@@ -118,7 +123,8 @@ def _check(config: DictConfig, folder: Path, num_rows: int) -> str:
         try_export(prepared)
     shrink_job(small, prepared, folder)
     (folder / "conf").mkdir()
-    OmegaConf.save({"defaults": ["quiet", "_self_"], **small}, folder / "conf" / "rehearsed.yaml")
+    shrunk: Any = OmegaConf.to_container(small, resolve=True)
+    OmegaConf.save({"defaults": ["quiet", "_self_"], **escaped(shrunk)}, folder / "conf" / "rehearsed.yaml")
     sources = [source for split in prepared.splits.ledger.values() for source in split.get("sources", [])]
     num_read, num_lost = sum(source["rows"] for source in sources), sum(source["rows_lost"] for source in sources)
     return (

@@ -21,7 +21,7 @@ from sft.cluster.slurm import queue_if_known
 from sft.errors import UserError
 from sft.report.overview import COLUMNS, table
 from sft.report.progress import Progress, find
-from sft.report.screen import plain
+from sft.runs.plain import plain
 
 if TYPE_CHECKING:
     from rich.console import Console

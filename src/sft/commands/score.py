@@ -16,10 +16,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from hydra.utils import instantiate
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from transformers import AutoTokenizer, PreTrainedModel
 
+from sft.config.literal import instantiate, literal
 from sft.data.batch import make_batch, to_device
 from sft.data.labels import IGNORE
 from sft.data.rows import first_rows
@@ -31,6 +31,7 @@ from sft.errors import UserError
 from sft.export.folder import load_exported
 from sft.model.isolation import Isolation, use_attention
 from sft.model.loss import head_is_plain_matrix, token_log_probs
+from sft.runs import computation
 from sft.runs.files import output_file
 from sft.runs.run import Run
 from sft.training.prepare import check_model, model_source, quiet, template_settings
@@ -43,9 +44,11 @@ def main(config: DictConfig) -> None:
     folder = run.exported()
     run.check_export()
     if (folder / "adapter_config.json").exists():  # nothing without its base
-        check_model(run, model_source(OmegaConf.create(dict(run.config)), run), weights=True)
+        check_model(run, model_source(literal(run.config), run), weights=True)
     settings = run.config
     data_config = instantiate(settings["data"], _convert_="all")
+    if note := computation.note(run.folder, settings):
+        print(note, file=sys.stderr)
     if config.path is not None:
         split = config.split or data_config.split
         data_config = replace(data_config, path=config.path, split=split, val_path=None, val_split=None, val_size=0)

@@ -23,17 +23,19 @@ from contextlib import chdir, suppress
 from pathlib import Path
 from typing import Any
 
-from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from sft.cluster import partitions, slurm, storage, time_limit
 from sft.cluster.sbatch import PROJECT, SCRIPT, Job, split
+from sft.config.literal import instantiate
 from sft.errors import UserError
 from sft.runs import events, provenance
 from sft.runs.files import check_writable
+from sft.runs.plain import plain
 from sft.runs.run import Run
 from sft.runs.stopped import lifted
 from sft.training import extension
+from sft.training.compilation import is_compiled, offloads
 from sft.training.settings import check
 from sft.training.shape import settle_data
 
@@ -65,6 +67,8 @@ def _submit(config: DictConfig, job: Job, dry_run: bool, rehearse: bool) -> None
         raise UserError(f"{run.folder} is finished: nothing to do (another run: run=NAME; anew: remove the folder)")
     notes += check_files(config, run)
     notes += check_first_batch(config, run)
+    if offloads(config) and not is_compiled():  # not here: the processor of a login node may be another
+        notes.append("the first node compiles DeepSpeed's AdamW for the host before it trains: about a minute, once")
 
     nodes = partitions.nodes()
     waits = partitions.check_resources(job, nodes)
@@ -84,7 +88,7 @@ def _submit(config: DictConfig, job: Job, dry_run: bool, rehearse: bool) -> None
         f"{config.micro_batch_size} each a step; {time_limit.clock(limit)} at most, saved {signal_time} s before"
     )
     for note in [*notes, *waits, *([f"Slurm would start it at {start}"] if start else [])]:
-        print(f"note: {note}", flush=True)
+        print(f"note: {plain(note)}", flush=True)
     if rehearse:
         script = Path(sys.executable).with_name("sft")
         if subprocess.run([sys.executable, str(script), "rehearse", *job.overrides]).returncode:
@@ -96,7 +100,8 @@ def _submit(config: DictConfig, job: Job, dry_run: bool, rehearse: bool) -> None
     number = _queue(command, job, run)
     _print_commands(number, run, log.replace("%j", str(number)).replace("%%", "%"))
     if config.logger and "wandb" in config.logger:
-        print(f"W&B: run {run.folder.name}; if the nodes are offline: wandb sync {run.folder}/wandb/offline-run-*")
+        place = shlex.quote(str(run.folder))
+        print(f"W&B: run {run.folder.name}; if the nodes are offline: wandb sync {place}/wandb/offline-run-*")
 
 
 def check_devices(job: Job, accelerator: str) -> list[str]:

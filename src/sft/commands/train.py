@@ -29,17 +29,31 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from sft.runs import events, manifest, saved, signals
+from sft.runs import computation, lease, manifest, provenance, signals, startup
 from sft.runs.metrics_file import Metrics
 from sft.runs.results import Result, after, summarise
 from sft.runs.run import Run
+from sft.runs.secrets import without_secrets
 from sft.runs.stopped import lifted
 from sft.training import extension
 from sft.training.launch import find
-from sft.training.settings import check, check_devices, check_gpu, check_inputs, check_targets, say, settle
+from sft.training.settings import (
+    check,
+    check_devices,
+    check_gpu,
+    check_inputs,
+    check_targets,
+    say,
+    settle,
+    world_size,
+)
 
 if TYPE_CHECKING:
+    from sft.data.dataset import Datasets
     from sft.training.prepare import Prepared
+
+
+OLD = "is from before there were checksums of all files: only its shards are compared"
 
 
 def main(config: DictConfig) -> float | None:
@@ -52,6 +66,7 @@ def main(config: DictConfig) -> float | None:
     signals.stop_after(signals.seconds(config.max_time))
     check_gpu(config.trainer.accelerator)
     run = Run.of(settings)
+    seen = lease.look(run.folder) if launch.rank == 0 else None
     other_callbacks = lifted(run, settings.get("callbacks") or {})
     if run.status.get("state") == "finished" and not other_callbacks:
         print(f"{run.folder} is finished: nothing to do (another run: run=NAME; anew: remove the folder)")
@@ -61,6 +76,9 @@ def main(config: DictConfig) -> float | None:
             repeat(config, run)
         return Result.read(run).last
 
+    # Not of several nodes, whose launchers end them, nor of a multirun, whose ranks start several times.
+    if config.trainer.num_nodes == 1 and HydraConfig.get().mode is not RunMode.MULTIRUN:
+        startup.begin(launch.rank, world_size(config), launched=bool(launch.by))
     check_inputs(config)
     if note := extension.hint(config, run):
         say(note)
@@ -72,6 +90,7 @@ def main(config: DictConfig) -> float | None:
     from sft.data.ledger import in_one_line
     from sft.ranks import disband
     from sft.training import answers
+    from sft.training.checkpointing import put_aside
     from sft.training.fit import fit
     from sft.training.length import check_schedule, lines
     from sft.training.log import is_main, log
@@ -86,6 +105,11 @@ def main(config: DictConfig) -> float | None:
     check_targets(config)
     check_devices(config.trainer.accelerator, config.trainer.devices)
     resume, skipped = checkpoints.to_resume(run.checkpoints)
+    allow = (config.get("resume") or {}).get("allow") or []
+    # Before a store is built with other code.
+    trains = resume is not None and (other_callbacks or not resume.last)
+    if resume and trains and (line := computation.check(run.folder, settings, allow, resume.step)):
+        log(line)
     begins = extended if resume is None else None
     if begins:
         resume = begins.checkpoint()
@@ -97,14 +121,16 @@ def main(config: DictConfig) -> float | None:
     check_schedule(config.schedule, data.num_steps - extension.first_step(config))
 
     model = prepared.fingerprint(config.data.cache_dir, weights=reads) if is_main() else None
-    attempt = run.attempt(settings, prepared.splits.fingerprint, data.num_steps, is_main(), prepared.template, model)
+    fingerprint = prepared.splits.fingerprint
+    attempt = run.attempt(settings, fingerprint, data.num_steps, is_main(), prepared.template, model, seen)
     # Trackers get the final report.
     with tracking() as trackers, reported(run.folder) as report, attempt as status:
         if is_main():
-            for folder, wrong in skipped.items():
-                log(f"note: {wrong}: resumes from the newest checkpoint that is whole")
-                events.record(run.folder, "skipped", why=wrong)
-                saved.set_aside(folder)
+            if resume:
+                put_aside(run.folder, skipped, resume.step)
+            if resume and not (resume.path / manifest.NAME).exists():
+                log(f"note: {resume.path} {OLD}")
+            provenance.amend(run.folder, stores=stores(prepared.splits))
             manifest.write_sealed(run.folder / "data.json", prepared.splits.ledger)
             write_html(run.folder / "preview.html", prepared)
         begun = f", {f'extends {begins.run.folder}' if begins else 'resumed'} after step {data.start_step}"
@@ -139,6 +165,7 @@ def main(config: DictConfig) -> float | None:
         status["exported"] = chosen.step
         if reason:
             status["stopped_early"] = reason
+        lease.check()
         if is_main() and config.export:
             with signals.shielded():  # an export that has begun is finished
                 export_run(run, chosen)
@@ -150,6 +177,13 @@ def main(config: DictConfig) -> float | None:
         return None
     summarise(run, file.metrics, said(run, chosen, file.metrics))
     return Result.read(run).last
+
+
+def stores(splits: "Datasets") -> dict[str, str]:
+    """The folder of each split's token store."""
+    held_out = splits.val is not None and "validation" not in splits.fingerprint
+    val = {} if splits.val is None or held_out else {"validation": splits.val.fingerprint}
+    return {"train": splits.train.fingerprint, **val}
 
 
 def repeat(config: DictConfig, run: Run) -> None:
@@ -164,4 +198,9 @@ def facts(config: DictConfig, prepared: "Prepared") -> dict[str, object]:
     """What each checkpoint tells of its run."""
     template = {"template": prepared.template} if prepared.template else {}
     callbacks = OmegaConf.to_container(config.callbacks, resolve=True) if config.get("callbacks") else {}
-    return {"seed": config.seed, "stop_token_ids": prepared.stop_token_ids, "callbacks": callbacks, **template}
+    return {
+        "seed": config.seed,
+        "stop_token_ids": prepared.stop_token_ids,
+        "callbacks": without_secrets(callbacks),
+        **template,
+    }

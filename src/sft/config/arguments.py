@@ -179,11 +179,12 @@ def _choice(prefix: str, group: str, value: str, options: list[str], is_sweep: b
 def _refuse_option(command: str, word: str, rest: list[str]) -> NoReturn:
     name, _, value = word.lstrip("-").partition("=")
     name = name.replace("-", "_")
-    known = [setting for setting in names(command) if name in (setting, setting.rpartition(".")[2])]
-    if known:
+    here, settings = known_as(name), names(command)
+    known = [setting for setting in settings if name in (setting, setting.rpartition(".")[2])]
+    is_group = any(setting.startswith(f"{name}.") for setting in settings)  # --resume means no setting of ours
+    if known and not (is_group and here):
         value = value or (rest[0] if rest and not rest[0].startswith("-") else "VALUE")
         raise UserError(f"{word}: settings are written without dashes: sft {command} {known[0]}={value}")
-    here = known_as(name)
     advice = f"in its place: {here}" if here else f"settings are written NAME=VALUE; see sft {command} --help"
     raise UserError(f"there is no option {word}; {advice}")
 

@@ -32,7 +32,8 @@ def _share_or_whole(value: float) -> float:
 
 
 def _legal(name: str) -> str:
-    if set(name) & set("/\\#?%:") or name.startswith((".", "-")) or name != name.strip() or len(name) > 120:
+    odd = set(name) & set("/\\#?%:") or not name.isprintable() or name.startswith((".", "-", "~"))
+    if odd or name != name.strip() or len(name.encode()) > 120:
         raise ValueError
     return name
 
@@ -57,7 +58,7 @@ SetName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{1,30}$")]
 Open = described("a mapping of names of your own choice", dict[str, Any])
 # Of a folder, and of the run in W&B.
 Name = described(
-    "a name of at most 120 characters, none of them one of / \\ # ? % : and no . or - at its start",
+    "a name of at most 120 bytes, all of it visible, none of it one of / \\ # ? % : and no . - or ~ at its start",
     Annotated[Text, AfterValidator(_legal)],
 )
 Day = described("a day, YYYY-MM-DD", Annotated[str, AfterValidator(_day)])
@@ -138,6 +139,7 @@ Train = table(  # conf/train.yaml; its groups are checked by the tables below
         export=maybe(one_of("best", "last")),
         drop_optimizer=Yes,
     ),
+    resume=rare(table("Resume", allow=described("a list of what may change: [code]", list[Literal["code"]]))),
     extend=rare(
         table("Extend", run=maybe(Text), schedule=one_of("continue", "restart"), step=maybe(whole(1))),
     ),
@@ -207,6 +209,7 @@ COMMANDS: dict[str, type[Settings]] = {
         runs_dir=Text,
     ),
     "compare": table("Compare", runs=list[Text], output=maybe(Text), html=maybe(Text), runs_dir=Text),
+    "check": table("Check", run=Text, runs_dir=Text),
     "runs": table("Runs", run=maybe(Paths), state=maybe(one_of(*STATES.split())), runs_dir=Text),
     "watch": table("Watch", run=maybe(Paths), once=Yes, every=Positive, runs_dir=Text),
 }

@@ -2,10 +2,13 @@
 
 import re
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
-from functools import cached_property
-from typing import TYPE_CHECKING
+from functools import cached_property, partial
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any
 
+from sft.data.bounded import Endless, bounded
 from sft.data.clock import pinned
 from sft.data.conversation import Message, Tools
 from sft.errors import BadRow, UserError
@@ -20,6 +23,19 @@ NO_STOP = (
 )
 REASONING = ("reasoning_content", "reasoning", "thinking")  # what templates call it; the first is ours
 PROBE = "sentinel"
+SECONDS = 10.0  # for one conversation, which takes a thousandth of one
+LONGEST = 10_000_000  # characters that a template may make of a short conversation
+
+
+class Unending(UserError):
+    """A chat template that runs for ever, or nearly: it would do so for each row."""
+
+    def __init__(self, what: str) -> None:
+        super().__init__(f"{what}: it is stopped: correct it, or set model.chat_template to another")
+        self.what = what
+
+    def __reduce__(self) -> tuple[type["Unending"], tuple[str]]:  # from a worker process
+        return Unending, (self.what,)
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,6 +59,8 @@ class ChatTemplate:
             return self._rendered(
                 self._in_its_words(messages), tools, arguments, add_generation_prompt=add_generation_prompt
             )[0][0]
+        except Unending:
+            raise
         except Exception as error:  # a template is a program: it may raise anything
             if not self.source:
                 raise UserError(
@@ -138,19 +156,34 @@ class ChatTemplate:
         from transformers.utils import chat_template_utils
 
         given = {**self._arguments, **arguments} if arguments else self._arguments
-        rendered: object = chat_template_utils.render_jinja_template(
+        rendered: Any = partial(  # type: ignore[explicit-any]
+            chat_template_utils.render_jinja_template,
             [messages],
             tools=tools,  # type: ignore[arg-type]  # lists and mappings are invariant
             chat_template=self._pinned(tools),
             **options,  # type: ignore[arg-type]
             **given,  # type: ignore[arg-type]
         )
-        return rendered  # type: ignore[return-value]  # declared as a text
+        try:
+            texts, spans = bounded(SECONDS, rendered)
+        except Endless:
+            raise Unending(f"{self._name} takes more than {SECONDS:.0f} s for one conversation") from None
+        except MemoryError:
+            raise Unending(f"{self._name} takes more memory for one conversation than there is") from None
+        if len(texts[0]) > LONGEST and len(texts[0]) > 100 * len(repr((messages, tools, given))):
+            raise Unending(f"{self._name} makes {len(texts[0]):,} characters of one conversation")
+        return texts, spans
+
+    @property
+    def _name(self) -> str:
+        return f"the chat template (model.chat_template, or that of {self.tokenizer.name_or_path})"
 
     def _pinned(self, tools: Tools) -> str:
         """The template for a conversation with or without tools; its clock stands still."""
         template = self.tokenizer.get_chat_template(tools=tools)
         if template not in self._known:
+            if _has_power(template):
+                raise Unending(f"{self._name} raises a number to a power, which can take for ever")
             self._known[template], _ = pinned(template, self.arguments)
         return self._known[template]
 
@@ -192,6 +225,8 @@ class ChatTemplate:
         for content, answer in ((PROBE, False), ([{"type": "text", "text": PROBE}], True)):
             try:
                 [text], _ = self._rendered([{"role": "user", "content": content}], None, None)
+            except Unending:
+                raise
             except Exception:  # see `render`
                 continue
             if PROBE in text:
@@ -212,6 +247,16 @@ class ChatTemplate:
                 for message in messages
             ]
         return messages
+
+
+def _has_power(template: str) -> bool:
+    """Whether a template has the operator **, which nothing can stop while it computes."""
+    from jinja2 import Environment, TemplateError
+
+    with suppress(TemplateError):  # whoever renders it says what is wrong
+        words = [word for _, kind, word in Environment().lex(template) if kind != "whitespace"]
+        return any(word == "**" and before not in ("(", ",") for before, word in pairwise(words))
+    return False
 
 
 def _specials(template: ChatTemplate, messages: list[Message]) -> list[str]:

@@ -3,7 +3,6 @@
 import errno
 import hashlib
 import json
-import socket
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -17,13 +16,14 @@ from numpy.typing import NDArray
 from sft.data import ledger, splits
 from sft.data.build import build_store
 from sft.data.conversation import RowFunction
-from sft.data.fingerprint import NUM_DIGITS, data_fingerprint, mask_fingerprint, remembered
+from sft.data.fingerprint import data_fingerprint, mask_fingerprint, remembered
 from sft.data.ledger import Ledger
 from sft.data.mask import Tokenization
 from sft.data.rows import Source
 from sft.data.step_plan import split_held_out
-from sft.data.store import Store, check
+from sft.data.store import REBUILD, Store
 from sft.errors import FULL_DISK, UserError
+from sft.runs import manifest
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -174,23 +174,24 @@ class DataConfig:
                     f"{cache_dir}: the token store cannot be written ({error.strerror or error}): make room or set "
                     "data.cache_dir to another folder"
                 ) from error
+        store = Store(folder, sources)
         if not wait:  # the first rank: the others have the same files
             _compare(folder, cache_dir / "fingerprints")
-        store = Store(folder, sources)
         ledger.check(store.counts, self.max_lost, self.overlong)  # on opening too: max_lost is no part of the key
         return store
 
 
 def _compare(folder: Path, memo_dir: Path) -> None:
-    """Damaged where a checksum of the store's files is another; they are read once on a machine while unchanged."""
-    stats = [(path.name, path.stat()) for path in sorted(folder.iterdir())]
-    state = [(name, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino) for name, stat in stats]
+    """Damaged where a checksum of the store's files is another; a file is read once while it is unchanged."""
+    advice = REBUILD.format(folder)
+    for name, expected in (manifest.read(folder, advice) or {}).items():
+        path = folder / name
 
-    def whole() -> str:
-        check(folder, contents=True)
-        return "0" * NUM_DIGITS
+        def checksum(path: Path = path) -> str:
+            return 2 * manifest.entry(path)["xxh3_128"]
 
-    remembered(folder, f"{socket.gethostname()}\n{state}", memo_dir, whole)
+        if remembered(path, memo_dir, checksum) != 2 * expected["xxh3_128"]:
+            raise manifest.Damaged(f"{path} is damaged (its checksum is another)", advice)
 
 
 def _sources(paths: str | list[str] | None, name: str | None, split: str, sample_by: str) -> list[Source]:

@@ -41,25 +41,26 @@ def data_fingerprint(source: Source, cache_dir: Path) -> str:
 
 
 def _file_hash(file: Path, memo_dir: Path) -> str:
-    """sha256 of a file, remembered by (path, size, modification time)."""
+    """sha256 of a file."""
 
     def compute() -> str:
         with file.open("rb") as stream:
             return hashlib.file_digest(stream, "sha256").hexdigest()
 
+    return remembered(file, memo_dir, compute)
+
+
+def remembered(file: Path, memo_dir: Path, compute: Callable[[], str]) -> str:
+    """What `compute` says of a file, in 64 digits; asked once while its size, times and inode stay. Whoever sets the
+    modification time back moves the time of the last change."""
     stat = file.stat()
-    return remembered(file, f"{stat.st_size}\n{stat.st_mtime_ns}", memo_dir, compute)
-
-
-def remembered(file: Path, state: str, memo_dir: Path, compute: Callable[[], str]) -> str:
-    """What `compute` says of a file, in 64 digits; asked once while the file is in this state."""
-    changed = file.stat().st_mtime
+    state = f"{stat.st_size}\n{stat.st_mtime_ns}\n{stat.st_ctime_ns}\n{stat.st_ino}"
     memo = memo_dir / hashlib.sha256(f"{file.resolve()}\n{state}".encode()).hexdigest()
     if memo.exists() and len(known := memo.read_text()) == NUM_DIGITS:  # else another rank is writing it
         return known
     digest = compute()
     # A file changed a moment ago may change again within the same tick of its clock ("racily clean", in git's words).
-    if time.time() - changed > RACY_SECONDS:
+    if time.time() - max(stat.st_mtime, stat.st_ctime) > RACY_SECONDS:
         with suppress(OSError):  # a store in a read-only cache can still be opened
             memo_dir.mkdir(parents=True, exist_ok=True)
             memo.write_text(digest)

@@ -119,9 +119,8 @@ def ranges(source: Source, cache_dir: Path | None) -> list[tuple[str, int, int]]
     try:
         slices = ReadInstruction.from_spec(source.split).to_absolute(lengths)
     except (ValueError, AssertionError) as error:
-        raise UserError(
-            f"split {source.split!r} can't be read ({error}): write train[:1000] or train[10%:20%]"
-        ) from None
+        why = " ".join(str(error).split())
+        raise UserError(f"split {source.split!r} can't be read ({why}): write train[:1000] or train[10%:20%]") from None
     return [(each.splitname, each.from_, each.to) for each in slices]
 
 

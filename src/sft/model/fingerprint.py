@@ -80,8 +80,6 @@ def _file_hash(file: Path, memo_dir: Path) -> str:
 
     def compute() -> str:
         with ThreadPoolExecutor(NUM_THREADS) as pool:
-            return hashlib.sha256(b"".join(pool.map(of_block, range(0, stat.st_size, BLOCK)))).hexdigest()
+            return hashlib.sha256(b"".join(pool.map(of_block, range(0, file.stat().st_size, BLOCK)))).hexdigest()
 
-    stat = file.stat()
-    state = f"{stat.st_size}\n{stat.st_mtime_ns}\n{stat.st_ctime_ns}\n{stat.st_ino}"
-    return remembered(file, state, memo_dir, compute)
+    return remembered(file, memo_dir, compute)

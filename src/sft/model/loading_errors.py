@@ -32,6 +32,9 @@ def not_loaded(what: str, source: str, error: Exception, architecture: str = "")
     if REMOTE_CODE in str(error):
         message = "its folder holds Python code of its own, which is run to load it"
         named, todo = message, f": read it, then set model.{REMOTE_CODE}=true"
+    elif "Weights only load failed" in str(error):
+        named = "its weights are a pickle that holds more than tensors"
+        todo = ", and nothing of it is run: take weights in safetensors, or convert them where you trust them"
     elif isinstance(error, ImportError):
         todo = f": pip install {package}" if (package := _package(error)) else ""
     elif kind not in SPEAKING and what == "model":

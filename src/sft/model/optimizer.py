@@ -87,9 +87,9 @@ def clip(model: nn.Module, largest: float | None, by_value: bool) -> tuple[Tenso
 
 
 def total_norm(tensors: list[Tensor]) -> Tensor:
-    """Root of the sum of all squares, over all ranks. On a processor torch adds up a tensor's squares in fp32 one after
-    the other, 2 % too few for the embeddings of a large vocabulary; block by block the norm is exact to 1e-6. (What
-    FSDP2 shards is left to torch: only tests do that on a processor.)"""
+    """Root of the sum of all squares, over all ranks for DTensors, else of the values given. On a processor torch adds
+    up a tensor's squares in fp32 one after the other, 2 % too few for the embeddings of a large vocabulary; block by
+    block the norm is exact to 1e-6. (What FSDP2 shards is left to torch: only tests do that on a processor.)"""
     blocks: list[Tensor] = []
     for tensor in tensors:
         whole = tensor.is_cuda or isinstance(tensor, DTensor)

@@ -127,6 +127,11 @@ class CellResult:
         return max(self.cell.tolerance, min(ROUNDINGS * self.rounding, LARGEST_WEIGHT_TOLERANCE))
 
     @property
+    def raised(self) -> bool:
+        """Whether rounding raised the tolerance."""
+        return self.tolerance > self.cell.tolerance
+
+    @property
     def passed(self) -> bool:
         # NaN is within no tolerance.
         return not self.error and self.loss <= self.cell.loss_tolerance and self.weight <= self.tolerance
@@ -280,6 +285,7 @@ def compare(cell: Cell, outcome: Outcome, reference: Reference) -> CellResult:
         loss=_largest_difference(outcome.losses, reference.losses[start:]),
         grad_norm=_largest_difference(outcome.grad_norms, reference.grad_norms[start:]),
         weight=float(weight),
+        rounding=reference.rounding,
     )
 
 

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Column, Table
 from transformers import AutoConfig
 
-from sft.proof.cells import NUM_STEPS, CellResult, Key
+from sft.proof.cells import NUM_STEPS, ROUNDINGS, CellResult, Key
 from sft.proof.excerpt import Excerpt
 from sft.proof.reference import Reference
 from sft.runs import provenance
@@ -49,6 +49,17 @@ class Certificate:
             for result in self.results
             if not result.passed
         ]
+
+    def raised(self) -> str:
+        """A paragraph of the tolerances that rounding raised."""
+        tolerances = [result.tolerance for result in self.results if result.raised]
+        if not tolerances:
+            return ""
+        return (
+            f"The tolerance of {len(tolerances)} cell{'s' if len(tolerances) > 1 else ''} was raised, to at most "
+            f"{max(tolerances):.0e}: {ROUNDINGS} times what moving each first weight to the next number above or "
+            "below it does to the loop's own weights.\n\n"
+        )
 
     def save(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
@@ -123,7 +134,7 @@ shows the largest differences of its cells, which certificate.json lists.
 
 {text.getvalue().strip()}
 
-{failures}
+{self.raised()}{failures}
 ## What was trained
 
 - model: `{model.model_type}` with {model.num_hidden_layers} layers of {model.hidden_size} channels and \

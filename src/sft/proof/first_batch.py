@@ -6,10 +6,10 @@ from pathlib import Path
 
 import torch
 from huggingface_hub import try_to_load_from_cache
-from hydra.utils import instantiate
 from omegaconf import DictConfig
 from transformers.utils import logging as transformers_logging
 
+from sft.config.literal import instantiate
 from sft.errors import UserError
 from sft.model.first_batch import AUTO, Prover
 from sft.model.found import Proof

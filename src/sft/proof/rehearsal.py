@@ -15,7 +15,7 @@ import lightning as L
 from lightning.pytorch.callbacks import Callback
 
 from sft.proof.rank_pool import LAUNCHERS
-from sft.runs.crash import is_library
+from sft.runs.provenance import is_library
 
 
 @dataclass(eq=False)

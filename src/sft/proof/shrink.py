@@ -11,10 +11,10 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from hydra.utils import instantiate
 from omegaconf import DictConfig
 from transformers import PretrainedConfig, PreTrainedModel
 
+from sft.config.literal import instantiate
 from sft.errors import UserError
 from sft.model.model_class import auto_class, of_folder
 from sft.proof import small_config

@@ -7,7 +7,10 @@ from collections.abc import Iterable, Sequence
 
 # Control characters, those that change the direction of what follows, and halves of characters. Not the joiners and
 # marks that Persian, Hindi and emoji are written with.
-UNSEEN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200b\u202a-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb\ud800-\udfff]")
+UNSEEN = re.compile(
+    "[\x00-\x08\x0b-\x1f\x7f-\x9f\xad\u061c\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb\ud800-\udfff"
+    "\U000e0000-\U000e007f]"
+)
 
 
 def visible(text: object) -> str:

@@ -10,8 +10,9 @@ from rich.text import Text
 
 from sft.cluster.time_limit import clock
 from sft.report.progress import Progress
-from sft.report.screen import plain, shade, share
-from sft.runs.results import duration
+from sft.report.screen import shade, share
+from sft.runs.lease import duration
+from sft.runs.plain import plain
 
 COLUMNS: dict[str, Callable[[Progress], str]] = {
     "run": lambda run: plain(run.folder.name),

@@ -121,6 +121,8 @@ def _with_job(found: str, job: QueuedJob | None, story: Sequence[Event]) -> str:
         return "queued" if found != "running" or (last and last.get("job") == job.number) else found
     if last and last["event"] == "requeue":
         return "queued"
+    if job.state == "SUSPENDED":
+        return "suspended"
     return "starting" if found == "new" or (last and last["event"] == "job") else found
 
 

@@ -10,8 +10,8 @@ import yaml
 from sft.config.check import shown
 from sft.report.folder import Folder
 from sft.report.html import code, escaped, figure, more, pairs, table
-from sft.runs.crash import redacted
 from sft.runs.identity import deciding
+from sft.runs.secrets import of_code, redacted
 
 Clean = Callable[[object], str]
 WORDS = {  # of recipe.json, in this order; what else is in it follows under its own name
@@ -122,7 +122,7 @@ def again(folder: Folder, clean: Clean) -> str:
         rows = [(f"{part}: {name}", f"<code>{escaped(value)}</code>") for part, name, value in files]
         parts.append(more("Fingerprints of the model's files", pairs(rows)))
     if diff:
-        parts.append(more("Uncommitted changes of the code", code(clean(diff)[:100_000])))
+        parts.append(more("Uncommitted changes of the code", code(of_code(diff, folder.config)[:100_000])))
     return "".join(parts)
 
 

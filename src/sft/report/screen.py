@@ -1,7 +1,6 @@
 """What a terminal shows of a run: progress, curves, an answer, events."""
 
 import math
-import unicodedata
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 
@@ -13,6 +12,7 @@ from sft.report.progress import Progress
 from sft.runs.answers_file import Answer
 from sft.runs.events import Event
 from sft.runs.metrics_file import Curve
+from sft.runs.plain import plain
 
 BLOCKS = "▁▂▃▄▅▆▇█"
 CURVES = {  # label, form, and whether the scale is logarithmic, not from 0 on
@@ -23,22 +23,11 @@ CURVES = {  # label, form, and whether the scale is logarithmic, not from 0 on
     "train/tokens_per_second": ("tokens/s", ",.0f", False),
 }
 SEEN = {"train/epoch": "epoch {:.2f}", "train/tokens": "{:,.0f} tokens"}
-UNSEEN = ("Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp")
-JOINERS = "\u200c\u200d"  # some scripts need them
 SHADES = {"running": "green", "finished": "green", "failed": "red", "died": "red", "unreadable": "red"}
 EVENT_SHADES = {"alert": "yellow", "failure": "red", "stop": "red", "requeue": "yellow", "finish": "green"}
 MOST_EVENTS = 6
 EMPTY = "(empty)"  # an answer without text
 MOST_VALUES = 50  # of a curve that one character stands for: of more, some are left out
-
-
-def plain(text: str) -> str:
-    """The text in one line, with escapes for what would not be seen or would move what is: control, format and
-    bidirectional characters."""
-    return "".join(
-        char.encode("unicode_escape").decode() if unicodedata.category(char) in UNSEEN and char not in JOINERS else char
-        for char in text
-    )
 
 
 def shade(state: str) -> str:

@@ -167,7 +167,11 @@ def _text(event: Event) -> str:
         parts.append(f"{'after step' if said['event'] == 'start' else 'step'} {step:,}")
     if said.get("cause"):
         parts.append(str(said["cause"]).replace("_", " "))
-    parts += [str(said[key]) for key in ("title", "signal", "why", "error", "text", "job_nodelist") if said.get(key)]
+    parts += [
+        str(said[key])
+        for key in ("title", "signal", "why", "error", "text", "attention", "changed", "job_nodelist")
+        if said.get(key)
+    ]
     if said.get("rank") is not None:
         parts.append(f"rank {said['rank']} on {said.get('host', '?')}")
     if said.get("job") is not None:

@@ -2,13 +2,11 @@
 
 import json
 import os
-import re
 import shlex
 import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Mapping
 from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, metadata
 from pathlib import Path
@@ -16,18 +14,12 @@ from typing import TYPE_CHECKING
 
 from sft.runs import provenance
 from sft.runs.failure import follows
+from sft.runs.plain import plain
+from sft.runs.provenance import is_library
+from sft.runs.secrets import redacted
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
-
-# What keys of settings hold that nobody else may read. Not max_new_tokens, stop_token_ids or tokenizer.
-SECRET = re.compile(
-    r"api_?key|access_?key|private_?key|passw|passphrase|secret|credential|authorization|token(?!iz|s|_id)",
-    re.IGNORECASE,
-)
-_SECRET_VALUE = re.compile(
-    rf"([\w.-]*(?:{SECRET.pattern})[\w.-]*[\"']?\s*[:=]\s*[\"']?(?:bearer\s+)?)[^\s\"',)}}]+", re.IGNORECASE
-)
 
 
 def report(error: BaseException, config: "DictConfig | None") -> str:
@@ -39,7 +31,7 @@ def report(error: BaseException, config: "DictConfig | None") -> str:
     """
     settings = _resolved(config)
     message = str(error).strip().partition("\n")[0]
-    first = redacted(f"{type(error).__name__}: {message}", settings)[:300]
+    first = plain(redacted(f"{type(error).__name__}: {message}", settings))[:300]
     path = None
     with suppress(OSError):  # a full disk, say
         path = None if follows(error) else _write_crash(error, settings)
@@ -90,34 +82,11 @@ def _run_folder(settings: dict[str, object]) -> Path | None:
     return None
 
 
-def redacted(text: str, settings: Mapping[str, object]) -> str:
-    """Without the values of settings whose keys say that they are secret, wherever they stand."""
-    for secret in sorted(_secrets(settings), key=len, reverse=True):
-        for form in {secret, json.dumps(secret)[1:-1], shlex.quote(secret)}:
-            text = text.replace(form, "***")
-    return _SECRET_VALUE.sub(r"\1***", text)
-
-
-def _secrets(value: object, inside: bool = False) -> set[str]:
-    if isinstance(value, Mapping):
-        return {text for key, inner in value.items() for text in _secrets(inner, inside or bool(SECRET.search(key)))}
-    if isinstance(value, list):
-        return {text for inner in value for text in _secrets(inner, inside)}
-    return {value} if inside and isinstance(value, str) and len(value) > 3 else set()
-
-
 def _place(error: BaseException) -> str:
     """File and line of the innermost frame that is no library's."""
     frames = traceback.extract_tb(error.__traceback__)
     own = [frame for frame in frames if not is_library(frame.filename)] or list(frames)
     return f"{own[-1].filename}:{own[-1].lineno}" if own else "an unknown place"
-
-
-def is_library(file: str) -> bool:
-    """Whether a source file is neither this project's nor the user's own."""
-    if Path(file).is_relative_to(Path(__file__).parents[1]):
-        return False
-    return file.startswith((sys.prefix, sys.base_prefix, "<")) or "site-packages" in file
 
 
 def _issues() -> str:

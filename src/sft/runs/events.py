@@ -6,9 +6,10 @@ import os
 from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
-from typing import Required, TypedDict
+from typing import Required, TypedDict, cast
 
 from sft.runs.provenance import now
+from sft.runs.secrets import redacted
 
 
 class SlurmJob(TypedDict, total=False):
@@ -16,6 +17,13 @@ class SlurmJob(TypedDict, total=False):
 
     job: int
     restart: int
+
+
+class Computation(TypedDict):
+    """What decides a run's numbers beyond its configuration."""
+
+    files: dict[str, dict[str, str]]  # part → file → its hash
+    versions: dict[str, str]
 
 
 class Event(SlurmJob, total=False):
@@ -26,6 +34,12 @@ class Event(SlurmJob, total=False):
     step: int  # optimizer steps done
     hosts: list[str]
     num_ranks: int
+    commit: str | None  # of a start, of this code
+    computation: str  # of a start: the hash of what decides its numbers (sft.runs.computation), and
+    code: Computation  # that itself, where it is not an earlier start's
+    untracked: dict[str, str]  # of `code`: files that no commit has → their hashes
+    changed: str  # since the start before, in a line
+    allowed: list[str]  # by resume.allow, where the change needed it
     seconds: float  # of a save
     signal: str
     cause: str
@@ -50,7 +64,8 @@ def job() -> SlurmJob:
 
 def record(folder: Path, event: str, **details: object) -> None:
     """Appends an event to the run's story in a single write."""
-    line = json.dumps({"time": now(), "event": event, **job(), **details}) + "\n"
+    said = {"time": now(), "event": event, **job(), **{name: _told(detail) for name, detail in details.items()}}
+    line = json.dumps(said) + "\n"
     descriptor = os.open(folder / "events.jsonl", os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
     try:
         size = os.fstat(descriptor).st_size
@@ -61,17 +76,24 @@ def record(folder: Path, event: str, **details: object) -> None:
         os.close(descriptor)
 
 
+def _told(detail: object) -> object:
+    """Without what is secret; settings are words such as `logger.api_key=...`."""
+    if isinstance(detail, list):
+        return [_told(one) for one in detail]
+    return redacted(detail) if isinstance(detail, str) else detail
+
+
 def read(folder: Path) -> list[Event]:
     """All events so far, oldest first; a line that is cut short or damaged is left out."""
     try:
         lines = (folder / "events.jsonl").read_text(errors="replace").split("\n")
     except FileNotFoundError:
         return []
-    events = []
+    events: list[Event] = []
     for line in lines:
         with suppress(ValueError):
             event = json.loads(line)
             if isinstance(event, dict) and all(isinstance(event.get(name), str) for name in ("time", "event")):
                 datetime.fromisoformat(event["time"])
-                events.append(event)
+                events.append(cast(Event, event))
     return events

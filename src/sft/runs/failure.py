@@ -12,6 +12,7 @@ from typing import TypedDict
 from sft.errors import NotFinite, UserError, chain, disk_is_full
 from sft.runs import watchdog
 from sft.runs.files import write_json
+from sft.runs.secrets import redacted
 
 # Errors of a rank that lost another one: they follow from that one's failure.
 FOLLOWING = re.compile(
@@ -64,8 +65,10 @@ def write(folder: Path, error: BaseException) -> None:
         "step": watchdog.step,
         "cause": cause(error),
         "following": follows(error),
-        "error": f"{type(error).__name__}: {error}"[:2000],
-        "traceback": "" if isinstance(error, UserError) else "".join(traceback.format_exception(error))[-20_000:],
+        "error": redacted(f"{type(error).__name__}: {error}"[:2000]),
+        "traceback": ""
+        if isinstance(error, UserError)
+        else redacted("".join(traceback.format_exception(error))[-20_000:]),
     }
     restart = os.environ.get("SLURM_RESTART_COUNT", 0)
     write_json(folder / f"attempt-{restart}-rank-{rank}.json", report)

@@ -20,6 +20,7 @@ class Metrics:
 
     columns: list[str]
     rows: list[dict[str, str]]
+    num_lost: int = 0  # whole lines that are no rows
 
     @classmethod
     def read(cls, path: Path) -> "Metrics":
@@ -27,14 +28,17 @@ class Metrics:
         is cut short by a kill, still being written or damaged is left out."""
         rows: list[dict[str, str]] = []
         with suppress(FileNotFoundError, csv.Error), path.open(newline="", errors="replace") as file:
-            reader = csv.DictReader(file)
+            reader = csv.DictReader(line for line in file if line.endswith("\n"))
             columns = list(reader.fieldnames or ())
             if "step" not in columns or len({*columns}) < len(columns):
-                return cls([], [])
+                return cls([], [], len(list(reader)) + bool(columns))
+            num_lost = 0
             for row in reader:
                 if _is_whole(row) and int(row["step"]) > (int(rows[-1]["step"]) if rows else -1):
                     rows.append(row)
-            return cls(columns, rows)
+                else:
+                    num_lost += 1
+            return cls(columns, rows, num_lost)
         return cls([], [])
 
     @property

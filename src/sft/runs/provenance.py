@@ -9,7 +9,10 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TypedDict
 
+from sft.config.check import targets
+from sft.config.schema import OURS
 from sft.runs import manifest
+from sft.runs.secrets import of_code, redacted
 
 ADVICE = (
     "put back a copy; without one remove it: the run resumes, and its data and its model are no longer compared with "
@@ -34,7 +37,8 @@ class Provenance(TypedDict):
     started: str
     command: list[str]
     commit: str | None
-    uncommitted_diff: str | None
+    uncommitted_diff: str | None  # without what is secret
+    functions: dict[str, str]  # that are the user's own, by setting
     python: str
     versions: dict[str, str]
 
@@ -53,14 +57,17 @@ def now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 
-def collect() -> Provenance:
+def collect(settings: Mapping[str, object] | None = None) -> Provenance:
+    """`settings`: the run's, of which no secret is written."""
+    diff = _git("diff", "HEAD")
     return {
         "started": now(),
-        "command": sys.argv,
-        "commit": _git("rev-parse", "HEAD"),
-        "uncommitted_diff": _git("diff", "HEAD"),
+        "command": [redacted(word, settings) for word in sys.argv],
+        "commit": commit(),
+        "uncommitted_diff": diff and of_code(diff, settings),
+        "functions": {name: target for name, target in targets(settings or {}) if not target.startswith(OURS)},
         "python": platform.python_version(),
-        "versions": {package: _version(package) for package in PACKAGES},
+        "versions": {package: installed(package) or "not installed" for package in PACKAGES},
     }
 
 
@@ -88,18 +95,29 @@ def recorded(folder: Path) -> dict[str, object]:
         return {}
 
 
-def _version(package: str) -> str:
+def commit() -> str | None:
+    """Of this code; None outside a checkout."""
+    return _git("rev-parse", "HEAD")
+
+
+def is_library(file: str) -> bool:
+    """Whether a source file is neither this project's nor the user's own."""
+    if Path(file).is_relative_to(Path(__file__).parents[1]):
+        return False
+    return file.startswith((sys.prefix, sys.base_prefix, "<")) or "site-packages" in file
+
+
+def installed(package: str) -> str | None:
+    """Its version; None where it isn't installed."""
     try:
         return version(package)
     except PackageNotFoundError:
-        return "not installed"
+        return None
 
 
-def _git(*arguments: str) -> str | None:
+def _git(*arguments: str, cwd: Path = Path(__file__).parent) -> str | None:
     """The output of git in the folder of this code; None outside a checkout."""
     try:
-        return subprocess.run(
-            ["git", *arguments], cwd=Path(__file__).parent, capture_output=True, text=True, check=True
-        ).stdout.strip()
+        return subprocess.run(["git", *arguments], cwd=cwd, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return None

@@ -7,9 +7,12 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from sft.runs import lease
 from sft.runs.identity import deciding
+from sft.runs.lease import duration
 from sft.runs.metrics_file import Metrics
-from sft.runs.run import Run, live_process
+from sft.runs.process import live_process
+from sft.runs.run import Run
 
 HANG_AFTER = 900  # seconds, as conf/cluster/default.yaml
 SLACK = 120  # seconds in which a rank that hangs is ended, and a file's time may be off
@@ -50,27 +53,25 @@ class Result:
 
 
 def state(run: Run) -> str:
-    """The state of a run. One whose process is gone without a trace, as after SIGKILL, has died; of a process on
-    another machine only its files can tell."""
+    """The state of a run, by its heartbeat where it says that it is running: died, if its process is gone without a
+    trace as after SIGKILL, suspended, or silent, if its machine is another one and doesn't write."""
     status = run.status
     said = status.get("state", "new")
     if said != "running" or "pid" not in status:
         return said
-    if status["host"] == socket.gethostname() and status["process"]:
+    held = lease.newest(run.folder)
+    if held and held.state:
+        return held.state
+    if not held and status["host"] == socket.gethostname() and status["process"]:  # begun before there were leases
         return said if live_process(status["pid"]) == status["process"] else "died"
     files = [run.folder / name for name in ("status.json", "metrics.csv", "events.jsonl")]
-    silent = time.time() - max(file.stat().st_mtime for file in files if file.exists())
+    silent = time.time() - max(
+        file.stat().st_mtime for file in (*files, *([held.path] if held else [])) if file.exists()
+    )
     if silent <= SLACK:
         return said  # whatever its configuration says, which takes long to read
-    longest = (run.config.get("cluster") or {}).get("hang_after") or HANG_AFTER
+    longest = 0 if held else (run.config.get("cluster") or {}).get("hang_after") or HANG_AFTER
     return f"silent {duration(silent)}" if silent > longest + SLACK else said
-
-
-def duration(seconds: float) -> str:
-    for unit, length in (("d", 86_400), ("h", 3_600)):
-        if seconds >= 1.5 * length:
-            return f"{seconds / length:.0f} {unit}"
-    return f"{seconds / 60:.0f} min"
 
 
 def best_first(results: Iterable[Result]) -> list[Result]:

@@ -16,12 +16,14 @@ from hydra.errors import InstantiationException
 
 from sft.config.check import shown
 from sft.errors import NotFinite, UserError, by_hand
-from sft.runs import config_file, events, manifest, provenance, saved, watchdog
+from sft.runs import config_file, events, lease, manifest, provenance, saved, watchdog
 from sft.runs.failure import cause
 from sft.runs.files import TRIAL, check_writable, unfinished
 from sft.runs.identity import TODAY, Config, deciding, identity
 from sft.runs.manifest import Damaged
+from sft.runs.process import live_process
 from sft.runs.provenance import now
+from sft.runs.secrets import redacted, without_secrets
 from sft.runs.signals import Interrupted
 
 
@@ -124,11 +126,11 @@ class Run:
         names = {path.name for path in run.folder.iterdir()} if run.folder.is_dir() else set()
         strange = [name for name in names - begun if not name.startswith(TRIAL)]
         if (run.folder / "config.yaml").exists():
-            now = deciding(json.loads(json.dumps(config)))
+            now = deciding(without_secrets(json.loads(json.dumps(config))))
             try:
-                before = deciding(run.config)
+                before = deciding(without_secrets(run.config))
             except Damaged:  # an attempt writes it again, if it is the same run
-                if provenance.recorded(run.folder).get("identity") != identity(config):
+                if provenance.recorded(run.folder).get("identity") != identity(without_secrets(config)):
                     raise
                 before = now
             differing = [key for key in sorted(before.keys() | now.keys()) if before.get(key) != now.get(key)]
@@ -188,24 +190,41 @@ class Run:
         main: bool,
         template: Mapping[str, object] | None = None,
         model: Mapping[str, Mapping[str, str]] | None = None,
+        seen: lease.Seen | None = None,
     ) -> Iterator[Status]:
         """An attempt to train the run: `status.json` says that it is running, and afterwards how it ended, with what
         the yielded status has got by then if the run is finished. Only the first rank (`main`) writes. `template`: what
-        the chat template is rendered with, of which the day is kept. `model`: fingerprint of the model's files.
+        the chat template is rendered with, of which the day is kept. `model`: fingerprint of the model's files. `seen`:
+        the run's lease when its checkpoints were looked for.
 
-        UserError where another process is training the run, or its data or its model has changed. If a user's mistake
-        ends the attempt before the first checkpoint, a folder that the attempt has made is removed.
+        UserError where another process is training the run or has since it was `seen`, or its data or its model has
+        changed. If a user's mistake ends the attempt before the first checkpoint, a folder that the attempt has made is
+        removed.
         """
-        finished: Status = {}
         if not main:
-            yield finished
+            yield {}
             return
-        status = self.status
-        process = live_process(status["pid"]) if status.get("state") == "running" else None
-        if process and process == status["process"] and status["pid"] != os.getpid():
-            raise UserError(
-                f"{self.folder} is being trained by process {status['pid']} of this machine: wait for it or stop it"
-            )
+        new = not self.folder.exists()
+        self.folder.mkdir(parents=True, exist_ok=True)
+        lease.take(self.folder, seen)
+        try:
+            with self._leased(config, data_fingerprint, num_steps, template, model, new) as finished:
+                yield finished
+        finally:
+            lease.give_back()
+
+    @contextmanager
+    def _leased(
+        self,
+        config: Config,
+        data_fingerprint: Mapping[str, str],
+        num_steps: int,
+        template: Mapping[str, object] | None,
+        model: Mapping[str, Mapping[str, str]] | None,
+        new: bool,
+    ) -> Iterator[Status]:
+        """The same, once the run is this process's alone. `new`: so is its folder."""
+        finished: Status = {}
         recorded = provenance.recorded(self.folder)
         if recorded and recorded["data"] != dict(data_fingerprint):
             raise UserError(
@@ -213,20 +232,22 @@ class Run:
                 "start another run with run=NAME"
             )
         self.check_model(model or {})
-        new = not self.folder.exists()
-        self.folder.mkdir(parents=True, exist_ok=True)
         self._mend(config)
         if not recorded:
             today = {TODAY: template[TODAY]} if template and TODAY in template else {}
-            of_run = {"data": dict(data_fingerprint), "model": dict(model or {}), "identity": identity(config)}
-            provenance.write(self.folder, {**provenance.collect(), **today, **of_run})
+            of_run = {"data": dict(data_fingerprint), "model": dict(model or {})}
+            own = {"identity": identity(without_secrets(config))}
+            provenance.write(self.folder, {**provenance.collect(config), **today, **of_run, **own})
         self._mark("running", num_steps)
         try:
             yield finished
+            lease.check()
         except Interrupted:
             self._mark("interrupted", num_steps)
             raise
         except BaseException as error:
+            if lease.is_lost():  # and what the folder says is another's
+                raise
             if by_hand(error):
                 self._mark("interrupted", num_steps)
                 raise
@@ -234,7 +255,7 @@ class Run:
             if new and mistake and not self.checkpoints.exists():
                 shutil.rmtree(self.folder)
             else:
-                reason = f"{type(error).__name__}: {error}"[:2000]
+                reason = redacted(f"{type(error).__name__}: {error}"[:2000], config)
                 with suppress(OSError):  # a full disk must not hide what filled it
                     self._mark("failed", num_steps, {"error": reason})
                 if "SFT_JOB_FOLDER" not in os.environ:  # else the batch script records it: it knows of all ranks
@@ -251,7 +272,7 @@ class Run:
                 config_file.read(self.folder)
         except Damaged as error:
             lost.append(f"{error.what}: written again")
-        config_file.write(self.folder, config)
+        config_file.write(self.folder, without_secrets(dict(config)))
         for what in lost:
             print(f"note: {what}", flush=True)
             events.record(self.folder, "mended", why=what)
@@ -261,7 +282,9 @@ class Run:
         return max(self.steps, default=0)
 
     def _mark(self, state: str, num_steps: int, details: Status | None = None) -> None:
-        """Writes `status.json`."""
+        """Writes `status.json`, unless the run is another process's by now."""
+        if lease.is_lost():
+            return
         status: Status = {
             "state": state,
             "host": socket.gethostname(),
@@ -277,14 +300,3 @@ class Run:
 def _listed(runs_dir: str) -> str:
     names = sorted(path.parent.name for path in Path(runs_dir).glob("*/config.yaml"))
     return ", ".join(names[:8]) + (", ..." if len(names) > 8 else "") if names else "none yet"
-
-
-def live_process(pid: int) -> str | None:
-    """Tells a live process from earlier ones of the same number; None where there is no such process, or no /proc."""
-    try:
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-    except OSError:
-        return None
-    # A killed process whose parent has not collected it yet is a zombie, and still listed.
-    return None if fields[0] == "Z" else f"{boot} {pid} {fields[19]}"

@@ -40,9 +40,9 @@ def faults(folder: Path, contents: bool = True, share: tuple[int, int] = (0, 1))
     except manifest.Damaged as error:
         return [error.what] if rank == 0 else []
     found = recorded.get("files")
-    if not isinstance(found, list if files else dict):
-        return [f"{folder} is damaged ({manifest.NAME} and state.json don't belong together)"] if rank == 0 else []
     if files is None:
+        if not isinstance(found, dict):
+            return [f"{folder / manifest.NAME} is missing"] if rank == 0 else []
         old = list(found.items())[rank::world_size]
         return [*filter(None, (_fault_of_old(folder / name, expected, contents) for name, expected in old))]
     mine = sorted(files)[rank::world_size]
@@ -54,7 +54,7 @@ def whole(
 ) -> tuple[Path | None, dict[Path, str]]:
     """The newest checkpoint before a step that is whole, and what is wrong with each after it. `contents`: of which
     folders the checksums are compared, too, not the sizes alone."""
-    skipped = {}
+    skipped: dict[Path, str] = {}
     for step, folder in reversed(folders(checkpoints).items()):
         if step >= before:
             continue

@@ -23,9 +23,10 @@ SIGNALS = (signal.SIGUSR1, signal.SIGTERM)  # a scheduler's
 BY_HAND = (signal.SIGINT, signal.SIGHUP)  # a user's
 EXIT_CODE = 75  # EX_TEMPFAIL of sysexits.h: try again later
 EXIT_CODE_BY_HAND = 130  # as shells report Ctrl-C
-# The reasons to stop, numbered from 1 on: the ranks agree on the largest, and a scheduler's signal outranks the others.
-NAMES = ("max_time", "Timer", "SIGHUP", "Ctrl-C", "SIGUSR1", "SIGTERM")
-MAX_TIME, TIMER, SIGHUP, SIGINT, SIGUSR1, SIGTERM = range(1, 7)
+# The reasons to stop, numbered from 1 on: the ranks agree on the largest, a scheduler's signal
+# outranks the others, and only the lost run is not saved.
+NAMES = ("max_time", "Timer", "SIGHUP", "Ctrl-C", "SIGUSR1", "SIGTERM", "the loss of the run to another process")
+MAX_TIME, TIMER, SIGHUP, SIGINT, SIGUSR1, SIGTERM, LOST = range(1, 8)
 REASON = {
     signal.SIGHUP: SIGHUP,
     signal.SIGINT: SIGINT,

@@ -8,6 +8,7 @@ from sft.config.check import shown
 from sft.runs import saved
 from sft.runs.identity import flatten
 from sft.runs.run import Run
+from sft.runs.secrets import without_secrets
 
 Callbacks = Mapping[str, Mapping[str, Any]]  # type: ignore[explicit-any]  # settings by name
 
@@ -27,6 +28,7 @@ def lifted(run: Run, callbacks: Callbacks) -> str | None:
     if by is None and str(state.get("stopped_early")).startswith("early stopping: "):  # before the class was kept
         by = "EarlyStopping"
     recorded = state.get("callbacks", run.config.get("callbacks")) or {}
+    recorded, callbacks = without_secrets(recorded), without_secrets(callbacks)  # as they are recorded
     for name, before in recorded.items():
         target = str(before["_target_"])
         if target.rpartition(".")[2] != by:

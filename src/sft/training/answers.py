@@ -10,11 +10,11 @@ from pathlib import Path
 
 import lightning as L
 import torch
-from hydra.utils import instantiate
 from lightning.pytorch.callbacks import Callback
 from omegaconf import DictConfig
 from rich.text import Text
 
+from sft.config.literal import instantiate
 from sft.data.chat_template import ChatTemplate
 from sft.errors import UserError
 from sft.evaluation import scorers
@@ -22,9 +22,10 @@ from sft.evaluation.generation import answer, answering, decode
 from sft.evaluation.prompts import Prompt, choose, question
 from sft.export.folder import generation_config
 from sft.ranks import together
-from sft.report.screen import EMPTY, plain
+from sft.report.screen import EMPTY
 from sft.runs import answers_file, signals, watchdog
 from sft.runs.answers_file import Answer
+from sft.runs.plain import plain
 from sft.runs.run import Run
 from sft.training.log import is_main, log
 from sft.training.module import SFTModule

@@ -5,7 +5,7 @@ import math
 import os
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -23,7 +23,7 @@ from sft.checkpoint.save import save
 from sft.data.batch import Batch
 from sft.errors import UserError
 from sft.ranks import together
-from sft.runs import answers_file, events, saved, signals, watchdog
+from sft.runs import answers_file, events, lease, saved, signals, startup, watchdog
 from sft.runs.manifest import Damaged
 from sft.training import averaging, callbacks, early_stopping, probes
 from sft.training.averaging import layout
@@ -50,6 +50,7 @@ class Checkpoints(Callback):
     resume: Checkpoint | None  # None: start anew
     facts: dict[str, object]  # about the run, saved in each checkpoint
     extends: bool = False  # the checkpoint is that of another run, which this one extends
+    computed_by: Callable[[int], dict[str, object]] = lambda step: {}  # what the event of a start after this step keeps
     timed_out: bool = False  # by a Timer
     stopping: bool = False  # a callback has ended the run in the middle of the step under way
     best: Measured | None = None  # the validation with the lowest loss so far, the earliest of equals
@@ -81,7 +82,9 @@ class Checkpoints(Callback):
             layout(trainer, module).begin(module.first_values)
             module.first_values = None
         signals.save_first(True)
-        self._record(trainer, "start", step=trainer.global_step, hosts=list(steps), num_ranks=trainer.world_size)
+        if trainer.is_global_zero:
+            step, by = trainer.global_step, self.computed_by(trainer.global_step)
+            self._record(trainer, "start", step=step, hosts=list(steps), num_ranks=trainer.world_size, **by)
         if number := self._agreed(trainer):  # came before the first step: there is nothing to save yet
             self._interrupt(trainer, number)
 
@@ -95,7 +98,7 @@ class Checkpoints(Callback):
 
     def _agreed(self, trainer: L.Trainer) -> int:
         """Why some rank has to stop, 0 for no reason: the same on all ranks, by one tiny all-reduce."""
-        number = signals.received() or (signals.TIMER if self.timed_out else 0)
+        number = signals.LOST if lease.is_lost() else signals.received() or (signals.TIMER if self.timed_out else 0)
         if trainer.world_size == 1:
             return number
         received = torch.tensor(number, device=trainer.strategy.root_device)
@@ -108,6 +111,8 @@ class Checkpoints(Callback):
     def _interrupt(self, trainer: L.Trainer, number: int) -> NoReturn:
         """Ends the run on all ranks, once its checkpoint is saved."""
         step = trainer.global_step
+        if number == signals.LOST:
+            raise lease.lost(self.folder.parent)
         interrupted = signals.Interrupted(number, step, trainer.is_global_zero)
         if interrupted.by_signal:
             self._record(trainer, "signal", signal=signals.name(number), step=step)
@@ -120,26 +125,24 @@ class Checkpoints(Callback):
 
     def _whole(self, trainer: L.Trainer, candidate: Checkpoint) -> Checkpoint:
         """The checkpoint, or where a checksum of its files is another, the newest before it that is whole."""
-        watchdog.beat(candidate.step)
+        damaged: dict[Path, str] = {}
         while wrong := candidate.verify():
             watchdog.beat(candidate.step)
+            damaged[candidate.path] = wrong[0]
             found = None if self.extends else saved.whole(self.folder, before=candidate.step)[0]
-            together(lambda: None)  # all have looked
             if found is None:
                 raise Damaged(wrong[0], saved.NONE_IS_WHOLE.format(self.folder.parent))
-            before, candidate = candidate, Checkpoint(found)
-            step = candidate.step
-            log(f"note: {wrong[0]}: resumes from step {step}, the newest checkpoint that is whole")
-            if trainer.is_global_zero:
-                saved.set_aside(before.path)
-                answers_file.keep_until(self.folder.parent, step)
-            self._record(trainer, "skipped", step=before.step, why=wrong[0])
-            self.resume = candidate
+            candidate = Checkpoint(found)
+        watchdog.beat(candidate.step)
+        if damaged:
+            self.resume, step = candidate, candidate.step
             trainer.datamodule.start_step = step  # type: ignore[attr-defined]
+            if trainer.is_global_zero:
+                put_aside(self.folder.parent, damaged, step)
+                answers_file.keep_until(self.folder.parent, step)
             for file in trainer.loggers:
                 if isinstance(file, MetricsFile):
                     file.resume(step)
-            together(lambda: None)  # it has been set aside
         return candidate
 
     def _resume(self, trainer: L.Trainer, module: SFTModule, checkpoint: Checkpoint) -> None:
@@ -173,6 +176,7 @@ class Checkpoints(Callback):
 
     def on_train_start(self, trainer: L.Trainer, module: SFTModule) -> None:
         callbacks.check_states(trainer, module)  # after all others have begun
+        startup.leave()
         if self.resume is not None and not self.extends and not self.resume.state.get("validated", True):
             # As Lightning does it between two batches.
             trainer.validating = True
@@ -200,7 +204,7 @@ class Checkpoints(Callback):
         if trainer.state.fn != "fit" or trainer.global_step == module.num_steps:
             return  # after the last step the validation is all that is left
         if number := self._agreed(trainer):
-            if not trainer.sanity_checking:
+            if not trainer.sanity_checking and number != signals.LOST:
                 self._save(trainer, module, validated=False)
             self._interrupt(trainer, number)
 
@@ -232,7 +236,7 @@ class Checkpoints(Callback):
             self.best = {"step": step, "val_loss": loss}
         exports_best = self.export == "best" or (self.export is None and bool(trainer.early_stopping_callbacks))
         due = step == module.num_steps or step % self.save_every == 0 or (new_best and exports_best)
-        if number or trainer.should_stop or due:
+        if number != signals.LOST and (number or trainer.should_stop or due):
             self._save(trainer, module, measured)
             number = number or self._agreed(trainer)  # may have come during the save
         if number:
@@ -280,6 +284,14 @@ class Checkpoints(Callback):
         self._record(trainer, "save", step=step, seconds=round(time.perf_counter() - start, 3))
         trainer.strategy.barrier("checkpoint")
         watchdog.beat()
+
+
+def put_aside(run: Path, damaged: Mapping[Path, str], step: int) -> None:
+    """Says what is wrong with checkpoints from which a run does not resume, and renames them."""
+    for folder, wrong in damaged.items():
+        log(f"note: {wrong}: resumes from step {step}, the newest checkpoint that is whole")
+        events.record(run, "skipped", step=step, why=wrong)
+        saved.set_aside(folder)
 
 
 def _finite(loss: float) -> float | None:

@@ -10,15 +10,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from sft.config.check import shown
+from sft.config.literal import escaped, instantiate
 from sft.errors import UserError
 from sft.runs import provenance, saved
 from sft.runs.identity import deciding
 from sft.runs.manifest import Damaged
 from sft.runs.run import Run
+from sft.runs.secrets import without_secrets
 
 if TYPE_CHECKING:
     from sft.checkpoint.checkpoint import Checkpoint
@@ -59,7 +60,7 @@ def settle(config: DictConfig) -> Extended | None:
         return None
     run = Run.find(config.extend.run, config.runs_dir)
     if (Path(config.runs_dir) / run.folder.name).resolve() == run.folder.resolve():
-        config.extend.run = run.folder.name
+        config.extend.run = escaped(run.folder.name)
     if run.status.get("state") != "finished":
         raise UserError(f"extend.run={run.folder} is not finished: its own command resumes it")
     config.extend.step = config.extend.step or run.steps[-1]
@@ -70,7 +71,7 @@ def settle(config: DictConfig) -> Extended | None:
             f"extend.run={run.folder}: its optimizer states were dropped (checkpoint.drop_optimizer), so it can't be "
             f"extended: train from its export with model.path={run.export}"
         )
-    before, now = deciding(run.config), deciding(_plain(config))
+    before, now = deciding(without_secrets(run.config)), deciding(_plain(config))
     for name in sorted(before.keys() | now.keys()):
         free = name.startswith(FREE) and name != "optimizer._target_"
         if not free and before.get(name) != now.get(name):
@@ -114,7 +115,7 @@ def hint(config: DictConfig, run: Run) -> str | None:
     for folder in sorted(folders, key=lambda folder: -folder.stat().st_mtime)[:NUM_LOOKED_AT]:
         other = Run(folder)
         try:
-            before = deciding(other.config)
+            before = deciding(without_secrets(other.config))
         except Damaged:
             continue
         is_longer = before != now and _without_length(before) == _without_length(now)
@@ -131,4 +132,4 @@ def _without_length(settings: dict[str, object]) -> dict[str, object]:
 
 
 def _plain(config: DictConfig) -> Any:
-    return json.loads(json.dumps(OmegaConf.to_container(config, resolve=True)))
+    return without_secrets(json.loads(json.dumps(OmegaConf.to_container(config, resolve=True))))

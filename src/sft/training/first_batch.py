@@ -22,7 +22,7 @@ from sft.model.isolation import Isolation, use_attention
 from sft.model.loading import ModelSource
 from sft.model.loss import head_is_plain_matrix
 from sft.ranks import together
-from sft.runs import provenance
+from sft.runs import events, provenance
 from sft.training.datamodule import SFTDataModule
 from sft.training.log import log
 from sft.training.module import SFTModule
@@ -54,11 +54,14 @@ class FirstBatch(Callback):
             proof = prove(trainer, module)
             module.isolation = proof.isolation
             log(f"first batch: {proof.said} ({proof.seconds:.1f} s)")
-            if known and known != proof.isolation:
+            if moved := known is not None and known != proof.isolation:
                 log(f"first batch: samples ran {known} until here, and run {proof.isolation} from now on")
             if trainer.is_global_zero:
                 code = {"code": name} if (name := remote_code(model, module.source)) else {}
                 provenance.amend(self.folder, first_batch={**proof.record(), "where": where}, **code)
+                found = {"attention": proof.isolation.attention, "apart": proof.isolation.apart}
+                changed = {"changed": f"samples run {proof.isolation}, no longer {known}"} if moved else {}
+                events.record(self.folder, "first_batch", step=trainer.global_step, **found, **changed)
         use_attention(model, module.isolation.attention)
 
 

@@ -5,26 +5,30 @@ import os
 import shutil
 import sys
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
-from hydra.utils import instantiate
 from lightning.fabric.plugins.environments.cluster_environment import ClusterEnvironment
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch.callbacks import Callback, ProgressBar
 from lightning.pytorch.loggers import Logger
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from sft.checkpoint.checkpoint import Checkpoint
+from sft.config.literal import instantiate
 from sft.errors import UserError
 from sft.model.loading import ModelSource
 from sft.model.loss import Objective
-from sft.runs import events, signals, watchdog
+from sft.runs import computation, events, signals, watchdog
 from sft.training import early_stopping, extension
 from sft.training.checkpointing import Checkpoints
+from sft.training.compilation import compile_optimizer, offloads
 from sft.training.datamodule import SFTDataModule
 from sft.training.first_batch import FirstBatch
+from sft.training.log import log
 from sft.training.metrics import StepMetrics
 from sft.training.module import SFTModule
 from sft.training.recipe import Recipe
@@ -70,6 +74,7 @@ def fit(
     users_bar = any(isinstance(callback, ProgressBar) for callback in users)
     # Some terminals have no width.
     own_bar = sys.stdout.isatty() and shutil.get_terminal_size((0, 0)).columns > 0 and not users_bar
+    settings: Any = OmegaConf.to_container(config, resolve=True)
     saving = Checkpoints(
         checkpoints,
         config.checkpoint.save_every or val_every,
@@ -79,6 +84,7 @@ def fit(
         resume,
         facts,
         extends,
+        partial(computation.at_start, folder, settings, (config.get("resume") or {}).get("allow") or []),
     )
     own = [StepMetrics(own_bar, evaluation), *asking, Report(folder)]
     rank = rank_zero_only.rank  # type: ignore[attr-defined]
@@ -124,6 +130,8 @@ def fit(
         resumed=resume is not None,
         objective=Objective(**config.loss),
     )
+    if offloads(config):
+        compile_optimizer(log)  # before the watchdog, which would take its minutes for a hang
     logs = Path(os.environ.get("SFT_JOB_FOLDER", checkpoints.parent / "logs"))
     stack = f"attempt-{events.job().get('restart', 0)}-rank-{rank_zero_only.rank}.stack"  # type: ignore[attr-defined]
     watchdog.start(logs / stack, config.cluster.hang_after)

@@ -3,12 +3,15 @@
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 from tqdm import tqdm
 
+from sft.runs.plain import lines
+from sft.runs.secrets import hidden
+
 
 @rank_zero_only
 def log(message: str) -> None:
     """Prints one line at once, so that it is in a batch job's log when the job is killed; above a progress bar."""
     with tqdm.external_write_mode():
-        print(message, flush=True)
+        print(lines(hidden(message)), flush=True)
 
 
 def is_main() -> bool:

@@ -8,8 +8,10 @@ from pathlib import Path
 from lightning.pytorch.loggers.logger import Logger
 from lightning.pytorch.utilities import rank_zero_only
 
+from sft.runs import lease
 from sft.runs.files import fsync, write_text
 from sft.runs.metrics_file import Metrics
+from sft.training.log import log
 
 COLUMNS = (
     "step",
@@ -52,12 +54,16 @@ class MetricsFile(Logger):
     def resume(self, step: int) -> None:
         """Keeps the rows up to `step`; with step 0 none, since a fresh start measures again."""
         stored = Metrics.read(self.path)
+        if stored.num_lost:
+            log(f"note: {self.path}: {stored.num_lost} of its lines can't be read and are left out")
         self.metrics.columns = stored.columns or self.metrics.columns
         self.metrics.rows = [row for row in stored.rows if 0 < step >= int(row["step"])]
         self._rewrite()
 
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        if lease.is_lost():  # the rows are another's; at the step's end all ranks stop
+            return
         step = int(step or 0)
         values = {name: repr(float(value)) for name, value in metrics.items() if name != "epoch"}
         columns, rows = self.metrics.columns, self.metrics.rows

@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from hydra.utils import instantiate
 from omegaconf import DictConfig
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from transformers.utils import logging as transformers_logging
 
+from sft.config.literal import instantiate
 from sft.data.chat_template import special_ids
 from sft.data.clock import settled, today
 from sft.data.dataset import Datasets, wait_until
@@ -69,10 +69,11 @@ def model_source(config: DictConfig, run: Run | None = None) -> ModelSource:
     return replace(source, revision=commit) if commit and not source.tokenizer else source
 
 
-def check_model(run: Run, source: ModelSource, weights: bool) -> None:
-    """UserError if files of the model have changed since the run began; `weights`: its weights are read, too."""
+def check_model(run: Run, source: ModelSource, weights: bool, template: str | None = None) -> None:
+    """UserError if files of the model have changed since the run began; `weights`: its weights are read, too;
+    `template`: the chat template, where it and the tokenizer are used."""
     if run.model:
-        run.check_model(fingerprint(source, Path(run.config["data"]["cache_dir"]), weights=weights))
+        run.check_model(fingerprint(source, Path(run.config["data"]["cache_dir"]), weights=weights, template=template))
 
 
 def template_settings(

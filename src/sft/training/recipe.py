@@ -25,6 +25,7 @@ from sft.model.flops import of_model
 from sft.ranks import together
 from sft.runs.files import write_json
 from sft.runs.identity import UNREAD, UNREAD_MEANS, flatten
+from sft.runs.secrets import without_secrets
 from sft.training.averaging import layout
 from sft.training.datamodule import SFTDataModule
 from sft.training.log import log
@@ -49,7 +50,11 @@ class Recipe(Callback):
         try:
             write_json(
                 self.path,
-                {**of_run(trainer, module), "hosts": list(dict.fromkeys(hosts)), "changed": changed(self.config)},
+                {
+                    **of_run(trainer, module),
+                    "hosts": list(dict.fromkeys(hosts)),
+                    "changed": without_secrets(changed(self.config)),
+                },
             )
         except Exception as error:  # a record ends no run
             log(f"{self.path} isn't written: {type(error).__name__}: {' '.join(str(error).split())[:200]}")

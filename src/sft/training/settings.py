@@ -4,6 +4,7 @@ import os
 import socket
 import sys
 from collections.abc import Collection
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
@@ -11,17 +12,20 @@ from urllib.request import getproxies
 
 from hydra._internal.utils import _locate
 from hydra.core.hydra_config import HydraConfig
-from hydra.utils import instantiate
 from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict
 
 from sft.config.check import check as left_over
 from sft.config.check import targets
+from sft.config.literal import instantiate
 from sft.config.schema import OURS
 from sft.data.step_plan import DEFAULT_PACKS, check_division
 from sft.errors import UserError
 from sft.runs import signals
 from sft.runs.files import input_file
+from sft.runs.manifest import Damaged
+from sft.runs.plain import plain
 from sft.runs.run import Run
+from sft.runs.secrets import hidden
 from sft.training import callbacks
 from sft.training.launch import Launch
 
@@ -55,7 +59,7 @@ def check_schema(config: DictConfig, command: str = "train", typed: Collection[s
 def say(line: str) -> None:
     """Prints a line, on the first rank alone."""
     if all(os.environ.get(name, "0") == "0" for name in ("RANK", "LOCAL_RANK", "SLURM_PROCID")):
-        print(line, file=sys.stderr, flush=True)
+        print(plain(hidden(line)), file=sys.stderr, flush=True)
 
 
 def check(config: DictConfig, here: bool = True) -> tuple[int, int]:
@@ -205,10 +209,11 @@ def settle_batch(config: DictConfig) -> None:
     if config.global_batch_size is not None:
         return
     settings: Any = OmegaConf.to_container(config, resolve=True)
-    file = Run.named({**settings, "global_batch_size": DEFAULT_PACKS}).folder / "config.yaml"
-    if file.is_file() and OmegaConf.select(OmegaConf.load(file), "global_batch_size") == DEFAULT_PACKS:
-        with open_dict(config):
-            config.global_batch_size = DEFAULT_PACKS
+    run = Run.named({**settings, "global_batch_size": DEFAULT_PACKS})
+    with suppress(FileNotFoundError, Damaged):
+        if run.config.get("global_batch_size") == DEFAULT_PACKS:
+            with open_dict(config):
+                config.global_batch_size = DEFAULT_PACKS
 
 
 def _count(devices: int | str | ListConfig) -> int | None:

@@ -4,15 +4,17 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf, open_dict
 
+from sft.config.literal import escaped, instantiate
 from sft.data.conversation import Row
 from sft.data.files import Source
 from sft.data.shape import NUM_ROWS, chat_in_text, find
 from sft.data.shapes import SHAPES, check_columns
 from sft.errors import UserError
+from sft.runs import config_file
 from sft.runs.identity import UNREAD
+from sft.runs.manifest import Damaged
 from sft.training.settings import check_hub
 
 _unsaid: list[str] = []  # lines of the last `settle_data`
@@ -45,7 +47,7 @@ def _settle(config: DictConfig) -> list[str]:
         return []
     if is_auto and (recorded := _recorded(config, asked)):
         with open_dict(config):
-            config.data.conversation, config.data.supervise = recorded
+            config.data.conversation, config.data.supervise = escaped(recorded)
         return []
     training, validation = instantiate(config.data, _convert_="all").sources()
     rows: dict[Source, list[Row]] = {}
@@ -71,7 +73,7 @@ def _settle(config: DictConfig) -> list[str]:
                 )
         function, asked = SHAPES[shape.name].target, shape.arguments
         with open_dict(config):
-            config.data.conversation = {"_target_": function, "_partial_": True, **asked}
+            config.data.conversation = escaped({"_target_": function, "_partial_": True, **asked})
             if shape.name == "text":
                 config.data.supervise = "all"
         lines += [line for _, line in found.values()]
@@ -91,7 +93,10 @@ def _recorded(config: DictConfig, asked: Mapping[str, object]) -> tuple[object, 
     file = Path(config.runs_dir) / str(config.run) / "config.yaml"
     if not OmegaConf.select(config, "run") or not file.is_file():
         return None
-    data: Any = OmegaConf.to_container(OmegaConf.load(file)).get("data", {})  # type: ignore[union-attr]
+    try:
+        data: Any = config_file.read(file.parent).get("data", {})
+    except Damaged:
+        return None
     recorded = data.get("conversation", {})
     set_here = {key: value for key, value in asked.items() if value is not None and (key, value) != ("chat", True)}
     if any(recorded.get(key) != value for key, value in set_here.items()):

@@ -5,15 +5,12 @@ and FSDP2 shard a model before its weights are read.
 """
 
 import os
-import sys
 from collections.abc import Callable, Generator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
-from hydra.utils import instantiate
 from lightning.pytorch import Trainer
 from lightning.pytorch.accelerators import CPUAccelerator
 from lightning.pytorch.strategies import (
@@ -30,9 +27,11 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from sft.checkpoint.layout import Rows, Whole, ZeRO3, ZeRO12, allocate, move_buffers
+from sft.config.literal import instantiate
 from sft.errors import UserError
 from sft.model.loading import decoder_layers
 from sft.model.sharded_loading import Sharding
+from sft.training.compilation import find_ninja
 
 OptimizerFactory = Callable[..., Optimizer]
 
@@ -82,8 +81,7 @@ def build(settings: DictConfig | None, accelerator: str) -> Strategy | str:
         return "auto"
     if accelerator == "cpu" or (accelerator == "auto" and not torch.cuda.is_available()):
         os.environ["DS_ACCELERATOR"] = "cpu"  # or DeepSpeed looks for one by itself, and says so
-    # Ops that DeepSpeed compiles on first use look for ninja here.
-    os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
+    find_ninja()  # for ops that DeepSpeed compiles on first use
     strategy: Strategy = instantiate(settings, _convert_="all")
     return strategy
 

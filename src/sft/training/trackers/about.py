@@ -15,6 +15,7 @@ from hydra.types import RunMode
 
 from sft.config import arguments
 from sft.runs.metric import find
+from sft.runs.plain import plain
 
 PLACE = ("trainer.num_nodes", "trainer.devices")  # the batch script's own
 LARGEST = 100_000  # bytes of a ledger in a tracker's configuration
@@ -105,5 +106,5 @@ def _short(value: object) -> str:
     try:
         number = float(str(value))
     except ValueError:
-        return str(value).strip("\"'")
+        return plain(str(value)).strip("\"'")
     return str(value) if len(str(value)) <= 7 else f"{number:.4g}"

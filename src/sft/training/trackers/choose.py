@@ -9,12 +9,13 @@ from inspect import Parameter, signature
 from pathlib import Path
 from typing import Any
 
-from hydra.utils import instantiate
 from lightning.pytorch.loggers import Logger
 from omegaconf import DictConfig, OmegaConf
 
+from sft.config.literal import instantiate
 from sft.errors import NotFinite, UserError
 from sft.runs.run import Run
+from sft.runs.secrets import without_secrets
 from sft.training.log import log
 from sft.training.trackers import about
 from sft.training.trackers.alerts import Alerts
@@ -40,7 +41,7 @@ def start(config: DictConfig, run: Run, history: list[dict[str, str]]) -> list[L
         "folder": run.folder,
         "group": (node.get("group")) or config.name,
         "history": history,
-        "config": settings,
+        "config": without_secrets(settings),
     }
     loggers = []
     for name, logger in several.items():

@@ -1,5 +1,6 @@
 """TensorBoard: curves, hyperparameters beside the values they led to, and answers as text."""
 
+import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,8 @@ class TensorBoard(TensorBoardLogger):
     def __init__(self, folder: Path, again: int, config: Mapping[str, Any]) -> None:
         super().__init__(save_dir=folder, name="tensorboard", version="", purge_step=again, default_hp_metric=False)
         self.folder, self.config = folder, config
+        if threading.excepthook is threading.__excepthook__:
+            threading.excepthook = _told
         self.extremes, self.step = about.Extremes(), 0
 
     @rank_zero_only
@@ -46,6 +49,12 @@ class TensorBoard(TensorBoardLogger):
             kept = {name: "null" if value is None else value for name, value in kept.items()}
             self.log_hyperparams(kept, values, self.step)
         super().finalize(status)
+
+
+def _told(failed: threading.ExceptHookArgs) -> None:
+    """The thread that writes TensorBoard's file fails without a traceback: the next call raises its error."""
+    if type(failed.thread).__name__ != "_AsyncWriterThread":
+        threading.__excepthook__(failed)
 
 
 def _indented(text: str) -> str:

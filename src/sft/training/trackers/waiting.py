@@ -4,6 +4,8 @@ from collections.abc import Callable
 from threading import Thread
 from typing import TypeVar
 
+from sft.errors import chain, disk_is_full
+
 T = TypeVar("T")
 U = TypeVar("U")
 
@@ -38,5 +40,6 @@ def bounded(seconds: float, call: Callable[[], T]) -> T:
 
 
 def line(error: BaseException) -> str:
-    """An error in one line."""
+    """An error in one line; a full disk is named, whatever a library makes of it."""
+    error = next((link for link in chain(error) if disk_is_full(link)), error)
     return " ".join(str(error).split())[:200] or type(error).__name__

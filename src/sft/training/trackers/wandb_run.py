@@ -4,8 +4,10 @@ import os
 import re
 import secrets
 import shutil
+import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,7 @@ from sft.runs import answers_file
 from sft.runs.answers_file import Answer
 from sft.runs.files import write_json, write_text
 from sft.runs.metric import METRICS, find
+from sft.runs.secrets import redacted
 from sft.runs.signals import shielded
 from sft.training.log import log
 from sft.training.trackers import about, wandb_server
@@ -161,7 +164,7 @@ def wandb_logger(
         # Offline nothing is waited for but the disk. Older versions decide by themselves.
         if mode == "online" and "finish_timeout" in known:
             options |= {"finish_timeout": END, "finish_timeout_raises": True}
-        with shielded():  # W&B's own process
+        with shielded(), _typed():  # W&B's own process
             return wandb.init(
                 project=project,
                 entity=entity,
@@ -218,6 +221,17 @@ def wandb_logger(
         logger.log_metrics(values, step=int(row["step"]))
     logger.looks = 10
     return logger
+
+
+@contextmanager
+def _typed() -> Iterator[None]:
+    """W&B keeps the command line as it finds it."""
+    typed = sys.argv
+    sys.argv = [redacted(word) for word in typed]
+    try:
+        yield
+    finally:
+        sys.argv = typed
 
 
 def _define(experiment: Any) -> None:

@@ -1,0 +1,138 @@
+"""Ranks of one machine that start together end together: one that dies before training begins ends the others, which
+would wait for it, with its cause.
+
+Each further rank holds a connection to the first, which the kernel closes when a process dies, however it does: no
+time limit is needed, and a rank that is slow is no dead one. A launcher that ends all ranks itself is faster.
+"""
+
+import json
+import os
+import socket
+import sys
+import threading
+import time
+from collections.abc import Mapping
+from contextlib import suppress
+
+GRACE = 2.0  # seconds for a rank to end by a mistake that all of them find
+NAME = "SFT_START"  # in the environment of ranks that a first rank starts itself
+
+_lock = threading.Lock()
+_connections: dict[int, socket.socket] = {}  # by rank
+_server: socket.socket | None = None
+_over = True  # nothing is watched any more
+
+
+def begin(rank: int, world_size: int, launched: bool, environment: Mapping[str, str] = os.environ) -> None:
+    """Watches the other ranks of this machine from now on. `launched`: by whoever gave all of them one address; else
+    this rank starts the others."""
+    global _server, _over
+    if world_size < 2 or not sys.platform.startswith("linux"):
+        return
+    if not launched:
+        os.environ[NAME] = f"{os.getpid()}-{time.time_ns()}"
+    address = f"{environment.get('MASTER_ADDR')}:{environment.get('MASTER_PORT')}"
+    place = f"\0sft-{os.getuid()}-{environment.get(NAME, address)}"
+    _over = False
+    if rank:
+        threading.Thread(target=_join, args=(place, rank), daemon=True).start()
+        return
+    server = socket.socket(socket.AF_UNIX)
+    try:
+        server.bind(place)
+        server.listen(world_size)
+    except OSError:  # another start has this address, and its ranks will say so
+        server.close()
+        return
+    _server = server
+    threading.Thread(target=_accept, args=(server,), daemon=True).start()
+
+
+def leave() -> None:
+    """Training begins, or this rank has nothing more to do: its end is no other's any more."""
+    _say({})
+
+
+def tell(message: str, code: int) -> None:
+    """This rank ends by an error, which the others wait for in vain."""
+    _say({"message": message, "code": code})
+
+
+def _say(words: Mapping[str, object]) -> None:
+    global _over, _server
+    with _lock:
+        _over = True
+        for connection in _connections.values():
+            with suppress(OSError):
+                connection.sendall(json.dumps(words).encode() + b"\n")
+                connection.shutdown(socket.SHUT_WR)
+        _connections.clear()
+        if _server is not None:
+            with suppress(OSError):  # wakes the thread that accepts
+                _server.shutdown(socket.SHUT_RDWR)
+            _server.close()
+            _server = None
+
+
+def _join(place: str, rank: int) -> None:
+    while not _over:
+        connection = socket.socket(socket.AF_UNIX)
+        try:
+            connection.connect(place)
+            connection.sendall(f"{rank}\n".encode())
+        except OSError:  # the first rank isn't there yet
+            connection.close()
+            time.sleep(0.2)
+            continue
+        _listen(connection, 0)
+        return
+
+
+def _accept(server: socket.socket) -> None:
+    while True:
+        try:
+            connection, _ = server.accept()
+        except OSError:  # it is closed
+            return
+        threading.Thread(target=_greet, args=(connection,), daemon=True).start()
+
+
+def _greet(connection: socket.socket) -> None:
+    with suppress(ValueError, OSError):
+        _listen(connection, int(_line(connection)))
+
+
+def _listen(connection: socket.socket, rank: int) -> None:
+    """Until the other rank leaves or dies."""
+    with _lock:
+        if _over:
+            with suppress(OSError):
+                connection.sendall(b"{}\n")
+            connection.close()
+            return
+        _connections[rank] = connection
+    words = _line(connection)
+    said = json.loads(words) if words else {}
+    if not words:
+        _end(f"rank {rank} was killed, or crashed, before training began", 1)
+    elif said:
+        time.sleep(GRACE)
+        message = str(said["message"])
+        _end(message if message.startswith("rank ") else f"rank {rank}: {message}", int(said["code"]))
+    with _lock:
+        _connections.pop(rank, None)
+
+
+def _line(connection: socket.socket) -> str:
+    """What comes until a line's end; empty if the other side has ended."""
+    with suppress(OSError), connection.makefile() as file:
+        return file.readline().strip()
+    return ""
+
+
+def _end(message: str, code: int) -> None:
+    if _over:
+        return
+    print(f"sft: {message}", file=sys.stderr, flush=True)
+    tell(message, code)
+    os._exit(code)  # the main thread may wait in a library that no exception reaches

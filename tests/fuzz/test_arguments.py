@@ -1,0 +1,110 @@
+"""Any command line → settings, or one line for the user."""
+
+import shlex
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sft.config import arguments
+from sft.config.check import check
+from sft.config.known_as import known_as
+from sft.config.schema import COMMANDS
+from sft.errors import UserError
+from sft.mistakes import one_line, unknown
+
+from .drawn import fuzz, texts, values
+
+NAMES = sorted(
+    {name for command in ("train", "export") for name in arguments.names(command)} | arguments.groups().keys()
+)
+signs = st.lists(
+    st.sampled_from(
+        (*"[]{},:='\"\\$~+-*/.#%;()@ \n\t", "${", "${oc.env:HOME}", "1e-4", "null", "true", "a", "é", "\u202e")
+    ),
+    max_size=6,
+).map("".join)
+names = st.sampled_from(NAMES) | texts | st.builds("{}.{}".format, st.sampled_from(NAMES), texts)
+words = (
+    st.builds("{}{}={}".format, st.sampled_from(("", "", "", "+", "++", "~", "--", "-")), names, signs | texts)
+    | st.sampled_from(
+        ("-m", "--cfg", "--cfg=job", "-p", "--config-dir", "--config-name=x", "--prompt", "-h", "--", "-")
+    )
+    | signs
+    | texts
+)
+
+
+@pytest.mark.parametrize("command", sorted({*COMMANDS, "train", "generate", "compare", "runs"}))
+def test_any_argument_is_a_setting_or_said_in_a_line(command: str) -> None:
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.errors import HydraException
+
+    parser = OverridesParser.create()
+
+    @given(st.lists(words, max_size=3))
+    def any_arguments(line: list[str]) -> None:
+        try:
+            typed = arguments.parse(command, line)
+            for setting in typed.settings:
+                parser.parse_override(setting)
+        except (UserError, HydraException) as error:
+            said = one_line(error, command)
+            assert said and ("\n" not in said or "\n" in shlex.join(line)), (line, said)
+
+    fuzz(any_arguments, 30)
+
+
+def test_any_text_reaches_hydra_unchanged() -> None:
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from omegaconf import OmegaConf
+
+    parser = OverridesParser.create()
+
+    @given(st.sampled_from(("name", "model.chat_template", "data.path")), signs | texts)
+    def any_text(name: str, value: str) -> None:
+        try:
+            (setting,) = arguments.parse("train", [f"{name}={value}"]).settings
+        except UserError:
+            return
+        override = parser.parse_override(setting)
+        meant: Any = override.value()
+        if (
+            not override.is_sweep_override()
+            and isinstance(meant, str)
+            and "${" not in value
+            and '"' in setting[: 8 + len(name)]
+        ):
+            assert OmegaConf.create({"a": meant})._get_node("a") is not None
+
+    fuzz(any_text)
+
+
+def test_any_configuration_is_checked_in_a_line() -> None:
+    trees = st.dictionaries(
+        st.sampled_from([name for name in NAMES if "." not in name]) | texts,
+        values
+        | st.dictionaries(st.sampled_from([name.rpartition(".")[2] for name in NAMES]) | texts, values, max_size=3),
+        max_size=4,
+    )
+
+    @given(trees, st.sampled_from(sorted(COMMANDS)))
+    def any_configuration(config: dict[str, Any], command: str) -> None:
+        try:
+            check(config, command)
+        except UserError as error:
+            line = one_line(error, command)
+            if not line:
+                raise
+
+    fuzz(any_configuration)
+
+
+def test_any_name_that_is_unknown_has_a_line() -> None:
+    @given(names, st.sampled_from(sorted(COMMANDS)))
+    def any_name(name: str, command: str) -> None:
+        known_as(name)
+        assert unknown(name, command).startswith("there is no setting")
+
+    fuzz(any_name)

@@ -1,0 +1,94 @@
+"""A rank that dies before training begins ends the others of its machine, with its cause."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+
+import pytest
+
+from running import free_port
+
+RANK = """
+import sys, time
+from sft.runs import startup
+rank = int(sys.argv[1])
+startup.begin(rank, 2, launched=True)
+while not rank and 1 not in startup._connections: time.sleep(0.01)
+print(flush=True)
+for line in sys.stdin:
+    exec(line)
+"""
+WAIT = "import time; print(flush=True); time.sleep(600)\n"  # as in a library
+
+
+@pytest.fixture
+def ranks() -> Iterator[list[subprocess.Popen[str]]]:
+    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    started = [
+        subprocess.Popen(
+            [sys.executable, "-c", RANK, str(rank)],
+            env={name: value for name, value in os.environ.items() if name != "SFT_START"} | place,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    for each in started:
+        assert each.stdout
+        each.stdout.readline()
+    yield started
+    for each in started:
+        each.kill()
+        each.communicate()
+
+
+def do(rank: subprocess.Popen[str], line: str) -> None:
+    assert rank.stdin and rank.stdout
+    rank.stdin.write(line)
+    rank.stdin.flush()
+    if line == WAIT:
+        rank.stdout.readline()
+
+
+@pytest.mark.parametrize("dies", [0, 1])
+def test_a_rank_that_is_killed_ends_the_other(ranks: list[subprocess.Popen[str]], dies: int) -> None:
+    other = ranks[1 - dies]
+    do(other, WAIT)
+    ranks[dies].kill()
+    _, said = other.communicate(timeout=30)
+    assert (other.returncode, said) == (1, f"sft: rank {dies} was killed, or crashed, before training began\n")
+
+
+@pytest.mark.parametrize("dies", [0, 1])
+def test_a_rank_that_fails_says_why(ranks: list[subprocess.Popen[str]], dies: int) -> None:
+    other = ranks[1 - dies]
+    do(other, WAIT)
+    do(ranks[dies], "startup.tell('rows.jsonl is no data', 2); sys.exit(2)\n")
+    _, said = other.communicate(timeout=30)
+    assert (other.returncode, said) == (2, f"sft: rank {dies}: rows.jsonl is no data\n")
+
+
+@pytest.mark.parametrize("leaves", [0, 1])
+def test_a_rank_that_has_begun_to_train_is_no_others_end(ranks: list[subprocess.Popen[str]], leaves: int) -> None:
+    other = ranks[1 - leaves]
+    do(ranks[leaves], "startup.leave(); print(flush=True); time.sleep(600)\n")
+    assert ranks[leaves].stdout
+    ranks[leaves].stdout.readline()
+    ranks[leaves].kill()
+    ranks[leaves].wait()
+    do(other, "time.sleep(startup.GRACE + 1); sys.exit(7)\n")
+    _, said = other.communicate(timeout=30)
+    assert (other.returncode, said) == (7, "")
+
+
+def test_who_has_begun_to_train_looks_at_no_end(ranks: list[subprocess.Popen[str]]) -> None:
+    trains, other = ranks[1], ranks[0]
+    do(trains, "startup.leave(); print(flush=True); time.sleep(2); sys.exit(7)\n")
+    assert trains.stdout
+    trains.stdout.readline()
+    other.kill()
+    _, said = trains.communicate(timeout=30)
+    assert (trains.returncode, said) == (7, "")
