@@ -50,7 +50,7 @@ def finished(folder: Path, weights: bytes = b"w", rows: str = "1,5.0,0.1\n2,4.0,
     (folder / "export").mkdir()
     (last / "shard-00000-of-00001.safetensors").write_bytes(weights)
     (folder / "export" / "model.safetensors").write_bytes(weights)
-    (folder / "metrics.csv").write_text("step,train/loss,speed/step_time\n" + rows)
+    (folder / "metrics.csv").write_text("step,train/loss,train/tokens_per_second\n" + rows)
     return folder
 
 

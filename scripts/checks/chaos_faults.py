@@ -119,7 +119,7 @@ def read_only(trial: Trial, draw: Random) -> Verdict:
         return verdict
     if not any(ended.codes):
         return Verdict(MISSED)
-    line = judge.refusal(ended, (f"{folder}/", str(path)))
+    line = judge.refusal(ended, (f"{folder}/", f"{folder}:", str(path)))
     if line is None:
         return Verdict(LOST, f"{ended.codes}: {(ended.output.strip().splitlines() or [''])[-1][:200]}")
     remount(path, "rw")

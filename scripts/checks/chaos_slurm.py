@@ -74,8 +74,13 @@ def kill_shell(cluster: Cluster, job: str, node: str, draw: Random) -> None:
 
 def on_a_job(cluster: Cluster, name: str, hit: Hit) -> Callable[[Trial, Random], Verdict]:
     def act(trial: Trial, draw: Random) -> Verdict:
-        with ALONE:
+        if not ALONE.acquire(blocking=False):
+            trial.what = "the cluster is at another"
+            return Verdict(MISSED)
+        try:
             return on_the_cluster(trial, draw)
+        finally:
+            ALONE.release()
 
     def on_the_cluster(trial: Trial, draw: Random) -> Verdict:
         trial.copy(trial.reference.assets)
