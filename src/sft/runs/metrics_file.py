@@ -172,7 +172,10 @@ class Following:
 
 
 def _columns(first: bytes) -> list[str]:
-    return next(csv.reader([first.decode(errors="replace")]), [])
+    try:
+        return next(csv.reader([first.decode(errors="replace")]), [])
+    except csv.Error:
+        return []
 
 
 def _whole(block: bytes) -> list[bytes]:
