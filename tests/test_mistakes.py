@@ -1,6 +1,7 @@
 """What a user has got wrong, in one line."""
 
 import errno
+from pathlib import Path
 
 import pytest
 from hydra import compose, initialize_config_dir
@@ -32,6 +33,12 @@ def test_what_hydra_refuses(override: str, line: str) -> None:
     assert one_line(refused.value, "train") == line
 
 
+def no_home() -> Exception:
+    with pytest.raises(RuntimeError) as raised:
+        Path("~no-such-user/a").expanduser()
+    return raised.value
+
+
 @pytest.mark.parametrize(
     ("error", "line"),
     [
@@ -50,6 +57,10 @@ def test_what_hydra_refuses(override: str, line: str) -> None:
         (
             OSError(errno.EROFS, "Read-only file system", "runs/a"),
             "runs/a can't be written: set runs_dir or data.cache_dir to another folder",
+        ),
+        (
+            no_home(),
+            "a path begins with ~ and the name of a user who isn't on this machine: write the path in full",
         ),
         (UserError("no data is named"), "no data is named"),
         (OSError(errno.EIO, "Input/output error", "a.bin"), None),

@@ -14,6 +14,8 @@ from sft.errors import UnknownSetting, UserError, chain, disk_is_full
 
 CONFIGURATION = {"job": "train", "submit": "train"}  # of the commands that have none of their own
 
+NO_HOME = "Could not determine home directory."  # pathlib's, of ~name/file
+
 
 def one_line(error: BaseException, command: str) -> str | None:
     """The line for a user's mistake; None for an error of ours."""
@@ -32,6 +34,8 @@ def one_line(error: BaseException, command: str) -> str | None:
             return "the disk is full" + (f" ({name})" if name else "") + ": make room, then run the same command again"
         if isinstance(link, PermissionError) or (isinstance(link, OSError) and link.errno == errno.EROFS):
             return _refused(link)
+        if isinstance(link, RuntimeError) and str(link) == NO_HOME:
+            return "a path begins with ~ and the name of a user who isn't on this machine: write the path in full"
     for link in links:
         if isinstance(link, HydraException | OmegaConfBaseException):
             return _of_hydra(link, command)

@@ -110,7 +110,7 @@ def test_pieces_of_any_size_make_the_same_weights(tmp_path: Path, monkeypatch: p
     files = {name: saving._write_shard(staging / name, layout, rank, 5) for rank, name in enumerate(names)}
     sizes = [path.stat().st_size for path in staging.iterdir()]
     assert max(sizes) < 1.2 * min(sizes)
-    document = {"format": checkpoints.FORMAT, **saving._description(layout), "files": sorted(files)}
+    document = {"format": checkpoints.FORMAT, "step": 1, **saving._description(layout), "files": sorted(files)}
     (staging / "state.json").write_text(json.dumps(document))
     whole = checkpoints.Checkpoint(staging)
     for name, parameter in layout.model.named_parameters():

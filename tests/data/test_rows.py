@@ -326,6 +326,32 @@ def test_saved_splits(tmp_path: Path) -> None:
         load(tmp_path / "s")
 
 
+def test_a_carriage_return_in_a_csv_record_is_a_bad_row_and_in_the_header_a_line(tmp_path: Path) -> None:
+    rows = load(write(tmp_path / "d.csv", 'q,n\na\rb,1\n"a\rb",2\n'))
+    assert rows[1] == {"q": "a\rb", "n": "2"}
+    assert "broken_csv: d.csv line 2: broken CSV: a carriage return in no quotes" in rows[0]
+    with pytest.raises(UserError, match=r"mac\.csv, line 1: the header can't be read: .*a carriage return"):
+        load(write(tmp_path / "mac.csv", "q,n\ra,1\rb,2\r"))
+
+
+def test_a_value_that_arrow_can_t_give_is_a_bad_row(tmp_path: Path) -> None:
+    broken = pa.Array.from_buffers(pa.string(), 2, [None, *pa.array([b"a", b"\xff"]).buffers()[1:]])
+    days = pa.array([0, 2**62], pa.int64()).view(pa.timestamp("us"))
+    given = pa.array(['{"a": 1}', "{"]).cast(pa.json_())
+    for number, column in enumerate((broken, days, given)):
+        file = tmp_path / f"{number}.parquet"
+        pyarrow.parquet.write_table(pa.table({"c": column, "n": [1, 2]}), file)
+        good, bad = load(file)
+        assert good["n"] == 1 and bad.startswith(f"broken_value: row 1 of {number}.parquet: ")
+
+
+def test_a_name_of_a_column_that_is_not_utf8_is_said(tmp_path: Path) -> None:
+    pyarrow.parquet.write_table(pa.table({"c": [{"role": "x"}]}), tmp_path / "d.parquet", store_schema=False)
+    data = (tmp_path / "d.parquet").read_bytes()
+    with pytest.raises(UserError, match=r"d\.parquet: .*: write the file again$"):
+        load(write(tmp_path / "d.parquet", data.replace(b"role", b"\xffole")))
+
+
 def test_a_saved_data_set_that_is_broken(tmp_path: Path) -> None:
     datasets.Dataset.from_list(ROWS).save_to_disk(tmp_path / "s")
     write(next((tmp_path / "s").glob("*.arrow")), "no Arrow")

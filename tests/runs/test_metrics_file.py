@@ -111,3 +111,12 @@ def test_the_end_of_no_file(tmp_path: Path) -> None:
     assert end(tmp_path / "empty", "val/loss").step == 0
     (tmp_path / "cut").write_text("step,train/lo")
     assert end(tmp_path / "cut", "val/loss").step == 0
+
+
+@pytest.mark.parametrize(
+    "text", ["\0", "a\rb,step\n", "train/loss\n1.0\n", "step,step\n1,2\n", "step,val/loss\nx,1.0\n2,?\n"]
+)
+def test_the_end_of_a_damaged_file_has_no_rows(text: str, tmp_path: Path) -> None:
+    (tmp_path / "metrics.csv").write_text(text)
+    found = end(tmp_path / "metrics.csv", "val/loss")
+    assert (found.step, found.rows) == (0, [])

@@ -65,6 +65,9 @@ def main(config: DictConfig) -> float | None:
     check(config)
     signals.stop_after(signals.seconds(config.max_time))
     check_gpu(config.trainer.accelerator)
+    # Not of several nodes, whose launchers end them, nor of a multirun, whose ranks start several times.
+    if config.trainer.num_nodes == 1 and HydraConfig.get().mode is not RunMode.MULTIRUN:
+        startup.begin(launch.rank, world_size(config), launched=bool(launch.by))
     run = Run.of(settings)
     seen = lease.look(run.folder) if launch.rank == 0 else None
     other_callbacks = lifted(run, settings.get("callbacks") or {})
@@ -76,9 +79,6 @@ def main(config: DictConfig) -> float | None:
             repeat(config, run)
         return Result.read(run).last
 
-    # Not of several nodes, whose launchers end them, nor of a multirun, whose ranks start several times.
-    if config.trainer.num_nodes == 1 and HydraConfig.get().mode is not RunMode.MULTIRUN:
-        startup.begin(launch.rank, world_size(config), launched=bool(launch.by))
     check_inputs(config)
     if note := extension.hint(config, run):
         say(note)

@@ -10,12 +10,14 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sft.errors import UserError
+from sft.errors import BadRow, UserError
 
 if TYPE_CHECKING:
     import pyarrow
 
 Clean = Callable[[object], object]
+# A text that isn't UTF-8, a time that Python has no type for, JSON that is none.
+UNREADABLE = (ValueError, OverflowError, RecursionError)
 
 
 def num_rows(file: Path) -> int:
@@ -31,6 +33,8 @@ def batches(file: Path, max_rows: int, max_bytes: int) -> "Iterator[pyarrow.Reco
     """The rows of a file, in batches of about as many rows and bytes at most, and no more of the file in memory."""
     source = _parquet_batches(file, max_rows, max_bytes) if file.suffix == ".parquet" else _arrow_batches(file)
     for batch in source:
+        with _readable(file):
+            _cleaners(batch.schema)  # reads the names
         yield from slices(batch, max_rows, max_bytes)
 
 
@@ -56,13 +60,30 @@ def from_bytes(data: bytes) -> "pyarrow.RecordBatch":
         return stream.read_next_batch()
 
 
-def rows_of(batch: "pyarrow.RecordBatch") -> Iterator[dict[str, object]]:
-    clean = {field.name: _cleaner(field.type) for field in batch.schema}
-    for row in batch.to_pylist():
-        yield {
-            name: value if value is None or (made := clean[name]) is None else made(value)
-            for name, value in row.items()
-        }
+def rows_of(batch: "pyarrow.RecordBatch") -> Iterator[dict[str, object] | BadRow]:
+    clean = _cleaners(batch.schema)
+    try:
+        yield from [_row(row, clean) for row in batch.to_pylist()]
+        return
+    except UNREADABLE:
+        pass
+    for number in range(batch.num_rows):
+        try:
+            (row,) = batch.slice(number, 1).to_pylist()
+            yield _row(row, clean)
+        except UNREADABLE as error:
+            why = " ".join(str(error).split())[:300] or type(error).__name__
+            yield BadRow("broken_value", f"a value can't be read: {why}")
+
+
+def _cleaners(schema: "pyarrow.Schema") -> dict[str, Clean | None]:
+    return {field.name: _cleaner(field.type) for field in schema}
+
+
+def _row(row: dict[str, object], clean: dict[str, Clean | None]) -> dict[str, object]:
+    return {
+        name: value if value is None or (made := clean[name]) is None else made(value) for name, value in row.items()
+    }
 
 
 def _parquet_batches(file: Path, max_rows: int, max_bytes: int) -> "Iterator[pyarrow.RecordBatch]":
@@ -103,7 +124,9 @@ class _readable:
     def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
         import pyarrow
 
-        if isinstance(error, pyarrow.ArrowException) or (isinstance(error, OSError) and error.errno is None):
+        if isinstance(error, pyarrow.ArrowException | UnicodeDecodeError) or (
+            isinstance(error, OSError) and error.errno is None
+        ):
             what = " ".join(str(error).split())[:300] or type(error).__name__
             raise UserError(f"{self.file}: {what}: write the file again") from error
 

@@ -75,10 +75,14 @@ def split(stream: BinaryIO, layout: Layout) -> Iterator[Record]:
 def _fields(data: bytes, form: str) -> list[str]:
     text = text_of(data)
     try:
-        (fields,) = csv.reader(io.StringIO(text, newline=""), delimiter=SEPARATOR_OF[form], strict=True)
+        fields, *more = csv.reader(io.StringIO(text, newline=""), delimiter=SEPARATOR_OF[form], strict=True)
     except csv.Error as error:
         what = "a quote is opened and not closed" if "unexpected end" in str(error) else str(error).partition(" - ")[0]
         raise BadRow("broken_csv", f"broken {form.upper()}: {what}") from None
+    if more:
+        raise BadRow(
+            "broken_csv", f"broken {form.upper()}: a carriage return in no quotes, and not at the end of a line"
+        )
     return fields
 
 

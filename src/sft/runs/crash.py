@@ -35,7 +35,7 @@ def report(error: BaseException, config: "DictConfig | None") -> str:
     path = None
     with suppress(OSError):  # a full disk, say
         path = None if follows(error) else _write_crash(error, settings)
-    if path is None:
+    if path is None and not follows(error):
         traceback.print_exception(error)
     print(f"sft: {first}", file=sys.stderr)
     if path is not None:

@@ -91,7 +91,7 @@ def read(folder: Path) -> list[Event]:
         return []
     events: list[Event] = []
     for line in lines:
-        with suppress(ValueError):
+        with suppress(ValueError, RecursionError):
             event = json.loads(line)
             if isinstance(event, dict) and all(isinstance(event.get(name), str) for name in ("time", "event")):
                 datetime.fromisoformat(event["time"])

@@ -113,7 +113,7 @@ def read_sealed(path: Path, advice: str) -> dict[str, object]:
     """
     try:
         value: object = json.loads(path.read_bytes())
-    except ValueError:
+    except (ValueError, RecursionError):
         what = "is empty" if not path.stat().st_size else "is damaged (it is no JSON)"
         raise Damaged(f"{path} {what}", advice) from None
     if not isinstance(value, dict):

@@ -65,7 +65,7 @@ class Metrics:
         return statistics.median(self.values(column) or [math.nan])
 
 
-def _is_whole(row: Mapping[str | None, object]) -> bool:
+def _is_whole(row: Mapping[str, str] | Mapping[str | None, object]) -> bool:
     """Whether it has all columns, of numbers; csv gives None for one that it lacks, and for the name of one more."""
     if None in row or None in row.values() or not str(row["step"]).isdecimal():
         return False
@@ -85,6 +85,8 @@ def end(path: Path, wanted: str) -> Metrics:
     with file:
         first = file.readline()
         columns, size, length = _columns(first), file.seek(0, 2), BLOCK
+        if "step" not in columns or len({*columns}) < len(columns):
+            return Metrics([], [])
         while True:
             start = max(len(first), size - length)
             file.seek(start)
@@ -92,6 +94,7 @@ def end(path: Path, wanted: str) -> Metrics:
             if start > len(first):
                 lines = lines[1:]  # the first is the end of one
             rows = [dict(zip(columns, row, strict=True)) for row in _rows(lines, len(columns))]
+            rows = [row for row in rows if _is_whole(row)]
             if start == len(first) or length >= MOST or any(row.get(wanted) for row in rows):
                 return Metrics(columns, rows)
             length *= 4
@@ -173,7 +176,10 @@ class Following:
 
 
 def _columns(first: bytes) -> list[str]:
-    return next(csv.reader([first.decode(errors="replace")]), [])
+    try:
+        return next(csv.reader([first.decode(errors="replace")]), [])
+    except csv.Error:
+        return []
 
 
 def _whole(block: bytes) -> list[bytes]:

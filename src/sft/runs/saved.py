@@ -24,11 +24,14 @@ def folders(checkpoints: Path) -> dict[int, Path]:
 
 
 def state(folder: Path) -> dict[str, object]:
-    """Its `state.json`; Damaged where that isn't what was written, or isn't there."""
+    """Its `state.json`; Damaged where that isn't what was written, isn't there, or is that of another step."""
     try:
-        return manifest.read_sealed(folder / "state.json", ADVICE)
+        recorded = manifest.read_sealed(folder / "state.json", ADVICE)
     except FileNotFoundError:
         raise manifest.Damaged(f"{folder / 'state.json'} is missing", ADVICE) from None
+    if recorded.get("step") != int(folder.name.removeprefix("step-")):
+        raise manifest.Damaged(f"{folder} holds step {recorded.get('step')}: a copy under another's name", ADVICE)
+    return recorded
 
 
 def faults(folder: Path, contents: bool = True, share: tuple[int, int] = (0, 1)) -> list[str]:

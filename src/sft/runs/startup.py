@@ -14,12 +14,14 @@ import time
 from collections.abc import Mapping
 from contextlib import suppress
 
+TOGETHER = 15.0  # seconds in which ranks that are started by one command begin
 GRACE = 2.0  # seconds for a rank to end by a mistake that all of them find
 NAME = "SFT_START"  # in the environment of ranks that a first rank starts itself
 
 _lock = threading.Lock()
 _connections: dict[int, socket.socket] = {}  # by rank
 _server: socket.socket | None = None
+_awaited: set[int] = set()  # of the first rank: those that haven't joined it yet
 _over = True  # nothing is watched any more
 
 
@@ -45,6 +47,7 @@ def begin(rank: int, world_size: int, launched: bool, environment: Mapping[str, 
         server.close()
         return
     _server = server
+    _awaited.update(range(1, world_size) if launched else ())
     threading.Thread(target=_accept, args=(server,), daemon=True).start()
 
 
@@ -54,7 +57,10 @@ def leave() -> None:
 
 
 def tell(message: str, code: int) -> None:
-    """This rank ends by an error, which the others wait for in vain."""
+    """This rank ends by an error, which the others wait for in vain, those too that are about to begin."""
+    deadline = time.monotonic() + TOGETHER
+    while _server is not None and _awaited and time.monotonic() < deadline:
+        time.sleep(0.05)
     _say({"message": message, "code": code})
 
 
@@ -62,6 +68,7 @@ def _say(words: Mapping[str, object]) -> None:
     global _over, _server
     with _lock:
         _over = True
+        _awaited.clear()
         for connection in _connections.values():
             with suppress(OSError):
                 connection.sendall(json.dumps(words).encode() + b"\n")
@@ -111,6 +118,7 @@ def _listen(connection: socket.socket, rank: int) -> None:
             connection.close()
             return
         _connections[rank] = connection
+        _awaited.discard(rank)
     words = _line(connection)
     said = json.loads(words) if words else {}
     if not words:
