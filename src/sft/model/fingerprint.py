@@ -39,10 +39,15 @@ def fingerprint(
     found: Fingerprint = {}
     if template is not None:
         places.append(("tokenizer", source.tokenizer_place()))
-        found["template"] = {"the chat template": hashlib.sha256(template.encode()).hexdigest()}
+        found["template"] = of_template(template)
     for part, (name, revision) in places:
         found.setdefault(part, {}).update(_of(part, name, revision, cache_dir / "fingerprints"))
     return found
+
+
+def of_template(template: str) -> dict[str, str]:
+    """Of the chat template's text."""
+    return {"the chat template": hashlib.sha256(template.encode()).hexdigest()}
 
 
 def commit(name: str, revision: str | None) -> str | None:

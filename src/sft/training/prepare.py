@@ -21,7 +21,7 @@ from sft.data.clock import settled, today
 from sft.data.dataset import Datasets, wait_until
 from sft.evaluation import general_text
 from sft.export.folder import empty_model
-from sft.model.fingerprint import Fingerprint, fingerprint
+from sft.model.fingerprint import Fingerprint, fingerprint, of_template
 from sft.model.loading import ModelSource
 from sft.model.parameters import Parameters, groups
 from sft.runs.identity import UNREAD
@@ -116,6 +116,8 @@ def setup(
         empty = empty_model(source, adapter=source.adapter is not None)
         source.parameters.choose(empty)
         groups(empty, source.parameters)
+    if run is not None:  # before any row is rendered by it
+        run.check_model({"template": of_template(str(tokenizer.chat_template or ""))})
     template = template_settings(source.template, tokenizer, run, is_main())
     splits = data_config.datasets(tokenizer, seed=config.seed, template=template, wait=not is_main(), log=log)
     text = (config.get("evaluation") or {}).get("text")
