@@ -27,7 +27,7 @@ def report(error: BaseException, config: "DictConfig | None") -> str:
     Returns the first line.
 
     The report goes to the run's folder if the command has one, else to the system's temporary folder. A rank that only
-    lost another one writes none. The traceback is printed where there is no report.
+    lost another one writes none. The traceback is printed where no report can be written.
     """
     settings = _resolved(config)
     message = str(error).strip().partition("\n")[0]
