@@ -210,7 +210,7 @@ def settle_batch(config: DictConfig) -> None:
         return
     settings: Any = OmegaConf.to_container(config, resolve=True)
     run = Run.named({**settings, "global_batch_size": DEFAULT_PACKS})
-    with suppress(FileNotFoundError, Damaged):
+    with suppress(OSError, Damaged):
         if run.config.get("global_batch_size") == DEFAULT_PACKS:
             with open_dict(config):
                 config.global_batch_size = DEFAULT_PACKS
