@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 MINUTES = float(os.environ.get("SFT_FUZZ_MINUTES", 0))
 
 
-def fuzz(case: Callable[[], None], num_cases: int = 40) -> None:
+def fuzz(case: Callable[[], None], num_cases: int = 25) -> None:
     """Runs a function of hypothesis' `given`."""
     begun = time.process_time()
     while True:
