@@ -187,7 +187,7 @@ def test_help(line: list[str], sft: Sft, capsys: pytest.CaptureFixture[str]) -> 
 
 
 COMPLETIONS = {
-    "sft ": "certify compare export generate preview rehearse runs score submit train watch",
+    "sft ": "certify check compare export generate preview rehearse runs score submit train watch",
     "sft train optimizer.l": "optimizer.lr=",
     "sft train schedule=c": "schedule=constant schedule=cosine",
     "sft generate max_": "max_new_tokens=",

@@ -328,6 +328,22 @@ class TestSwitches:
             f"{self.begin}<think>\nI see.\n</think>\n\n\n⟦{self.called[1:]}<|im_end|>⟧"
         ]
 
+    @pytest.mark.parametrize(
+        ("thoughtful", "before"),
+        [
+            (reply("Hm.", reasoning_content="I see."), "<think>\nI see.\n</think>\n\n"),
+            (reply("<think>I see.</think>Hm."), "<think>I see.</think>"),
+        ],
+        ids=["key", "content"],
+    )
+    def test_reasoning_of_the_second_row_of_a_form_as_of_the_first(
+        self, thoughtful: dict[str, Any], before: str, chatml: PreTrainedTokenizerFast
+    ) -> None:
+        tokenize = Tokenization(chatml, max_length=1000, train_reasoning=False)
+        made = [tokenize(Conversation(messages=[user("Hi"), thoughtful])) for _ in range(4)]
+        expected = f"{self.begin}{before}⟦Hm.<|im_end|>⟧"
+        assert [shown(chatml, sample) for row in made for sample in row.samples] == [expected] * 4
+
     def test_calls(self, chatml: PreTrainedTokenizerFast) -> None:
         assert tokenized(chatml, *self.turns, train_tool_calls=False) == [
             f"{self.begin}⟦<think>\nI see.\n</think>\n\nHm.⟧{self.called}⟦<|im_end|>⟧"

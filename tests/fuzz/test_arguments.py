@@ -53,7 +53,7 @@ def test_any_argument_is_a_setting_or_said_in_a_line(command: str) -> None:
             said = one_line(error, command)
             assert said and ("\n" not in said or "\n" in shlex.join(line)), (line, said)
 
-    fuzz(any_arguments, 30)
+    fuzz(any_arguments, 15)
 
 
 def test_a_text_without_hydra_s_own_signs_reaches_it_unchanged() -> None:

@@ -114,7 +114,8 @@ def test_any_row_is_samples_or_a_reason(
                 pairs = zip(sample.weights, sample.labels, strict=True)
                 assert all((weight == 0) if label == IGNORE else (0 <= weight <= 1e6) for weight, label in pairs)
                 assert len(sample.weights) == size
-        assert tokenization.batch([meant, meant])[1] == result  # whatever is beside it
+        # Whatever came before it and is beside it.
+        assert tokenization.batch([meant] * 3)[2] == result == Tokenization(tokenizers[number], **chosen)(meant)
 
     try:
         fuzz(any_row)

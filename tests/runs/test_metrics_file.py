@@ -120,3 +120,12 @@ def test_the_end_of_a_damaged_file_has_no_rows(text: str, tmp_path: Path) -> Non
     (tmp_path / "metrics.csv").write_text(text)
     found = end(tmp_path / "metrics.csv", "val/loss")
     assert (found.step, found.rows) == (0, [])
+
+
+def test_a_damaged_last_line_takes_no_value_from_the_row_before(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.csv"
+    write_text(path, HEAD + "1,4.0,\n2,3.0,9.0\n3?nan,\n")
+    following = Following(path, ["train/loss", "val/loss"])
+    for _ in range(3):
+        following.read()
+        assert curves(following) == {"train/loss": {1: 4.0, 2: 3.0}, "val/loss": {2: 9.0}}

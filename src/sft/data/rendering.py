@@ -54,7 +54,9 @@ class Renderer:
         if not turns:
             return [], {}
         messages = list(messages[: turns[-1] + 1])
-        outline = self.outlines.find(messages, tools, arguments)
+        # An outline doesn't tell where in a turn its thought is.
+        off = not self.keep_reasoning and any(thought_and_answer(messages[i])[0] for i in turns)
+        outline = None if off else self.outlines.find(messages, tools, arguments)
         if outline and (rendering := self._filled(outline, messages, weights, tools, arguments)):
             return [rendering], {}
         renderings: list[Rendering] = []

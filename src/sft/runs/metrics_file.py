@@ -159,10 +159,13 @@ class Following:
         return file.read(len(self._first)) == self._first
 
     def _drop_last(self) -> None:
-        for curve in self.curves.values():
-            if curve.steps and curve.steps[-1] == self.step:
-                curve.steps.pop()
-                curve.values.pop()
+        with suppress(ValueError):  # from a line that is damaged no value came
+            for row in _rows([self._row], len(self.columns)):
+                step = int(row[0])
+                for curve in self.curves.values():
+                    if curve.steps and curve.steps[-1] == step:
+                        curve.steps.pop()
+                        curve.values.pop()
 
     def _take(self, lines: list[bytes]) -> None:
         places = [(self.columns.index(name), curve) for name, curve in self.curves.items() if name in self.columns]
