@@ -26,6 +26,8 @@ from sft.runs.provenance import now
 from sft.runs.secrets import redacted, without_secrets
 from sft.runs.signals import Interrupted
 
+UNSENT = "mlflow.unsent"  # in a run's folder while MLflow lacks something of it
+
 
 class Status(TypedDict, total=False):
     """`status.json`: empty before a run's first attempt."""
