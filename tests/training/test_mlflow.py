@@ -20,7 +20,7 @@ from offline import ANSWER
 from running import Sft
 from sft.runs import answers_file
 from sft.runs.metrics_file import Metrics
-from sft.runs.run import UNSENT
+from sft.runs.run import MLFLOW_LACKS
 from sft.training.metrics_file import MetricsFile
 from sft.training.trackers import choose, mlflow
 from sft.training.trackers.guard import guarded
@@ -172,7 +172,7 @@ def check_all(port: int, folder: Path) -> Any:
         assert [(point.step, point.value) for point in points] == list(zip(STEPS, expected, strict=True))
     answers = client.load_table(run.info.experiment_id, "samples.json", [run.info.run_id])
     assert answers["step"].tolist() == STEPS
-    assert run.info.status == "FINISHED" and not (folder / UNSENT).exists()
+    assert run.info.status == "FINISHED" and not (folder / MLFLOW_LACKS).exists()
     return client, run
 
 
@@ -219,7 +219,7 @@ def test_server_that_fails_holds_up_nothing_and_gets_the_rest_later(
     assert server.failed.is_set()
     *_, line = lines = capsys.readouterr().out.splitlines()
     assert "MLflow hasn't got all of this run, and gets the rest by the same command again: " in line
-    assert len(lines) <= 2 and (folder / UNSENT).exists()
+    assert len(lines) <= 2 and (folder / MLFLOW_LACKS).exists()
     assert Metrics.read(folder / "metrics.csv").values("train/loss") == [9.0, 8.0, 7.0, 6.0]
 
     training.logger.thread.join(20)
@@ -297,4 +297,4 @@ def test_a_finished_run_that_mlflow_lacks_is_sent_by_the_same_command(
         (sft.run_folder() / "mlflow.id").read_text(), "val/loss"
     )
     assert [point.value for point in points] == losses
-    assert not (sft.run_folder() / UNSENT).exists()
+    assert not (sft.run_folder() / MLFLOW_LACKS).exists()

@@ -32,7 +32,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from sft.runs import computation, lease, manifest, provenance, signals, startup
 from sft.runs.metrics_file import Metrics
 from sft.runs.results import Result, after, summarise
-from sft.runs.run import UNSENT, Run
+from sft.runs.run import MLFLOW_LACKS, WANDB_LACKS, Run
 from sft.runs.secrets import without_secrets
 from sft.runs.stopped import lifted
 from sft.training import extension
@@ -74,8 +74,9 @@ def main(config: DictConfig) -> float | None:
             print(f"  it ended {after(run)}\n  without that callback, or with more patience, it continues")
         if "WANDB_SWEEP_ID" in os.environ:
             repeat(config, run)
-        elif (run.folder / UNSENT).exists():
-            repeat(config, run, only="mlflow_logger")
+        for lacks, only in ((MLFLOW_LACKS, "mlflow_logger"), (WANDB_LACKS, "wandb_logger")):
+            if "WANDB_SWEEP_ID" not in os.environ and (run.folder / lacks).exists():
+                repeat(config, run, only)
         return Result.read(run).last
 
     # Not of several nodes, whose launchers end them, nor of a multirun, whose ranks start several times.
@@ -193,6 +194,7 @@ def repeat(config: DictConfig, run: Run, only: str = "") -> None:
     that hadn't got all of them: the loggers of which `_target_` ends with `only`."""
     from sft.training.trackers.choose import start, tracking
 
+    config = config.copy()
     for name, logger in list((config.get("logger") or {}).items()):
         if isinstance(logger, DictConfig) and not str(logger.get("_target_")).endswith(only):
             with open_dict(config):

@@ -22,7 +22,7 @@ from sft.runs.answers_file import Answer
 from sft.runs.files import write_text
 from sft.runs.identity import flatten
 from sft.runs.metrics_file import Metrics
-from sft.runs.run import UNSENT
+from sft.runs.run import MLFLOW_LACKS
 from sft.training.log import log
 from sft.training.trackers import about
 from sft.training.trackers.waiting import line
@@ -63,7 +63,7 @@ class MLflow(Logger):
         self.calls: Queue[Callable[[], object] | None] = Queue()
         self.settled, self.closing, self.closed = Event(), Event(), Event()
         with suppress(OSError):
-            write_text(folder / UNSENT, "started again, the run gives MLflow what it lacks\n")
+            write_text(folder / MLFLOW_LACKS, "started again, the run gives MLflow what it lacks\n")
         self.thread = Thread(target=self._work, daemon=True)
         self.thread.start()
         self.settled.wait(BEGIN)  # a server that needs longer isn't waited for
@@ -80,7 +80,7 @@ class MLflow(Logger):
                 while (call := self.calls.get()) is not None:
                     call()
                 self._end()
-                (self.folder / UNSENT).unlink(missing_ok=True)
+                (self.folder / MLFLOW_LACKS).unlink(missing_ok=True)
                 return
             except Exception as error:
                 known, self.fault, self.lost = self.fault, line(error), True
