@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 
 from sft.checkpoint.checkpoint import Checkpoint, complete
+from sft.runs import manifest
 from sft.runs.metric import timings
 
 
@@ -36,3 +37,9 @@ def final_files(folder: Path) -> dict[str, bytes]:
         "probes": (last / "probes.json").read_bytes(),
         **{f"export/{path.name}": path.read_bytes() for path in folder.glob("export/*.safetensors")},
     }
+
+
+def change(file: Path, **changes: object) -> None:
+    """Rewrites a JSON file of a run as the run itself would, without the keys whose value is None."""
+    value = manifest.read_sealed(file, "") | changes
+    manifest.write_sealed(file, {key: kept for key, kept in value.items() if kept is not None})

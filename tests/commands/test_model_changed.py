@@ -1,6 +1,5 @@
 """A run whose model, tokenizer or template has changed is not resumed, exported or asked in silence."""
 
-import json
 import shutil
 from pathlib import Path
 
@@ -42,13 +41,11 @@ def test_an_adapter_s_base(sft: Sft, model: Path, capsys: pytest.CaptureFixture[
     assert refusal(sft, capsys, "export", "run=run", "output=again") == line
     shutil.rmtree(sft.run_folder() / "export")
     status = sft.run_folder() / "status.json"
-    status.write_text(json.dumps(json.loads(status.read_text()) | {"state": "interrupted"}))
+    change(status, state="interrupted")
     assert refusal(sft, capsys, "train", *sft.settings, *settings) == line
     # A run that was begun before there were fingerprints isn't checked.
     file = sft.run_folder() / "provenance.json"
-    recorded = json.loads(file.read_text())
-    del recorded["model"]
-    file.write_text(json.dumps(recorded))
+    change(file, model=None)
     assert sft("export", "run=run", "output=again") == 2  # no longer the model that was trained
     assert "is not the model that was trained" in capsys.readouterr().err
 
@@ -61,11 +58,11 @@ def test_full_fine_tuning_needs_tokenizer_and_template_and_not_the_base_weights(
     settings = ("run=run", f"model.path={model}", "export=false", f"model.chat_template={template}", "epochs=1")
     assert sft.train(*settings) == 0
     status = sft.run_folder() / "status.json"
-    status.write_text(json.dumps(json.loads(status.read_text()) | {"state": "interrupted"}))
+    change(status, state="interrupted")
     other_weights(model)
     assert sft.train(*settings) == 0
     assert sft("export", "run=run") == 0
-    status.write_text(json.dumps(json.loads(status.read_text()) | {"state": "interrupted"}))
+    change(status, state="interrupted")
     template.write_text(TEMPLATE + "{# another #}")
     assert refusal(sft, capsys, "train", *sft.settings, *settings) == (
         "sft: the chat template has changed since runs/run began: put back what was there, or start another run with "

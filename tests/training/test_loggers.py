@@ -1,12 +1,8 @@
 """Which loggers a run has, what each gets, and that none of them can end it."""
 
 import errno
-import os
-import subprocess
 import sys
 import threading
-import time
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,27 +15,16 @@ from omegaconf import DictConfig, open_dict
 
 import offline
 from offline import ANSWER
-from running import Sft, free_port
+from running import Sft
 from sft.config import CONF
 from sft.errors import UserError
 from sft.runs.metrics_file import Metrics
 from sft.runs.run import Run
 from sft.training.trackers import about, choose, tensorboard, wandb_run
 from sft.training.trackers.guard import guarded
-from sft.training.trackers.mlflow import mlflow_logger
 from sft.training.trackers.tensorboard import tensorboard_logger
 
 SHORT = ("run=run", "max_steps=2", "val_every=1", "export=false")
-MLFLOW = """
-import os
-from mlflow.server import app
-from mlflow.server.handlers import initialize_backend_stores
-from werkzeug.serving import make_server
-initialize_backend_stores(os.environ["_MLFLOW_SERVER_FILE_STORE"])
-server = make_server("127.0.0.1", 0, app, threaded=True)
-print(server.server_port, flush=True)
-server.serve_forever()
-"""
 CSV = "lightning.pytorch.loggers.CSVLogger"
 
 
@@ -194,81 +179,6 @@ def test_tensorboard_on_a_full_disk_is_one_line(
     logger.finalize("success")
     line = "tensorboard failed; the run continues without it until it is resumed: [Errno 28] No space left on device\n"
     assert capfd.readouterr() == (line, "")
-
-
-@pytest.fixture
-def mlflow_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """MLflow's own server, with a database in the test's folder; the address that clients use."""
-    places = {
-        "_MLFLOW_SERVER_FILE_STORE": f"sqlite:///{tmp_path}/mlflow.db",
-        "_MLFLOW_SERVER_ARTIFACT_ROOT": "mlflow-artifacts:/",
-        "_MLFLOW_SERVER_ARTIFACT_DESTINATION": str(tmp_path / "artifacts"),
-        "_MLFLOW_SERVER_SERVE_ARTIFACTS": "true",
-        "MLFLOW_DISABLE_TELEMETRY": "true",
-    }
-    server = subprocess.Popen(
-        [sys.executable, "-c", MLFLOW], env=os.environ | places, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
-    )
-    assert server.stdout is not None
-    address = f"http://127.0.0.1:{int(server.stdout.readline())}"
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", address)
-    yield address
-    server.kill()
-    server.wait()
-    server.stdout.close()
-
-
-@pytest.mark.filterwarnings("ignore")  # MLflow's of its own parts
-def test_mlflow_has_each_step_once_and_all_else_of_a_run(
-    tmp_path: Path, mlflow_server: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    from mlflow.tracking import MlflowClient
-
-    history: list[dict[str, str]] = []
-    for lr, steps in ((1.0, (0, 1, 2)), (2.0, (2, 3))):
-        (tmp_path / "preview.html").write_text("shown")
-        logger: Any = mlflow_logger(
-            run="run",
-            name="lr=1",
-            folder=tmp_path,
-            group="g",
-            history=history,
-            project="sft",
-            tags=["a"],
-            config={"optimizer": {"lr": lr}},
-        )
-        with choose.tracking() as trackers:
-            trackers.append(logger)
-            for step in steps:
-                logger.log_metrics({"train/loss": 9.0 - step, "train/lr/*norm*": 1.0}, step)
-                logger.log_answers(step, [{**ANSWER, "step": step}])
-            logger.finalize("success")
-        history = [{"step": str(step), "train/loss": str(9.0 - step)} for step in (0, 1)]
-    client = MlflowClient(mlflow_server)
-    (run,) = client.search_runs([client.get_experiment_by_name("sft").experiment_id])
-    points = client.get_metric_history(run.info.run_id, "train/loss")
-    assert [(point.step, point.value) for point in points] == [(0, 9.0), (1, 8.0), (2, 7.0), (3, 6.0)]
-    assert run.data.metrics["train/lr/_norm_"] == 1.0
-    assert (run.data.params["optimizer.lr"], run.data.tags["changed.optimizer.lr"]) == ("1.0", "2.0")
-    assert (run.info.run_name, run.info.status, run.data.tags["group"], run.data.tags["a"]) == (
-        "lr=1",
-        "FINISHED",
-        "g",
-        "",
-    )
-    stored = {each.path for each in client.list_artifacts(run.info.run_id)}
-    assert stored == {"config.json", "preview.html", "samples.json"}
-    answers = client.load_table(run.info.experiment_id, "samples.json", [run.info.run_id])
-    assert answers["step"].tolist() == [0, 1, 2, 3]
-    assert capsys.readouterr() == ("", "")
-
-
-def test_mlflow_whose_server_is_absent_ends_no_run(sft: Sft, capsys: pytest.CaptureFixture[str]) -> None:
-    uri = f"logger.tracking_uri=http://127.0.0.1:{free_port()}"
-    begun = time.monotonic()
-    assert sft.train(*SHORT, "logger=mlflow", uri) == 0
-    assert time.monotonic() - begun < 30
-    assert "MLflow can't be used; the run continues without it" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

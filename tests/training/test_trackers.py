@@ -25,6 +25,7 @@ from sft.errors import UserError
 from sft.runs import answers_file
 from sft.runs.metric import timings
 from sft.runs.metrics_file import Metrics
+from sft.runs.run import WANDB_LACKS
 from sft.training.trackers import choose, wandb_files, wandb_run, wandb_server
 from sft.training.trackers.guard import guarded
 from wandb_server import KEY, Service
@@ -309,6 +310,34 @@ def test_an_end_that_wandb_never_reaches_is_not_waited_for(
     track(tmp_path, [], 0, 1)
     assert time.monotonic() - begun < 10
     assert "W&B hasn't got all of this run (no answer in 0.5 seconds)" in capsys.readouterr().out
+
+
+def test_a_disk_of_wandb_that_was_full_is_said_and_made_up_for(
+    sft: Sft, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """wandb's own process says so in its log alone."""
+    import wandb
+
+    finish = wandb.finish
+
+    def full() -> None:
+        log = Path(wandb.run.dir).parent / "logs" / "debug-internal.log"  # type: ignore[union-attr]
+        finish()
+        with log.open("a") as file:
+            file.write('{"msg":"writer: failed to save record: write run-r.wandb: no space left on device"}')
+
+    with monkeypatch.context() as patch:
+        patch.setattr(wandb, "finish", full)
+        assert sft.train(*SHORT) == 0
+    folder, said = sft.run_folder(), "W&B lacks steps, since its disk was full"
+    assert said in capsys.readouterr().out and (folder / WANDB_LACKS).exists()
+    (first,) = (folder / "wandb").glob("offline-run-*")
+    time.sleep(1)  # wandb's folders are named by the second
+    assert sft.train(*SHORT) == 0
+    out = capsys.readouterr().out
+    assert "is finished" in out and said not in out and not (folder / WANDB_LACKS).exists()
+    (second,) = (folder / "wandb").glob("offline-run-*")
+    assert second != first and [row["_step"] for row in offline.history(folder)] == [0, 1, 2, 3]
 
 
 def weights(folder: Path) -> None:

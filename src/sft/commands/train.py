@@ -27,12 +27,12 @@ from typing import TYPE_CHECKING, Any
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf, open_dict
 
 from sft.runs import computation, lease, manifest, provenance, signals, startup
 from sft.runs.metrics_file import Metrics
 from sft.runs.results import Result, after, summarise
-from sft.runs.run import Run
+from sft.runs.run import MLFLOW_LACKS, WANDB_LACKS, Run
 from sft.runs.secrets import without_secrets
 from sft.runs.stopped import lifted
 from sft.training import extension
@@ -77,6 +77,9 @@ def main(config: DictConfig) -> float | None:
             print(f"  it ended {after(run)}\n  without that callback, or with more patience, it continues")
         if "WANDB_SWEEP_ID" in os.environ:
             repeat(config, run)
+        for lacks, only in ((MLFLOW_LACKS, "mlflow_logger"), (WANDB_LACKS, "wandb_logger")):
+            if "WANDB_SWEEP_ID" not in os.environ and (run.folder / lacks).exists():
+                repeat(config, run, only)
         return Result.read(run).last
 
     check_inputs(config)
@@ -186,10 +189,16 @@ def stores(splits: "Datasets") -> dict[str, str]:
     return {"train": splits.train.fingerprint, **val}
 
 
-def repeat(config: DictConfig, run: Run) -> None:
-    """Gives a finished run's figures to the W&B run that an agent's sweep has for the same settings."""
+def repeat(config: DictConfig, run: Run, only: str = "") -> None:
+    """Gives a finished run's figures to the W&B run that an agent's sweep has for the same settings, or to the tracker
+    that hadn't got all of them: the loggers of which `_target_` ends with `only`."""
     from sft.training.trackers.choose import start, tracking
 
+    config = config.copy()
+    for name, logger in list((config.get("logger") or {}).items()):
+        if isinstance(logger, DictConfig) and not str(logger.get("_target_")).endswith(only):
+            with open_dict(config):
+                del config.logger[name]
     with tracking() as trackers:
         trackers += start(config, run, Metrics.read(run.folder / "metrics.csv").rows)
 

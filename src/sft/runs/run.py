@@ -26,6 +26,9 @@ from sft.runs.provenance import now
 from sft.runs.secrets import redacted, without_secrets
 from sft.runs.signals import Interrupted
 
+# In a run's folder while MLflow or W&B lacks something of it that the same command gives it.
+MLFLOW_LACKS, WANDB_LACKS = "mlflow.unsent", "wandb.unsent"
+
 
 class Status(TypedDict, total=False):
     """`status.json`: empty before a run's first attempt."""

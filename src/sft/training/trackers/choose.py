@@ -14,7 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from sft.config.literal import instantiate
 from sft.errors import NotFinite, UserError
-from sft.runs.run import Run
+from sft.runs.run import WANDB_LACKS, Run
 from sft.runs.secrets import without_secrets
 from sft.training.log import log
 from sft.training.trackers import about
@@ -22,6 +22,7 @@ from sft.training.trackers.alerts import Alerts
 from sft.training.trackers.guard import guarded
 from sft.training.trackers.nodes import Nodes
 from sft.training.trackers.waiting import bounded, line
+from sft.training.trackers.wandb_files import was_full
 from sft.training.trackers.wandb_server import leave
 
 LONGEST = 40.0  # seconds in which wandb must end its run, whose own limit is shorter
@@ -102,6 +103,9 @@ def tracking() -> Iterator[list[Logger]]:
                 bounded(LONGEST, wandb.finish)
                 if folder.name.startswith("run-"):  # offline its copies are for `wandb sync`
                     shutil.rmtree(folder.parent / "staging", ignore_errors=True)
+                if was_full(folder):
+                    (folder.parents[1] / WANDB_LACKS).touch()
+                    log("W&B lacks steps, since its disk was full; metrics.csv has all, and the same command sends it")
             except Exception as error:
                 log(f"W&B hasn't got all of this run ({line(error)}): wandb sync --include-online {folder}")
                 if isinstance(error, TimeoutError) and wandb.run is not None:  # its own limit had no effect

@@ -19,6 +19,7 @@ SEND = 10.0  # seconds in which wandb must take an artefact
 UPLOAD = 1800.0  # seconds for the upload of weights, while the server answers
 POLL = 5  # seconds between two looks at whether it does
 MODES = ("none", "reference", "upload")
+FULL = ("no space left on device", "disk quota exceeded")  # as Go says it
 PLACES = ("WANDB_DATA_DIR", "WANDB_CACHE_DIR")
 
 
@@ -87,6 +88,14 @@ class Files:
 def _name(identity: str, part: str) -> str:
     """W&B's names of artefacts are of letters, digits, _ - and ."""
     return f"{re.sub(r'[^A-Za-z0-9_.-]', '_', identity)[:110]}-{part}"
+
+
+def was_full(folder: Path) -> bool:
+    """Whether the disk of a W&B run's folder is full or was: wandb's own process says so in its log alone, which a disk
+    without any room lacks, too."""
+    told = folder / "logs" / "debug-internal.log"
+    text = told.read_text(errors="replace") if told.is_file() else ""
+    return os.statvfs(folder).f_bavail == 0 or any(reason in text for reason in FULL)
 
 
 @contextmanager

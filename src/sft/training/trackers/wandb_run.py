@@ -20,6 +20,7 @@ from sft.runs import answers_file
 from sft.runs.answers_file import Answer
 from sft.runs.files import write_json, write_text
 from sft.runs.metric import METRICS, find
+from sft.runs.run import WANDB_LACKS
 from sft.runs.secrets import redacted
 from sft.runs.signals import shielded
 from sft.training.log import log
@@ -212,6 +213,7 @@ def wandb_logger(
         write_json(own / "online.json", place)
     else:
         (own / "online.json").unlink(missing_ok=True)
+    (folder / WANDB_LACKS).unlink(missing_ok=True)
     experiment.config.update(told, allow_val_change=True)  # a resumed W&B run keeps the earlier values
     _define(experiment)
     files = Files(folder, log_model, mode == "online", settings, key)
