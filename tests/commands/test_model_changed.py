@@ -8,6 +8,7 @@ import torch
 
 from conftest import CHATML as TEMPLATE
 from conftest import tiny_llama
+from runfiles import change
 from running import Sft
 
 

@@ -308,7 +308,9 @@ def test_notes(
     slurm.answer("sbatch", "allocation failure: Requested node configuration is not available", code=1)
     run = sft.folder / "runs" / "run"
     run.mkdir(parents=True)
-    (run / "events.jsonl").write_text(json.dumps({"event": "save", "step": 10, "seconds": 160.0}) + "\n")
+    (run / "events.jsonl").write_text(
+        json.dumps({"time": "2026-01-01T00:00:00+00:00", "event": "save", "step": 10, "seconds": 160.0}) + "\n"
+    )
     assert sft("submit", "--dry-run", *FITTING, "--", *settings(sft, *GPU, *OFFLOAD)) == 0
     notes = [line for line in capsys.readouterr().out.splitlines() if line.startswith("note: ")]
     assert notes[0] == "note: trainer.num_nodes=1 gives way to 2, the job's own"

@@ -309,7 +309,8 @@ def test_run_that_another_has_taken_over_is_left_to_it(sft: Sft) -> None:
     assert [path.name for path in sorted((folder / "checkpoints").iterdir())] == ["step-00000001", "step-00000002"]
     assert [row["step"] for row in rows(folder)] == ["0", "1", "2"]
     assert json.loads((folder / "status.json").read_text())["state"] == "running"
-    assert [event["event"] for event in events.read(folder)] == ["start", "save", "save"]
+    story = [event["event"] for event in events.read(folder)]
+    assert [event for event in story if event != "first_batch"] == ["start", "save", "save"]
 
 
 def test_early_stopping_ends_with_a_checkpoint_and_an_export(sft: Sft) -> None:
