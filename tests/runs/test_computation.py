@@ -144,14 +144,14 @@ def test_an_edit_of_the_package_is_refused(tmp_path: Path, monkeypatch: pytest.M
 
 def test_a_run_begun_before_there_was_a_fingerprint(tmp_path: Path, current: list[Computation]) -> None:
     events.record(tmp_path, "start", step=0)
-    assert "begun before" in str(check(tmp_path, {}, (), 4))
+    assert "has no record of the code and versions" in str(check(tmp_path, {}, (), 4))
     assert "changed" not in begin(tmp_path, 4)
     assert check(tmp_path, {}, (), 8) is None
     assert note(tmp_path, {}) is None
 
 
 def test_a_run_whose_story_is_gone(tmp_path: Path, current: list[Computation]) -> None:
-    assert check(tmp_path, {}, (), 4) is None
+    assert "has no record of the code and versions" in str(check(tmp_path, {}, (), 4))
     assert note(tmp_path, {}) is None
     assert history(tmp_path, 4) == {}
 

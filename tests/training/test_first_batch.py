@@ -10,7 +10,7 @@ import torch
 from transformers import AutoConfig, BloomConfig, BloomForCausalLM, PreTrainedTokenizerFast
 
 from conftest import tiny_llama
-from runfiles import final_files, weights
+from runfiles import change, final_files, weights
 from running import Sft
 from sft.model import attention
 from sft.model.isolation import Isolation
@@ -70,17 +70,17 @@ def test_a_resumed_run_takes_what_was_proven(sft: Sft, capsys: pytest.CaptureFix
     (line,) = attempt(2)
     assert line.startswith("first batch: packed samples are computed as by the model's own code: ")
     assert attempt(3) == []
-    (line, change) = attempt(4, "model.isolate=apart")
+    (line, after) = attempt(4, "model.isolate=apart")
     assert line.startswith("first batch: samples run one at a time by packed attention, as the settings say")
-    assert change == (
+    assert after == (
         "first batch: samples ran packed by packed attention until here, and run one at a time by packed attention "
         "from now on"
     )
     assert Isolation.recorded(sft.run_folder()) == Isolation(apart=True)
     file = sft.run_folder() / "provenance.json"
-    kept = json.loads(file.read_text())
-    kept["first_batch"]["where"]["device"] = "another"
-    file.write_text(json.dumps(kept))
+    kept = proof(sft)
+    kept["where"]["device"] = "another"
+    change(file, first_batch=kept)
     assert len(attempt(5, "model.isolate=apart")) == 1
     assert proof(sft)["where"]["device"] == "cpu"
 
