@@ -345,7 +345,7 @@ def weights(folder: Path) -> None:
     for step, loss in ((1, 2.0), (2, 3.0)):
         checkpoint = folder / "checkpoints" / f"step-{step:08d}"
         checkpoint.mkdir(parents=True)
-        (checkpoint / "state.json").write_text(json.dumps({"val_loss": loss}))
+        (checkpoint / "state.json").write_text(json.dumps({"step": step, "val_loss": loss}))
         (checkpoint / "shard.safetensors").write_text(f"weights {step}")
     (folder / "export").mkdir()
     (folder / "export" / "verified.json").write_text('{"step": 2}')
