@@ -29,7 +29,7 @@ from warm import python
 LINKED = PAGES | {ROOT / name: (ROOT / name).read_text() for name in ("CONTRIBUTING.md", "CHANGELOG.md")}
 
 TRAIN = r"sft train (?!--cfg)"
-FINISHED = r"sft (generate|score|export|compare|runs|watch)\b"
+FINISHED = r"sft (check|generate|score|export|compare|runs|watch)\b"
 SLURM = r"sft submit|sft rehearse|sbatch |slurm/local-cluster "
 LAUNCHERS = r"(torchrun|srun) "
 # How a command is tested: run, if nothing else is said.
@@ -204,7 +204,8 @@ def test_folder_of_a_finished_run(finished: Path) -> None:
     tree = re.search(r"```\nruns/NAME/\n(.*?)```", PAGES[ROOT / "docs" / "runs.md"], re.S)
     assert tree
     named = set(re.findall(r"^  (\S+?)/? ", tree[1], re.M))
-    assert named - {"logs", "crash-TIME.txt"} == {path.name for path in (finished / "runs" / "NAME").iterdir()}
+    there = {re.sub(r"^(.sft-lease-)\d+$", r"\1N", path.name) for path in (finished / "runs" / "NAME").iterdir()}
+    assert named - {"logs", "crash-TIME.txt"} == there
 
 
 @pytest.mark.xdist_group("certificate")  # their ranks are forked from one server
