@@ -14,6 +14,7 @@ from checks import chaos_judge as judge
 from checks.chaos_judge import LOST, MISSED, REFUSED, SILENT, SURVIVED, Verdict
 from checks.chaos_start import Ended, Planted
 from checks.chaos_trial import RUN, Trial, remount
+from sft.runs import saved
 
 HANG_AFTER = 8  # seconds
 Act = Callable[[Trial, Random], Verdict]
@@ -251,7 +252,7 @@ def stray(trial: Trial, draw: Random) -> Verdict:
     """What a kill, an interrupted backup or an editor leaves behind, beside what belongs there."""
     trial.copy(trial.reference.killed)
     checkpoints = trial.run / "checkpoints"
-    newest = max(checkpoints.glob("step-????????"))
+    newest = max(saved.folders(checkpoints).values())
     name = draw.choice(
         [
             *(".unfinished-step-00000006", "step-00000002 (copy)", "step-00000006.bak", "step-6", "step-00000099"),
@@ -338,7 +339,7 @@ def exported(trial: Trial, draw: Random) -> Verdict:
 def damaged_and_exported(trial: Trial, draw: Random) -> Verdict:
     """The checkpoint of a finished run, damaged before it is exported once more."""
     trial.copy(trial.reference.whole)
-    last = max((trial.run / "checkpoints").glob("step-????????"))
+    last = max(saved.folders(trial.run / "checkpoints").values())
     path = draw.choice(sorted(path for path in last.iterdir() if path.is_file()))
     before = path.read_bytes()
     trial.what = f"{path.relative_to(trial.folder)}: {damage(path, draw)}; sft export"

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from checks.chaos_start import Ended
+from sft.runs import saved
 from sft.runs.metric import timings
 
 SURVIVED, REFUSED = "survived", "refused"
@@ -44,7 +45,7 @@ class Truth:
     @classmethod
     def of(cls, run: Path) -> "Truth":
         """What a run has left; empty where it isn't finished."""
-        last = max((run / "checkpoints").glob("step-????????"), default=None)
+        last = max(saved.folders(run / "checkpoints").values(), default=None)
         files = {"step": last.name} if last else {}
         if last:
             kept = [*last.glob("*.safetensors"), *last.glob("probes*.json")]
