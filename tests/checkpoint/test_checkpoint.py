@@ -85,6 +85,7 @@ def test_half_written_is_never_seen_and_goes(tmp_path: Path, monkeypatch: pytest
             save(tmp_path, 2, layout)
     assert [path.name for path in tmp_path.iterdir()] == ["step-00000001"]
     (tmp_path / ".unfinished-step-00000003").mkdir()  # of a killed process
+    (tmp_path / ".unfinished-step-00000005").touch()  # of whatever
     latest = checkpoints.latest(tmp_path)
     assert latest is not None and latest.step == 1
     save(tmp_path, 4, layout)

@@ -290,4 +290,4 @@ def remove(folder: Path) -> None:
 def discard_unfinished(folder: Path) -> None:
     """Removes what a killed save or removal left behind."""
     for path in folder.glob(".unfinished-*"):
-        shutil.rmtree(path)
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
