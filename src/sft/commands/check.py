@@ -51,7 +51,13 @@ def main(config: DictConfig) -> None:
     run = Run.find(config.run, config.runs_dir)
     found = []
     for part in parts(run):
-        size = "" if part.bytes is None else f"{part.bytes / 1e6:,.1f} MB"
+        size = (
+            ""
+            if part.bytes is None
+            else f"{part.bytes / 1e6:,.1f} MB"
+            if part.bytes > 1e5
+            else f"{part.bytes / 1e3:.1f} kB"
+        )
         state = part.state if part.is_whole else "DAMAGED"
         print(f"{part.name:<28} {state:<12} {size:>12}  if lost: {part.cost}", flush=True)
         if not part.is_whole:
