@@ -1,5 +1,6 @@
 """The kinds of fault that scripts/chaos draws from: how each is drawn, and how it is put to a run."""
 
+import json
 import os
 import re
 import shutil
@@ -357,6 +358,37 @@ def damaged_and_exported(trial: Trial, draw: Random) -> Verdict:
     return _export_again(trial, line)
 
 
+CHECKED = ("config.yaml", "status.json", "provenance.json", "data.json", "checkpoints/*/*", "export/*")  # of a run
+
+
+def checked(trial: Trial, draw: Random) -> Verdict:
+    """A file of a finished run, its token stores or its data, damaged: sft check names it."""
+    trial.copy(trial.reference.whole)
+    places = [*(f"{RUN}/{place}" for place in CHECKED), "cache/stores/*/*", "rows.jsonl"]
+    files = sorted({path for place in places for path in trial.folder.glob(place) if path.is_file()})
+    path = draw.choice([path for path in files if path.stat().st_size and path.name not in ("README.md", "lock")])
+    before = _meaning(path)
+    trial.what = f"{path.relative_to(trial.folder)}: {damage(path, draw)}; sft check"
+    ended = trial.command("check", "run=run")
+    if verdict := trial.bad(ended):
+        return verdict
+    if not any(ended.codes):
+        return Verdict(SURVIVED) if _meaning(path) == before else Verdict(SILENT, "sft check ended with 0")
+    said = next((line for line in ended.output.splitlines() if path.name in line), None)
+    return (
+        Verdict(REFUSED, said) if ended.code == 1 and said else Verdict(LOST, f"{ended.codes}: {ended.output[-300:]}")
+    )
+
+
+def _meaning(path: Path) -> object:
+    """Of a file's bytes: a line that JSON or YAML has twice changes nothing."""
+    try:
+        data = path.read_bytes()
+        return json.loads(data) if path.suffix == ".json" else data
+    except (OSError, ValueError):
+        return None
+
+
 def _exported_truth(trial: Trial) -> int:
     """How many of the export's files have other weights than they should."""
     files = {name: value for name, value in trial.reference.truth.files.items() if name.startswith("export/")}
@@ -392,6 +424,7 @@ KINDS = [
     Kind("damaged file of the run", damaged("runs/run/*", r"base\.safetensors"), 6, ("single", "single", "ddp")),
     Kind("damaged export", exported, 4, SINGLE),
     Kind("damaged checkpoint, exported", damaged_and_exported, 2, ("single", "ddp")),
+    Kind("damaged file, sft check", checked, 3, SINGLE),
     Kind("stray file or folder", stray, 3, ("single", "ddp")),
     Kind("data or model changed", inputs, 4, ("single", "ddp")),
 ]

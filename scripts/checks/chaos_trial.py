@@ -22,7 +22,13 @@ LIMIT = 120.0  # seconds for a start
 SETTINGS = [
     *("train", "run=run", "model.path=model", "data.path=rows.jsonl", "data.max_length=256", "data.num_workers=1"),
     *("max_steps=6", "global_batch_size=4", "micro_batch_size=2", "optimizer.lr=1e-2", "trainer=cpu", "logger=csv"),
-    *("evaluation.samples=0", "checkpoint.save_every=2", "val_every=3", "+model.config.attention_dropout=0.1"),
+    *(
+        "evaluation.samples=2",
+        "evaluation.max_new_tokens=8",
+        "checkpoint.save_every=2",
+        "val_every=3",
+        "+model.config.attention_dropout=0.1",
+    ),
 ]
 LAYOUTS = {
     "single": (1, []),

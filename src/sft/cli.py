@@ -20,6 +20,7 @@ from sft.mistakes import CONFIGURATION, one_line
 from sft.runs import crash, failure, secrets, signals, startup
 from sft.runs.plain import plain
 from sft.runs.process import leave
+from sft.training.launch import find
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -78,7 +79,11 @@ def _start(command: str, typed: list[str]) -> None:
     if command in ("train", "job"):
         signals.install()  # before anything slow, during which a signal would be fatal
         faulthandler.enable(sys.__stderr__ or sys.stderr)
-        if command == "train" and "SFT_JOB_FOLDER" in os.environ:  # a rank's file holds all attempts of a job
+    if command == "train":
+        launch = find(os.environ)
+        if launch.by and launch.rank == launch.local_rank:  # where the first rank is
+            startup.join(launch.rank)
+        if "SFT_JOB_FOLDER" in os.environ:  # a rank's file holds all attempts of a job
             print(f"restart {os.environ.get('SLURM_RESTART_COUNT', 0)} on {socket.gethostname()}", file=sys.stderr)
     _run(command, typed)
 

@@ -43,6 +43,10 @@ def cut(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-7])
 
 
+def cut_by_a_line(path: Path) -> None:
+    path.write_bytes(b"".join(path.read_bytes().splitlines(keepends=True)[:-1]))
+
+
 def empty(path: Path) -> None:
     path.write_bytes(b"")
 
@@ -87,12 +91,13 @@ def test_a_whole_run(sft: Sft, run: Path, capsys: pytest.CaptureFixture[str]) ->
     steps = [f"checkpoints/step-0000000{step}" for step in (1, 2, 3)]
     for name in (*names, *steps, "export", "model", "data, train", "token store, train"):
         assert " whole " in lines[name], out
-    assert "if lost: 1 steps, 0 min of training" in lines[steps[2]]
+    assert "if lost: 1 step, 0 min of training" in lines[steps[2]]
     assert out.splitlines()[-1] == "runs/run: all 13 parts are whole"
 
 
 DAMAGES = [
     ("config.yaml", flip),
+    ("config.yaml", cut_by_a_line),
     ("provenance.json", flip),
     ("provenance.json", empty),
     ("status.json", cut),
@@ -107,6 +112,7 @@ DAMAGES = [
     ("export/model.safetensors", flip),
     ("export/tokenizer.json", cut),
     ("export/verified.json", empty),
+    ("export/manifest.json", Path.unlink),
 ]
 
 
@@ -198,6 +204,7 @@ def test_a_damaged_checkpoint_is_not_exported(sft: Sft, run: Path, capsys: pytes
     ("name", "damage"),
     [
         ("config.yaml", flip),
+        ("config.yaml", cut_by_a_line),
         ("config.yaml", empty),
         ("config.yaml", Path.unlink),
         ("provenance.json", cut),
@@ -248,7 +255,7 @@ def test_a_run_from_before_there_were_checksums(sft: Sft, run: Path, capsys: pyt
     recorded = json.loads((run / "provenance.json").read_text())
     before = {key: value for key, value in recorded.items() if key not in ("checksum", "identity")}
     (run / "provenance.json").write_text(json.dumps(before))
-    (run / "config.yaml").write_text((run / "config.yaml").read_text().partition("# checksum")[0])
+    (run / "config.yaml").write_text((run / "config.yaml").read_text().partition("\n")[2])
     assert sft.train(*SETTINGS) == 0
     assert final_files(run) == files
     said = "is from before there were checksums of all files: only its shards are compared"

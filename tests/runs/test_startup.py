@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 
 import pytest
@@ -13,7 +14,8 @@ RANK = """
 import sys, time
 from sft.runs import startup
 rank = int(sys.argv[1])
-startup.begin(rank, 2, launched=True)
+startup.join(rank)
+startup.begin(2, launched=True)
 while not rank and 1 not in startup._connections: time.sleep(0.01)
 print(flush=True)
 for line in sys.stdin:
@@ -22,20 +24,22 @@ for line in sys.stdin:
 WAIT = "import time; print(flush=True); time.sleep(600)\n"  # as in a library
 
 
+def start(code: str, rank: int, port: int) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-c", code, str(rank)],
+        env={name: value for name, value in os.environ.items() if name != "SFT_START"}
+        | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
 @pytest.fixture
 def ranks() -> Iterator[list[subprocess.Popen[str]]]:
-    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    started = [
-        subprocess.Popen(
-            [sys.executable, "-c", RANK, str(rank)],
-            env={name: value for name, value in os.environ.items() if name != "SFT_START"} | place,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
+    port = free_port()
+    started = [start(RANK, rank, port) for rank in range(2)]
     for each in started:
         assert each.stdout
         each.stdout.readline()
@@ -92,3 +96,14 @@ def test_who_has_begun_to_train_looks_at_no_end(ranks: list[subprocess.Popen[str
     other.kill()
     _, said = trains.communicate(timeout=30)
     assert (trains.returncode, said) == (7, "")
+
+
+def test_a_rank_that_fails_before_the_first_is_there_waits_to_say_why() -> None:
+    port = free_port()
+    early = start("from sft.runs import startup; startup.join(1); startup.tell('interrupted', 130)", 1, port)
+    time.sleep(2)
+    assert early.poll() is None
+    first = start("import time; from sft.runs import startup; startup.join(0); time.sleep(60)", 0, port)
+    _, said = first.communicate(timeout=30)
+    assert (first.returncode, said) == (130, "sft: rank 1: interrupted\n")
+    assert early.communicate(timeout=30) == ("", "") and early.returncode == 0

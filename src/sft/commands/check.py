@@ -22,7 +22,7 @@ from sft.data import store
 from sft.data.fingerprint import data_fingerprint
 from sft.data.rows import Source
 from sft.errors import UserError
-from sft.runs import config_file, events, manifest, provenance, saved
+from sft.runs import answers_file, config_file, events, manifest, provenance, saved
 from sft.runs.lease import duration
 from sft.runs.manifest import Damaged
 from sft.runs.metrics_file import Metrics
@@ -109,15 +109,23 @@ def _sealed(path: Path) -> str:
     """The state of a file that holds its own checksum."""
     if path.name == "config.yaml":
         config_file.read(path.parent)
-        return WHOLE if config_file.SEAL in path.read_text() else UNKNOWN
+        return WHOLE if config_file.has_checksum(path.parent) else UNKNOWN
     manifest.read_sealed(path, "")
     return WHOLE if manifest.SEAL in json.loads(path.read_text()) else UNKNOWN
 
 
 def _tables(run: Run, metrics: Metrics) -> Iterator[Part]:
     """The files that grow by lines: what can be read of them is kept."""
-    kept = {"metrics.csv": len(metrics.rows) + bool(metrics.columns), "events.jsonl": len(events.read(run.folder))}
-    costs = {"metrics.csv": "the curves so far", "events.jsonl": "the run's story so far"}
+    kept = {
+        "metrics.csv": len(metrics.rows) + bool(metrics.columns),
+        "events.jsonl": len(events.read(run.folder)),
+        "samples.jsonl": len(answers_file.read(run.folder)),
+    }
+    costs = {
+        "metrics.csv": "the curves so far",
+        "events.jsonl": "the run's story so far",
+        "samples.jsonl": "the answers so far",
+    }
     for name, number in kept.items():
         path = run.folder / name
         if path.exists():
@@ -135,7 +143,7 @@ def _checkpoints(run: Run, seconds: float) -> Iterator[Part]:
         cost = "this step's export: the run resumes from a later one"
         if whole and step == whole[-1]:
             steps = step - max((other for other in whole if other < step), default=0)
-            cost = f"{steps} steps, {duration(steps * seconds)} of training"
+            cost = f"{steps} {'step' if steps == 1 else 'steps'}, {duration(steps * seconds)} of training"
         state = wrong[step][0] if wrong[step] else WHOLE if (folder / manifest.NAME).exists() else UNKNOWN
         yield Part(f"checkpoints/{folder.name}", state, _size(folder), cost)
     for path in sorted(run.checkpoints.glob(f"{saved.ASIDE}*")):
@@ -147,7 +155,7 @@ def _export(run: Run) -> Iterator[Part]:
         return
 
     def look() -> str:
-        files = manifest.read(run.export, "")
+        files = run.exported_files("")
         if files is not None and (wrong := manifest.faults(run.export, files)):
             raise Damaged(wrong[0], "")
         return UNKNOWN if files is None else WHOLE
@@ -189,7 +197,7 @@ def _data(sources: list[Source], began: str, cache: Path) -> str:
 
 def _store(folder: Path) -> str:
     store.check(folder, contents=True)
-    return WHOLE if (folder / manifest.NAME).exists() else UNKNOWN
+    return WHOLE
 
 
 def _model(run: Run) -> str:

@@ -67,7 +67,9 @@ def main(config: DictConfig) -> float | None:
     check_gpu(config.trainer.accelerator)
     # Not of several nodes, whose launchers end them, nor of a multirun, whose ranks start several times.
     if config.trainer.num_nodes == 1 and HydraConfig.get().mode is not RunMode.MULTIRUN:
-        startup.begin(launch.rank, world_size(config), launched=bool(launch.by))
+        startup.begin(world_size(config), launched=bool(launch.by))
+    else:
+        startup.leave()
     run = Run.of(settings)
     seen = lease.look(run.folder) if launch.rank == 0 else None
     other_callbacks = lifted(run, settings.get("callbacks") or {})

@@ -20,7 +20,6 @@ MASK_CODE = sorted(
     file for file in Path(__file__).parent.glob("*.py") if file.stem not in ("batch", "packing", "step_plan", "prompt")
 )
 RACY_SECONDS = 2.0  # of modification times, on the coarsest file systems
-NUM_DIGITS = 64  # of a sha256
 
 
 def data_fingerprint(source: Source, cache_dir: Path) -> str:
@@ -51,20 +50,28 @@ def _file_hash(file: Path, memo_dir: Path) -> str:
 
 
 def remembered(file: Path, memo_dir: Path, compute: Callable[[], str]) -> str:
-    """What `compute` says of a file, in 64 digits; asked once while its size, times and inode stay. Whoever sets the
+    """What `compute` says of a file, a hash; asked once while its size, times and inode stay. Whoever sets the
     modification time back moves the time of the last change."""
     stat = file.stat()
     state = f"{stat.st_size}\n{stat.st_mtime_ns}\n{stat.st_ctime_ns}\n{stat.st_ino}"
     memo = memo_dir / hashlib.sha256(f"{file.resolve()}\n{state}".encode()).hexdigest()
-    if memo.exists() and len(known := memo.read_text()) == NUM_DIGITS:  # else another rank is writing it
-        return known
+    try:
+        known, _, seal = memo.read_text().partition(" ")
+        if seal == _seal(known):  # else another rank is writing it, or it is damaged
+            return known
+    except (OSError, UnicodeDecodeError):
+        pass
     digest = compute()
     # A file changed a moment ago may change again within the same tick of its clock ("racily clean", in git's words).
     if time.time() - max(stat.st_mtime, stat.st_ctime) > RACY_SECONDS:
         with suppress(OSError):  # a store in a read-only cache can still be opened
             memo_dir.mkdir(parents=True, exist_ok=True)
-            memo.write_text(digest)
+            memo.write_text(f"{digest} {_seal(digest)}")
     return digest
+
+
+def _seal(digest: str) -> str:
+    return hashlib.sha256(digest.encode()).hexdigest()[:16]
 
 
 def mask_fingerprint(tokenization: mask.Tokenization, row_function: RowFunction) -> str:

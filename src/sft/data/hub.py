@@ -5,16 +5,15 @@ kept in the cache folder, for a node without the network. A data set of files th
 """
 
 import hashlib
-import json
 import re
 from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, TypedDict
+from typing import TYPE_CHECKING, TypedDict, cast
 
 from sft.data.files import SEPARATOR_OF, Source, kind
 from sft.errors import FULL_DISK, UserError, chain
-from sft.runs.files import write_json
+from sft.runs import manifest
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -81,12 +80,13 @@ def _found(path: str, name: str | None, cache_dir: Path | None) -> Found | None:
     try:
         found = _ask(path, name)
     except Exception:  # no network, or no such data set, which `datasets` is asked for once more then
-        remembered: Found | None = json.loads(memo.read_text()) if memo is not None and memo.exists() else None
-        return remembered
+        with suppress(FileNotFoundError):
+            return memo and cast(Found, manifest.read_sealed(memo, "remove it, and start where there is a network"))
+        return None
     if memo is not None and found is not None:
         with suppress(OSError):
             memo.parent.mkdir(parents=True, exist_ok=True)
-            write_json(memo, found)
+            manifest.write_sealed(memo, found)
     return found
 
 

@@ -115,26 +115,16 @@ class Store:
 
 
 def check(folder: Path, contents: bool) -> None:
-    """Damaged where a store's files aren't what was written: by their sizes or, with `contents`, their checksums."""
+    """Damaged where a store's files aren't what was written: meta.json's checksum is compared, and of the others the
+    sizes or, with `contents`, the checksums."""
     files = manifest.read(folder, REBUILD.format(folder))
-    wrong = _faults_of_old(folder) if files is None else manifest.faults(folder, files, contents)
+    if files is None:  # no store is from before there were any: its name holds a hash of this code
+        wrong = [f"{folder / manifest.NAME} is missing"]
+    else:
+        meta = {name: entry for name, entry in files.items() if name == "meta.json"}
+        wrong = manifest.faults(folder, meta) or manifest.faults(folder, files, contents)
     if wrong:
         raise manifest.Damaged(wrong[0], REBUILD.format(folder))
-
-
-def _faults_of_old(folder: Path) -> list[str]:
-    """Of a store that was built before there were manifests: the files must be as long as its ledger says."""
-    try:
-        counts: list[Counts] = json.loads((folder / "meta.json").read_text())["sources"]
-        num_samples, num_tokens = (sum(source[what] for source in counts) for what in ("samples", "tokens"))
-        for name, dtype in DTYPES.items():
-            length = num_tokens if name in ("input_ids", "supervised") else num_samples + (name == "offsets")
-            size = (folder / f"{name}.bin").stat().st_size
-            if size != length * np.dtype(dtype).itemsize:
-                return [f"{folder / name}.bin is damaged (it has {size:,} bytes)"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        return [f"{folder} is damaged ({type(error).__name__}: {error})"]
-    return []
 
 
 def sum_weights(folder: Path) -> None:

@@ -47,8 +47,10 @@ class Begun:
             return None
         try:
             settings = json.loads(file.read_text())
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise UserError(f"{file} can't be read: {error}") from error
+        if not isinstance(settings, dict):
+            raise UserError(f"{file} can't be read: it holds no JSON object")
         where = f"model.path={path} is an adapter"
         if settings.get("peft_type") != "LORA":
             raise UserError(f"{where} of type {settings.get('peft_type')}, and only LoRA is trained here")

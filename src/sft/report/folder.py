@@ -49,8 +49,8 @@ class Folder:
             recipe=_json(folder / "recipe.json"),
             verified=_json(folder / "export" / "verified.json"),
             columns=read_columns(folder / "metrics.csv"),
-            events=[event for event in events.read(folder) if isinstance(event, dict) and "event" in event],
-            answers=[answer for answer in answers_file.read(folder) if _is_answer(answer)],
+            events=events.read(folder),
+            answers=answers_file.read(folder),
         )
 
     @property
@@ -124,7 +124,3 @@ def _or(otherwise: Any, read: Any) -> Any:
         return read()
     except (OSError, ValueError, KeyError, TypeError, AttributeError, yaml.YAMLError):
         return otherwise
-
-
-def _is_answer(answer: object) -> bool:
-    return isinstance(answer, dict) and Answer.__required_keys__ <= answer.keys()

@@ -3,7 +3,8 @@
 import json
 from contextlib import suppress
 from pathlib import Path
-from typing import TypedDict
+from types import NoneType
+from typing import TypedDict, cast
 
 from sft.runs.files import fsync, write_text
 
@@ -26,12 +27,23 @@ class Answer(TypedDict):
     stopped: bool  # by a stop token; else it was cut
 
 
+KINDS: dict[str, tuple[type, ...]] = {
+    **dict.fromkeys(("step", "number", "row", "num_tokens", "num_reference_tokens"), (int,)),
+    **dict.fromkeys(("source", "prompt", "reference", "answer"), (str,)),
+    **{"base": (str, NoneType), "score": (float, int), "base_score": (float, int, NoneType), "stopped": (bool,)},
+}
+
+
 def read(folder: Path) -> list[Answer]:
-    """A run's answers, oldest first; a line cut short is left out."""
+    """A run's answers, oldest first; a line that is cut short or damaged is left out."""
     answers = []
     for line in _text(folder).split("\n"):  # `splitlines` knows ends of lines that JSON doesn't escape
-        with suppress(ValueError):
-            answers.append(json.loads(line))
+        with suppress(ValueError, RecursionError):
+            answer = json.loads(line)
+            if isinstance(answer, dict) and all(
+                name in answer and type(answer[name]) in kinds for name, kinds in KINDS.items()
+            ):
+                answers.append(cast(Answer, answer))
     return answers
 
 
@@ -51,7 +63,7 @@ def append(folder: Path, answers: list[Answer]) -> None:
 
 def _text(folder: Path) -> str:
     try:
-        return (folder / "samples.jsonl").read_text()
+        return (folder / "samples.jsonl").read_text(errors="replace")
     except FileNotFoundError:
         return ""
 

@@ -6,8 +6,9 @@ import re
 import socket
 import time
 import traceback
+from contextlib import suppress
 from pathlib import Path
-from typing import TypedDict
+from typing import TypedDict, cast
 
 from sft.errors import NotFinite, UserError, chain, disk_is_full
 from sft.runs import watchdog
@@ -76,7 +77,12 @@ def write(folder: Path, error: BaseException) -> None:
 
 def read(folder: Path, restart: int) -> list[Report]:
     """The failures of one attempt of a job, in order of time, those that only follow from another rank's last."""
-    reports: list[Report] = [json.loads(path.read_text()) for path in folder.glob(f"attempt-{restart}-rank-*.json")]
+    reports: list[Report] = []
+    for path in folder.glob(f"attempt-{restart}-rank-*.json"):
+        with suppress(ValueError):  # it is damaged, and other ranks have told, too
+            report = json.loads(path.read_text())
+            if isinstance(report, dict) and report.keys() >= Report.__required_keys__:
+                reports.append(cast(Report, report))
     return sorted(reports, key=lambda report: (report["following"], report["time"]))
 
 

@@ -76,10 +76,11 @@ class Lease:
         """None while it is being written, and where it is damaged."""
         try:
             owner = json.loads(self.written)
-        except ValueError:
+        except (ValueError, RecursionError):
             return None
         whole = isinstance(owner, dict) and owner.keys() >= Owner.__required_keys__
-        return cast(Owner, owner) if whole else None
+        numbers = whole and type(owner["pid"]) is int and type(owner["seconds"]) in (int, float)
+        return cast(Owner, owner) if numbers else None
 
     @property
     def seen(self) -> Seen:

@@ -14,7 +14,7 @@ import json
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TypedDict
+from typing import TypedDict, cast
 
 from xxhash import xxh3_128
 
@@ -71,11 +71,12 @@ def write(folder: Path, files: Mapping[str, Entry]) -> None:
 def read(folder: Path, advice: str) -> Manifest | None:
     """The folder's manifest; None of one that was written before there were any. Damaged for one that can't be read."""
     try:
-        found = read_sealed(folder / NAME, advice)
+        found = read_sealed(folder / NAME, advice, since=1)
     except FileNotFoundError:
         return None
-    files: Manifest = found["files"]  # type: ignore[assignment]
-    return files
+    if found.get("format") != FORMAT:
+        raise Damaged(f"{folder / NAME} has format {found.get('format')}, this is {FORMAT}", advice)
+    return cast(Manifest, found["files"])
 
 
 def fault(path: Path, expected: Entry, contents: bool = True) -> str | None:
@@ -106,8 +107,9 @@ def write_sealed(path: Path, value: Mapping[str, object]) -> None:
     fsync(path.parent)
 
 
-def read_sealed(path: Path, advice: str) -> dict[str, object]:
-    """The object without its checksum. One that has none was written before there were any, or by hand.
+def read_sealed(path: Path, advice: str, since: int | None = None) -> dict[str, object]:
+    """The object without its checksum. One that has none was written before there were any, or by hand: by its
+    `format` before that which is the first to have one, `since`, if it has formats at all.
 
     Damaged, with the advice, where it is no JSON object or its checksum is another; FileNotFoundError.
     """
@@ -119,6 +121,8 @@ def read_sealed(path: Path, advice: str) -> dict[str, object]:
     if not isinstance(value, dict):
         raise Damaged(f"{path} is damaged (it is no JSON object)", advice)
     seal = value.pop(SEAL, None)
+    if seal is None and since is not None and not (type(value.get("format")) is int and value["format"] < since):
+        raise Damaged(f"{path} is damaged (it has no checksum)", advice)
     if seal is not None and seal != _seal(value):
         raise Damaged(f"{path} is damaged (its checksum is another)", advice)
     return value

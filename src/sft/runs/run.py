@@ -10,7 +10,8 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypedDict
+from types import NoneType
+from typing import TypedDict, cast
 
 from hydra.errors import InstantiationException
 
@@ -43,6 +44,13 @@ class Status(TypedDict, total=False):
     error: str
     stopped_early: str  # of a finished run: which callback ended it before its last step, and why
     exported: int  # of a finished run: the step that it has exported
+
+
+KINDS: dict[str, tuple[type, ...]] = {
+    **dict.fromkeys(("step", "num_steps", "pid", "exported"), (int,)),
+    **dict.fromkeys(("state", "host", "time", "error", "stopped_early"), (str,)),
+    "process": (str, NoneType),
+}
 
 
 @dataclass(frozen=True)
@@ -83,22 +91,34 @@ class Run:
     def check_export(self) -> None:
         """UserError for an exported model whose files aren't those that were proven; reads all of them."""
         advice = f"write it again with sft export run={self.folder.name}, or put back a copy"
-        files = manifest.read(self.export, advice)
+        files = self.exported_files(advice)
         if files is None:
             print(f"note: {self.export} is from before there were checksums: it isn't compared", file=sys.stderr)
         elif wrong := manifest.faults(self.export, files):
             raise Damaged(wrong[0], advice)
+
+    def exported_files(self, advice: str) -> manifest.Manifest | None:
+        """The manifest of the exported model; None where the run is from before there were any."""
+        files = manifest.read(self.export, advice)
+        if files is None and config_file.has_checksum(self.folder):
+            raise Damaged(f"{self.export / manifest.NAME} is missing", advice)
+        return files
 
     @property
     def status(self) -> Status:
         """As `status.json` has it; `unreadable` where that isn't what was written: it says nothing that checkpoints
         don't."""
         try:
-            return manifest.read_sealed(self.folder / "status.json", "sft train writes it again")  # type: ignore[return-value]
+            found = manifest.read_sealed(self.folder / "status.json", "sft train writes it again")
         except FileNotFoundError:
             return {}
         except Damaged as error:
             return {"state": "unreadable", "error": str(error)}
+        odd = [name for name, value in found.items() if name in KINDS and type(value) not in KINDS[name]]
+        if odd:
+            what = f"{self.folder / 'status.json'} is damaged ({odd[0]}={found[odd[0]]!r})"
+            return {"state": "unreadable", "error": f"{what}: sft train writes it again"}
+        return cast(Status, found)
 
     @property
     def config(self) -> Config:

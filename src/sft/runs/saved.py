@@ -26,7 +26,7 @@ def folders(checkpoints: Path) -> dict[int, Path]:
 def state(folder: Path) -> dict[str, object]:
     """Its `state.json`; Damaged where that isn't what was written, isn't there, or is that of another step."""
     try:
-        recorded = manifest.read_sealed(folder / "state.json", ADVICE)
+        recorded = manifest.read_sealed(folder / "state.json", ADVICE, since=3)
     except FileNotFoundError:
         raise manifest.Damaged(f"{folder / 'state.json'} is missing", ADVICE) from None
     if recorded.get("step") != int(folder.name.removeprefix("step-")):

@@ -14,40 +14,51 @@ import time
 from collections.abc import Mapping
 from contextlib import suppress
 
-TOGETHER = 15.0  # seconds in which ranks that are started by one command begin
+TOGETHER = 10.0  # seconds in which ranks that are started by one command begin
 GRACE = 2.0  # seconds for a rank to end by a mistake that all of them find
 NAME = "SFT_START"  # in the environment of ranks that a first rank starts itself
 
 _lock = threading.Lock()
 _connections: dict[int, socket.socket] = {}  # by rank
 _server: socket.socket | None = None
-_awaited: set[int] = set()  # of the first rank: those that haven't joined it yet
+_awaited: set[int] = set()  # the ranks that this one is to meet
+_met: set[int] = set()  # those that it has met
 _over = True  # nothing is watched any more
 
 
-def begin(rank: int, world_size: int, launched: bool, environment: Mapping[str, str] = os.environ) -> None:
-    """Watches the other ranks of this machine from now on. `launched`: by whoever gave all of them one address; else
-    this rank starts the others."""
-    global _server, _over
-    if world_size < 2 or not sys.platform.startswith("linux"):
+def begin(world_size: int, launched: bool) -> None:
+    """Knows from now on which ranks this machine has. `launched`: by whoever gave all of them one address, and each has
+    called `join`; else this rank starts the others."""
+    if world_size < 2:
         return
     if not launched:
         os.environ[NAME] = f"{os.getpid()}-{time.time_ns()}"
+        join(0)
+    elif _server is not None:
+        _awaited.update(range(1, world_size))
+
+
+def join(rank: int, environment: Mapping[str, str] = os.environ) -> None:
+    """Watches the other ranks of this machine from now on: before anything slow, since one that dies before this is not
+    missed."""
+    global _server, _over
+    if not sys.platform.startswith("linux"):
+        return
     address = f"{environment.get('MASTER_ADDR')}:{environment.get('MASTER_PORT')}"
     place = f"\0sft-{os.getuid()}-{environment.get(NAME, address)}"
     _over = False
     if rank:
+        _awaited.add(0)
         threading.Thread(target=_join, args=(place, rank), daemon=True).start()
         return
     server = socket.socket(socket.AF_UNIX)
     try:
         server.bind(place)
-        server.listen(world_size)
+        server.listen(64)
     except OSError:  # another start has this address, and its ranks will say so
         server.close()
         return
     _server = server
-    _awaited.update(range(1, world_size) if launched else ())
     threading.Thread(target=_accept, args=(server,), daemon=True).start()
 
 
@@ -59,8 +70,9 @@ def leave() -> None:
 def tell(message: str, code: int) -> None:
     """This rank ends by an error, which the others wait for in vain, those too that are about to begin."""
     deadline = time.monotonic() + TOGETHER
-    while _server is not None and _awaited and time.monotonic() < deadline:
-        time.sleep(0.05)
+    with suppress(KeyboardInterrupt):
+        while not _over and _awaited - _met and time.monotonic() < deadline:
+            time.sleep(0.05)
     _say({"message": message, "code": code})
 
 
@@ -69,6 +81,7 @@ def _say(words: Mapping[str, object]) -> None:
     with _lock:
         _over = True
         _awaited.clear()
+        _met.clear()
         for connection in _connections.values():
             with suppress(OSError):
                 connection.sendall(json.dumps(words).encode() + b"\n")
@@ -118,7 +131,7 @@ def _listen(connection: socket.socket, rank: int) -> None:
             connection.close()
             return
         _connections[rank] = connection
-        _awaited.discard(rank)
+        _met.add(rank)
     words = _line(connection)
     said = json.loads(words) if words else {}
     if not words:

@@ -80,7 +80,7 @@ def latest(folder: Path) -> dict[str, float]:
     """The newest measures of all nodes, as system/NODE/NAME; without those of nodes that have stopped measuring."""
     values: dict[str, float] = {}
     for file in sorted(folder.glob("*.json")):
-        with suppress(OSError, ValueError):
+        with suppress(OSError, ValueError, KeyError, TypeError, AttributeError):  # it is damaged, or gone
             measured = json.loads(file.read_text())
             if time.time() - measured.pop("time") < 4 * EVERY:
                 values |= {f"system/{file.stem}/{name}": value for name, value in measured.items()}
