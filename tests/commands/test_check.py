@@ -240,6 +240,16 @@ def test_a_run_s_own_files(
         assert bool(noted) is (name in ("config.yaml", "status.json") or (name, damage) == ("metrics.csv", scribble))
 
 
+def test_an_export_from_before_there_were_checksums(sft: Sft, run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (run / "export" / manifest.NAME).unlink()
+    assert sft("generate", "run=run", "--prompt", "hi", "max_new_tokens=1") == 2
+    assert "export/manifest.json is missing: write it again with sft export run=run" in capsys.readouterr().err
+    (run / "config.yaml").write_text((run / "config.yaml").read_text().partition("\n")[2])
+    assert sft("generate", "run=run", "--prompt", "hi", "max_new_tokens=1") == 0
+    note = "note: runs/run/export is from before there were checksums: it isn't compared"
+    assert capsys.readouterr().err.splitlines().count(note) == 1
+
+
 def test_a_run_from_before_there_were_checksums(sft: Sft, run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     files = final_files(run)
     unfinish(run, 2)

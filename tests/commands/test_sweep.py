@@ -47,6 +47,15 @@ def test_a_mistake_is_reported_before_the_first_setting_starts(
     assert not list(Path("runs").glob("[a-z]*"))
 
 
+def test_a_folder_in_which_slurm_expands_is_refused(
+    sft: Sft, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sft.cluster.slurm.check_installed", lambda: None)
+    assert sft("train", "-m", *sft.settings, "hydra/launcher=slurm", "seed=1,2", "runs_dir=100%x") == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "where Slurm expands %: set runs_dir to a folder without" in line and "100%x" in line
+
+
 def optuna_sweep(sft: Sft, n_trials: int) -> int:
     study = ("hydra/sweeper=optuna", "hydra.sweeper.study=s", "hydra.sweeper.sampler.seed=1")
     pruner = ("hydra.sweeper.pruner.n_startup_trials=2", f"hydra.sweeper.n_trials={n_trials}")

@@ -1,18 +1,22 @@
 """Any command line → settings, or one line for the user."""
 
 import shlex
+from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from pydantic import TypeAdapter, ValidationError
 
 from sft.config import arguments
 from sft.config.check import check
 from sft.config.known_as import known_as
-from sft.config.schema import COMMANDS
+from sft.config.schema import COMMANDS, Name
 from sft.errors import UserError
 from sft.mistakes import one_line, unknown
+from sft.runs.plain import plain
+from sft.runs.run import Run
 
 from .drawn import fuzz, texts, values
 
@@ -94,6 +98,24 @@ def test_any_configuration_is_checked_in_a_line() -> None:
                 raise
 
     fuzz(any_configuration)
+
+
+def test_a_name_is_refused_or_is_that_of_a_folder_of_runs_dir(tmp_path: Path) -> None:
+    legal = TypeAdapter(Name)
+
+    @given(texts | signs | st.text(max_size=200) | st.sampled_from(("../a", "a/b", "x" * 300, "a;b", "é", "\u202ea")))
+    def any_run(name: str) -> None:
+        try:
+            legal.validate_python(name)
+        except ValidationError:
+            return
+        run = Run.named({"run": name, "runs_dir": str(tmp_path)})
+        assert run.folder.parent == tmp_path
+        run.folder.mkdir(exist_ok=True)
+        assert run.folder.resolve() == tmp_path / name and not set(name) & set("/%\n")
+        assert plain(name) == name
+
+    fuzz(any_run)
 
 
 def test_any_name_that_is_unknown_has_a_line() -> None:

@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hydra.core.override_parser.types import IntervalSweep, Override, Transformer
-from hydra.utils import instantiate
 from omegaconf import DictConfig
 
 from hydra_plugins.sft.grid import Ended, Grid, Setting
+from sft.config.literal import instantiate
 from sft.errors import UserError
 
 if TYPE_CHECKING:
