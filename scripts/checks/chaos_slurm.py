@@ -23,7 +23,7 @@ LIMIT = 300.0  # seconds for a job with all its requeues
 OVER = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "BOOT_FAIL")
 OPTIONS = ("--nodes=2", "--ntasks-per-node=1", "--gpus-per-node=0", "--cpus-per-task=1")
 ALONE = threading.Lock()  # a node that is lost would be that of another trial's job, too
-Hit = Callable[[Cluster, str, str, Random], None]  # a job, and a node of its
+Hit = Callable[[Cluster, str, str, Random], bool]  # puts it to a job, and the first of its nodes; whether it met it
 
 
 @contextmanager
@@ -46,30 +46,32 @@ def kinds(folder: Path) -> Iterator[list[Kind]]:
         cluster.stop()
 
 
-def done(cluster: Cluster, *command: str) -> None:
-    """Runs a command on the login node; one on a job that has ended fails, and that is no matter."""
-    cluster.exec(*command)
+def done(cluster: Cluster, *command: str) -> bool:
+    """Runs a command on the login node; one on a job that has ended fails."""
+    return not cluster.exec(*command).returncode
 
 
-def lose(cluster: Cluster, job: str, node: str, draw: Random) -> None:
-    cluster("crash", node)
+def lose(cluster: Cluster, job: str, node: str, draw: Random) -> bool:
+    lost = cluster("crash", node)
     time.sleep(12)  # until it is noticed
     cluster("boot", node)
+    return not lost.returncode
 
 
-def suspend(cluster: Cluster, job: str, node: str, draw: Random) -> None:
-    done(cluster, "scontrol", "suspend", job)
+def suspend(cluster: Cluster, job: str, node: str, draw: Random) -> bool:
+    met = done(cluster, "scontrol", "suspend", job)
     time.sleep(HANG_AFTER * 1.5)
     done(cluster, "scontrol", "resume", job)
+    return met
 
 
-def send(cluster: Cluster, job: str, node: str, draw: Random) -> None:
+def send(cluster: Cluster, job: str, node: str, draw: Random) -> bool:
     where = draw.choice([[], ["--batch"], ["--full"]])
-    done(cluster, "scancel", f"--signal={draw.choice(['USR1', 'TERM'])}", *where, job)
+    return done(cluster, "scancel", f"--signal={draw.choice(['USR1', 'TERM'])}", *where, job)
 
 
-def kill_shell(cluster: Cluster, job: str, node: str, draw: Random) -> None:
-    cluster("on", node, "pkill", "-KILL", "-f", f"job0*{job}/slurm_script")
+def kill_shell(cluster: Cluster, job: str, node: str, draw: Random) -> bool:
+    return not cluster("on", node, "pkill", "-KILL", "-f", f"job0*{job}/slurm_script").returncode
 
 
 def on_a_job(cluster: Cluster, name: str, hit: Hit) -> Callable[[Trial, Random], Verdict]:
@@ -109,7 +111,9 @@ def on_a_job(cluster: Cluster, name: str, hit: Hit) -> Callable[[Trial, Random],
         time.sleep(moment)
         if cluster.job(job)["JobState"] != "RUNNING":
             return Verdict(MISSED)
-        hit(cluster, job, node, draw)
+        if not hit(cluster, job, node, draw):
+            done(cluster, "scancel", job)
+            return Verdict(MISSED)
         for _ in range(4):
             if not over(job):
                 fields = cluster.job(job)

@@ -58,6 +58,13 @@ def test_exception_that_follows_is_recognised(tmp_path: Path, monkeypatch: pytes
     assert [report["rank"] for report in failure.read(tmp_path, 0)] == [1, 0]
 
 
+@pytest.mark.parametrize("damaged", [b"", b'{"rank": 0', b"[]", b"\xff{}", b'{"rank": 0}'])
+def test_a_damaged_report_hides_no_other(tmp_path: Path, damaged: bytes) -> None:
+    report(tmp_path, 1, "ValueError: mine", at=1.0)
+    (tmp_path / "attempt-1-rank-0.json").write_bytes(damaged)
+    assert examine(tmp_path, 1, 1, 6, "").error == "ValueError: mine"
+
+
 def test_a_mistake_leaves_no_traceback_in_the_job_s_log(tmp_path: Path) -> None:
     failure.write(tmp_path, UserError("data.path=x is missing"))
     death = examine(tmp_path, 0, 2, 0, "")

@@ -105,6 +105,18 @@ def test_sharded_ranks_give_those_of_one_process_and_stop_at_different_times(sft
         assert answers_file.read(sft.run_folder(strategy)) == alone
 
 
+@pytest.mark.parametrize(
+    "damaged",
+    [b"5", b"[]", b"{}", b'{"step": 4', b"\xff\xfe", json.dumps(MADE | {"step": "4"}).encode(), b"[" * 5000],
+)
+def test_a_damaged_line_is_left_out(tmp_path: Path, damaged: bytes) -> None:
+    whole = [json.dumps(MADE | {"step": step}).encode() for step in (3, 4, 9)]
+    (tmp_path / "samples.jsonl").write_bytes(b"\n".join([whole[0], damaged, *whole[1:]]) + b"\n")
+    assert [answer["step"] for answer in answers_file.read(tmp_path)] == [3, 4, 9]
+    answers_file.keep_until(tmp_path, 4)
+    assert (tmp_path / "samples.jsonl").read_bytes() == whole[0] + b"\n" + whole[1] + b"\n"
+
+
 def test_what_fails_is_a_line_and_the_run_continues(
     sft: Sft, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
