@@ -80,9 +80,9 @@ def _found(path: str, name: str | None, cache_dir: Path | None) -> Found | None:
     try:
         found = _ask(path, name)
     except Exception:  # no network, or no such data set, which `datasets` is asked for once more then
-        with suppress(FileNotFoundError):
-            return memo and cast(Found, manifest.read_sealed(memo, "remove it, and start where there is a network"))
-        return None
+        if memo is None or not memo.exists():
+            return None
+        return cast(Found, manifest.read_sealed(memo, "remove it, and start where there is a network"))
     if memo is not None and found is not None:
         with suppress(OSError):
             memo.parent.mkdir(parents=True, exist_ok=True)
