@@ -1,9 +1,7 @@
 """Runs of `sft` in a folder of their own, on a model that trains in a second."""
 
 import os
-import random
 import signal
-import socket
 import sys
 from collections.abc import Callable
 from contextlib import suppress
@@ -18,7 +16,7 @@ import pytest
 import warm
 from sft import cli
 from sft.runs import signals
-from warm import LOCK, PROCESSES, enter, python
+from warm import LOCK, PROCESSES, enter, free_port, python
 
 Before = Callable[[], None] | None  # importable, since it is called in another process
 
@@ -147,13 +145,3 @@ def _wait(children: list[ForkServerProcess]) -> None:
         running = [child for child in running if child.sentinel not in ended]
         if failed and deadline is None:
             deadline = monotonic() + 20
-
-
-def free_port() -> int:
-    """A port of 127.0.0.1 below those that a system gives to whoever asks for any, so that none is given to another
-    before it is used."""
-    for port in random.SystemRandom().sample(range(20000, 32000), 100):
-        with socket.socket() as trial, suppress(OSError):
-            trial.bind(("127.0.0.1", port))
-            return port
-    raise OSError("no port is free")

@@ -7,6 +7,7 @@ import gc
 import json
 import multiprocessing
 import os
+import random
 import runpy
 import shutil
 import signal
@@ -159,3 +160,13 @@ def _run(
     else:
         sys.argv = arguments
         runpy.run_path(arguments[0], run_name="__main__")
+
+
+def free_port() -> int:
+    """A port of 127.0.0.1 below those that a system gives to whoever asks for any, so that none is given to another
+    before it is used."""
+    for port in random.SystemRandom().sample(range(20000, 32000), 100):
+        with socket.socket() as trial, suppress(OSError):
+            trial.bind(("127.0.0.1", port))
+            return port
+    raise OSError("no port is free")

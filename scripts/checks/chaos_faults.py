@@ -6,7 +6,7 @@ import re
 import shutil
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
@@ -84,14 +84,20 @@ def full(trial: Trial, draw: Random) -> Verdict:
     trial.what = f"{folder}/ on a disk of {options}"
     path = trial.mount(folder, options)
     ended = trial.keep(trial.start().wait(trial.limit))
+    names = ("disk is full", "no room", "No space left", folder)
+    return until_mended(trial, ended, names, lambda: remount(path, "size=64m,nr_inodes=10000"))
+
+
+def until_mended(trial: Trial, ended: Ended, names: Sequence[str], mend: Callable[[], object] = bool) -> Verdict:
+    """A start that met a fault refuses by one of the names; once that is mended the run ends as it should."""
     if verdict := trial.bad(ended):
         return verdict
     if not any(ended.codes):
         return Verdict(MISSED)
-    line = judge.refusal(ended, ("disk is full", "no room", "No space left", folder))
+    line = judge.refusal(ended, names)
     if line is None:
-        return Verdict(LOST, f"{ended.codes}: {ended.output.strip().splitlines()[-1][:200]}")
-    remount(path, "size=64m,nr_inodes=10000")
+        return Verdict(LOST, f"{ended.codes}: {ended.last}")
+    mend()
     verdict = trial.finish()
     return Verdict(REFUSED, line) if verdict.outcome == SURVIVED else verdict
 
@@ -117,16 +123,7 @@ def read_only(trial: Trial, draw: Random) -> Verdict:
     while start.running() and not remount(path, "ro"):
         time.sleep(0.02)
     ended = trial.keep(start.wait(trial.limit))
-    if verdict := trial.bad(ended):
-        return verdict
-    if not any(ended.codes):
-        return Verdict(MISSED)
-    line = judge.refusal(ended, (f"{folder}/", f"{folder}:", str(path)))
-    if line is None:
-        return Verdict(LOST, f"{ended.codes}: {(ended.output.strip().splitlines() or [''])[-1][:200]}")
-    remount(path, "rw")
-    verdict = trial.finish()
-    return Verdict(REFUSED, line) if verdict.outcome == SURVIVED else verdict
+    return until_mended(trial, ended, (f"{folder}/", f"{folder}:", str(path)), lambda: remount(path, "rw"))
 
 
 def clock(trial: Trial, draw: Random) -> Verdict:
@@ -163,14 +160,7 @@ def second(trial: Trial, draw: Random) -> Verdict:
         return Verdict(SILENT, "both trained")
     if not any(trained):
         return Verdict(LOST, f"none trained: {[ended.codes for ended in ends]}")
-    other = ends[trained.index(False)]
-    if not any(other.codes):
-        return Verdict(MISSED)
-    line = judge.refusal(other, ("runs/run",))
-    if line is None:
-        return Verdict(LOST, f"{other.codes}: {(other.output.strip().splitlines() or [''])[-1][:200]}")
-    verdict = trial.finish()
-    return Verdict(REFUSED, line) if verdict.outcome == SURVIVED else verdict
+    return until_mended(trial, ends[trained.index(False)], ("runs/run",))
 
 
 def tracker(trial: Trial, draw: Random) -> Verdict:
@@ -331,7 +321,7 @@ def exported(trial: Trial, draw: Random) -> Verdict:
         return Verdict(SURVIVED)
     line = judge.refusal(ended, (path.name, f"{RUN}/export", "no exported model"))
     if line is None:
-        return Verdict(LOST, f"{ended.codes}: {(ended.output.strip().splitlines() or [''])[-1][:300]}")
+        return Verdict(LOST, f"{ended.codes}: {ended.last}")
     if (target := judge.to_remove(line)) and not trial._remove(target):
         return Verdict(LOST, f"its advice can't be followed: {line[:300]}")
     return _export_again(trial, line)
@@ -353,7 +343,7 @@ def damaged_and_exported(trial: Trial, draw: Random) -> Verdict:
         return exports[_exported_truth(trial) != 0]
     line = judge.refusal(ended, (path.name, last.name))
     if line is None:
-        return Verdict(LOST, f"{ended.codes}: {(ended.output.strip().splitlines() or [''])[-1][:300]}")
+        return Verdict(LOST, f"{ended.codes}: {ended.last}")
     path.write_bytes(before)
     return _export_again(trial, line)
 

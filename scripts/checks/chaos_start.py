@@ -5,9 +5,7 @@ does; so does the process by which an export is verified. Ranks are started by h
 """
 
 import os
-import random
 import signal
-import socket
 import sys
 import time
 from contextlib import suppress
@@ -18,7 +16,7 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
-from warm import LOCK, PROCESSES, enter, python
+from warm import LOCK, PROCESSES, enter, free_port, python
 
 CHANGES = ("os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.truncate", "fcntl.flock")
 LEFT = 75.0  # seconds for the other ranks to end once one has failed
@@ -53,6 +51,11 @@ class Ended:
     @property
     def output(self) -> str:
         return "\n".join(self.outputs)
+
+    @property
+    def last(self) -> str:
+        """The last line of the output."""
+        return (self.output.strip().splitlines() or ["nothing said"])[-1][:300]
 
 
 @dataclass
@@ -214,12 +217,3 @@ def _jump(seconds: float, after: float) -> None:
     for name, module in list(sys.modules.items()):
         if name.startswith("sft.") and getattr(module, "datetime", None) is datetime:
             module.datetime = Jumped  # type: ignore[attr-defined]
-
-
-def free_port() -> int:
-    """Below those that a system gives to whoever asks for any."""
-    for port in random.SystemRandom().sample(range(20000, 32000), 100):
-        with socket.socket() as trial, suppress(OSError):
-            trial.bind(("127.0.0.1", port))
-            return port
-    raise OSError("no port is free")

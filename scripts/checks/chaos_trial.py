@@ -191,8 +191,7 @@ class Trial:
 
     def once(self, ended: Ended) -> Verdict | None:
         """For a fault that a run outlives: the start that met it has finished."""
-        last = (ended.output.strip().splitlines() or ["nothing said"])[-1][:200]
-        return self.bad(ended) or (Verdict(LOST, f"it ended with {ended.codes}: {last}") if ended.code else None)
+        return self.bad(ended) or (Verdict(LOST, f"it ended with {ended.codes}: {ended.last}") if ended.code else None)
 
     def finish(
         self,
@@ -217,9 +216,8 @@ class Trial:
                 break
             if 2 in ended.codes:
                 line = judge.refusal(ended, names)
-                last = (ended.output.strip().splitlines() or ["nothing said"])[-1][:300]
                 if line is None:
-                    return Verdict(LOST, f"refused without a name or an advice: {last}")
+                    return Verdict(LOST, f"refused without a name or an advice: {ended.last}")
                 refused, path = line, judge.to_remove(line)
                 # An advice that takes nothing away is the one to restore or to wait.
                 if path and self._remove(path):
@@ -229,8 +227,7 @@ class Trial:
                 heal()
                 heal = None
             elif ended.code not in (75, 130):  # a signal that came late
-                last = (ended.output.strip().splitlines() or ["nothing said"])[-1][:200]
-                return Verdict(LOST, f"started again it ended with {ended.codes}: {last}")
+                return Verdict(LOST, f"started again it ended with {ended.codes}: {ended.last}")
         else:
             return Verdict(LOST, f"not finished after {STARTS} starts")
         after = self.ended[first:]

@@ -1,10 +1,12 @@
 """A run resumes with the computation that it began with, or says what has changed, or is refused."""
 
+import os
 import shutil
 import signal
+from pathlib import Path
 
 from running import Ended, Sft
-from sft.runs import events
+from sft.runs import computation, events
 
 ROW = """
 from my_words import word
@@ -70,3 +72,29 @@ def test_a_change_of_the_users_code_between_two_starts(sft: Sft) -> None:
     noted = run("generate", "prompt=hi", "max_new_tokens=1")
     assert noted.code == 0, noted.output
     assert "note: my_words.py changed since" in noted.output
+
+
+def other_code() -> None:
+    """On the second rank, as of another copy of the project on its node."""
+    if os.environ["RANK"] == "1":
+        before = computation._hash
+        computation._hash = lambda file: "other" if file.name == "loss.py" else before(file)
+
+
+def other_version() -> None:
+    if os.environ["RANK"] == "1":
+        before = computation.provenance.installed
+        computation.provenance.installed = lambda package: "0.1" if package == "numpy" else before(package)
+
+
+def test_ranks_with_different_code_do_not_train_together(sft: Sft) -> None:
+    settings = (*sft.settings, "run=run", "max_steps=2", "export=false", "strategy=ddp")
+    refused = sft.ranks(2, "train", *settings, before=other_code)
+    assert refused.code == 2
+    assert "sft: the code differs between the ranks on " in refused.output
+    assert ": model/loss.py changed: put the same code on each node" in refused.output
+    assert not list(Path("runs").glob("*/checkpoints/*"))
+    noted = sft.ranks(2, "train", *settings, before=other_version)
+    assert noted.code == 0, noted.output
+    assert noted.output.count("note: versions differ between the ranks on ") == 1
+    assert "→ 0.1" in noted.output

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from running import free_port
+from warm import free_port
 
 RANK = """
 import sys, time

@@ -10,11 +10,11 @@ import platform
 import subprocess
 import sys
 import sysconfig
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeGuard
+from typing import Protocol, TypeGuard, TypeVar
 
 from sft.errors import UserError
 from sft.runs import events, provenance
@@ -58,6 +58,13 @@ INSTALLED = (
 MOST = 6  # changes that a line names
 
 Files = dict[str, str]  # file → its hash
+T = TypeVar("T")
+
+
+class Together(Protocol):
+    """Each rank's result of what all of them do, as `sft.ranks.together`."""
+
+    def __call__(self, action: Callable[[], T], /) -> list[T]: ...
 
 
 @dataclass(frozen=True)
@@ -146,6 +153,24 @@ def at_start(folder: Path, config: Config, allow: Iterable[str], step: int) -> d
         if any(change.refused for change in found):
             details["allowed"] = list(allow)
     return details
+
+
+def check_ranks(config: Config, together: Together, node: str) -> str | None:
+    """What the log should say of versions that differ between the ranks' nodes, if anything. UserError where a rank has
+    other code than the first."""
+    own = now(config)
+    del own["files"][IMPORTED]  # the first rank loads more than the others
+    if len({*together(lambda: _digest(own))}) == 1:
+        return None
+    (first, of_first), *others = together(lambda: (node, own))
+    lines = []
+    for other, of_other in others:
+        found = changes(of_first, of_other)
+        between = f"between the ranks on {first} and {other}: {said(found)}"
+        if any(change.part != "versions" for change in found):
+            raise UserError(f"the code differs {between}: put the same code on each node")
+        lines += [f"note: versions differ {between}"] if found else []
+    return lines[0] if lines else None
 
 
 def note(folder: Path, config: Config, parts: Sequence[str] = PROMPT) -> str | None:

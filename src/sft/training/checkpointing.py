@@ -51,6 +51,7 @@ class Checkpoints(Callback):
     facts: dict[str, object]  # about the run, saved in each checkpoint
     extends: bool = False  # the checkpoint is that of another run, which this one extends
     computed_by: Callable[[int], dict[str, object]] = lambda step: {}  # what the event of a start after this step keeps
+    check_code: Callable[[str], str | None] = lambda node: None  # of the ranks; what the log should say of it
     timed_out: bool = False  # by a Timer
     stopping: bool = False  # a callback has ended the run in the middle of the step under way
     best: Measured | None = None  # the validation with the lowest loss so far, the earliest of equals
@@ -72,6 +73,8 @@ class Checkpoints(Callback):
         mine = (node, group, trainer.local_rank, self.resume.step if self.resume else 0)
         ranks = together(lambda: mine)
         check_ranks([rank[:3] for rank in ranks], trainer.world_size)
+        if trainer.world_size > 1 and (note := self.check_code(node)):
+            log(note)
         steps = {node: step for node, _, _, step in ranks}
         if len(set(steps.values())) > 1:
             seen = ", ".join(f"{node}: {step}" for node, step in steps.items())

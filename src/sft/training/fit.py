@@ -22,6 +22,7 @@ from sft.config.literal import instantiate
 from sft.errors import UserError
 from sft.model.loading import ModelSource
 from sft.model.loss import Objective
+from sft.ranks import together
 from sft.runs import computation, events, signals, watchdog
 from sft.training import early_stopping, extension
 from sft.training.checkpointing import Checkpoints
@@ -85,6 +86,7 @@ def fit(
         facts,
         extends,
         partial(computation.at_start, folder, settings, (config.get("resume") or {}).get("allow") or []),
+        partial(computation.check_ranks, settings, together),
     )
     own = [StepMetrics(own_bar, evaluation), *asking, Report(folder)]
     rank = rank_zero_only.rank  # type: ignore[attr-defined]
