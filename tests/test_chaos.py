@@ -59,7 +59,7 @@ def test_any_other_byte_or_number_is_seen(tmp_path: Path) -> None:
     assert truth.differs(finished(tmp_path / "same", rows="1,5.0,0.3\n2,4.0,0.1\n")) is None  # times are the machine's
     assert truth.differs(finished(tmp_path / "w", b"v")) == "export/model.safetensors is another"
     other = finished(tmp_path / "rows", rows="1,5.1,0.1\n2,4.0,0.2\n")
-    assert truth.differs(other) == "metrics.csv differs"
+    assert truth.differs(other) == "metrics.csv differs: train/loss of step 1 is 5.1, not 5.0"
     assert truth.differs(other, with_metrics=False) is None
     assert "missing" in str(truth.differs(tmp_path / "nothing"))
 
