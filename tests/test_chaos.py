@@ -23,6 +23,9 @@ def ended(output: str, *codes: int | None) -> Ended:
 
 def test_a_refusal_names_what_is_damaged_and_says_what_to_do() -> None:
     assert chaos_judge.refusal(ended(REFUSAL, 2), ["state.json"]) == REFUSAL
+    lost = "sft: RuntimeError: [gloo] Connection closed by peer [127.0.0.1]:29531"
+    assert chaos_judge.refusal(Ended([2, 1], [REFUSAL, lost]), ["state.json"]) == REFUSAL
+    assert chaos_judge.refusal(ended(lost, 1), ["gloo"]) is None
     assert chaos_judge.to_remove(REFUSAL) == "runs/x"
     assert chaos_judge.refusal(ended(REFUSAL, 2), ["metrics.csv"]) is None
     assert chaos_judge.refusal(ended("sft: state.json is damaged", 2), ["state.json"]) is None

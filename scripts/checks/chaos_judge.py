@@ -9,6 +9,7 @@ from pathlib import Path
 
 from checks.chaos_start import Ended
 from sft.runs import saved
+from sft.runs.failure import FOLLOWING
 from sft.runs.metric import timings
 
 SURVIVED, REFUSED = "survived", "refused"
@@ -91,9 +92,10 @@ def crashed(ended: Ended) -> str | None:
 
 
 def refusal(ended: Ended, names: Iterable[str]) -> str | None:
-    """The line in which a command refuses, if it names one of `names` and gives an advice; None where it doesn't."""
+    """The line in which a command refuses, if it names one of `names` and gives an advice; None where it doesn't. A
+    rank that only says that it has lost another says nothing of it."""
     for line in reversed(ended.output.splitlines()):
-        if line.startswith("sft:"):
+        if line.startswith("sft:") and not FOLLOWING.search(line.removeprefix("sft: ")):
             named = any(name in line for name in names)
             return line if named and _ADVICE.search(line.partition(":")[2]) else None
     return None
