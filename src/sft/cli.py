@@ -80,9 +80,10 @@ def _start(command: str, typed: list[str]) -> None:
         signals.install()  # before anything slow, during which a signal would be fatal
         faulthandler.enable(sys.__stderr__ or sys.stderr)
     if command == "train":
-        launch = find(os.environ)
-        if launch.by and launch.rank == launch.local_rank:  # where the first rank is
-            startup.join(launch.rank)
+        with suppress(UserError):  # which the command says
+            launch = find(os.environ)
+            if launch.by and launch.rank == launch.local_rank:  # where the first rank is
+                startup.join(launch.rank, os.environ | launch.variables)
         if "SFT_JOB_FOLDER" in os.environ:  # a rank's file holds all attempts of a job
             print(f"restart {os.environ.get('SLURM_RESTART_COUNT', 0)} on {socket.gethostname()}", file=sys.stderr)
     _run(command, typed)

@@ -8,6 +8,8 @@ from collections.abc import Iterator
 
 import pytest
 
+from sft import cli
+from sft.runs import signals, startup
 from warm import free_port
 
 RANK = """
@@ -100,10 +102,31 @@ def test_who_has_begun_to_train_looks_at_no_end(ranks: list[subprocess.Popen[str
 
 def test_a_rank_that_fails_before_the_first_is_there_waits_to_say_why() -> None:
     port = free_port()
-    early = start("from sft.runs import startup; startup.join(1); startup.tell('interrupted', 130)", 1, port)
+    code = "from sft.runs import startup; startup.TOGETHER = 100; startup.join(1); startup.tell('interrupted', 130)"
+    early = start(code, 1, port)
     time.sleep(2)
     assert early.poll() is None
     first = start("import time; from sft.runs import startup; startup.join(0); time.sleep(60)", 0, port)
     _, said = first.communicate(timeout=30)
     assert (first.returncode, said) == (130, "sft: rank 1: interrupted\n")
     assert early.communicate(timeout=30) == ("", "") and early.returncode == 0
+
+
+def test_two_jobs_on_a_node_have_a_place_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of ranks that srun starts without an address, whose launch has one."""
+    places = []
+    monkeypatch.setattr(cli, "_run", lambda *_: None)
+    monkeypatch.setattr(startup, "join", lambda rank, environment: places.append((rank, environment["MASTER_PORT"])))
+    step = {"SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_NODELIST": "n1", "SLURM_STEP_TASKS_PER_NODE": "2"}
+    step |= {"SLURM_STEP_NUM_NODES": "1", "SLURM_STEP_ID": "0", "SLURM_NODEID": "0"}
+    for name in ("MASTER_ADDR", "MASTER_PORT", "RANK", "LOCAL_RANK", "WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(signals, "install", lambda: None)
+    for job, rank in ((7, 0), (7, 1), (8, 0)):
+        of_rank = {"SLURM_JOB_ID": str(job), "SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank)}
+        for name, value in (step | of_rank).items():
+            monkeypatch.setenv(name, value)
+        cli._start("train", [])
+    (first, one), (second, same), (third, other) = places
+    assert (first, second, third) == (0, 1, 0)
+    assert one == same != other

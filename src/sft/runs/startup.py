@@ -44,8 +44,9 @@ def join(rank: int, environment: Mapping[str, str] = os.environ) -> None:
     global _server, _over
     if not sys.platform.startswith("linux"):
         return
-    address = f"{environment.get('MASTER_ADDR')}:{environment.get('MASTER_PORT')}"
-    place = f"\0sft-{os.getuid()}-{environment.get(NAME, address)}"
+    # Of no other start on this machine, which would get its ranks.
+    start = environment[NAME] if NAME in environment else f"{environment['MASTER_ADDR']}:{environment['MASTER_PORT']}"
+    place = f"\0sft-{os.getuid()}-{start}"
     _over = False
     if rank:
         _awaited.add(0)
