@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Mapping
 from contextlib import suppress
+from typing import TextIO
 
 TOGETHER = 10.0  # seconds in which ranks that are started by one command begin
 GRACE = 2.0  # seconds for a rank to end by a mistake that all of them find
@@ -105,7 +106,7 @@ def _join(place: str, rank: int) -> None:
             connection.close()
             time.sleep(0.2)
             continue
-        _listen(connection, 0)
+        _listen(connection, connection.makefile(), 0)
         return
 
 
@@ -119,11 +120,12 @@ def _accept(server: socket.socket) -> None:
 
 
 def _greet(connection: socket.socket) -> None:
+    lines = connection.makefile()  # one for all: it reads ahead
     with suppress(ValueError, OSError):
-        _listen(connection, int(_line(connection)))
+        _listen(connection, lines, int(lines.readline()))
 
 
-def _listen(connection: socket.socket, rank: int) -> None:
+def _listen(connection: socket.socket, lines: TextIO, rank: int) -> None:
     """Until the other rank leaves or dies."""
     with _lock:
         if _over:
@@ -133,7 +135,9 @@ def _listen(connection: socket.socket, rank: int) -> None:
             return
         _connections[rank] = connection
         _met.add(rank)
-    words = _line(connection)
+    words = ""
+    with suppress(OSError):
+        words = lines.readline().strip()
     said = json.loads(words) if words else {}
     if not words:
         _end(f"rank {rank} was killed, or crashed, before training began", 1)
@@ -143,13 +147,6 @@ def _listen(connection: socket.socket, rank: int) -> None:
         _end(message if message.startswith("rank ") else f"rank {rank}: {message}", int(said["code"]))
     with _lock:
         _connections.pop(rank, None)
-
-
-def _line(connection: socket.socket) -> str:
-    """What comes until a line's end; empty if the other side has ended."""
-    with suppress(OSError), connection.makefile() as file:
-        return file.readline().strip()
-    return ""
 
 
 def _end(message: str, code: int) -> None:
