@@ -16,6 +16,7 @@ from checks.chaos_judge import HUNG, LOST, MISSED, SILENT, SURVIVED, TRACEBACK, 
 from checks.chaos_start import Ended
 from checks.chaos_trial import LAYOUTS, SETTINGS, Trial
 from cluster import Cluster
+from sft.runs.run import Run
 
 ROOT = Path(__file__).resolve().parents[2]
 HANG_AFTER = 20  # seconds
@@ -124,8 +125,7 @@ def on_a_job(cluster: Cluster, name: str, hit: Hit) -> Callable[[Trial, Random],
             output = "\n".join(log.read_text(errors="replace") for log in sorted(trial.folder.glob("*.out")))
             if line := judge.crashed(Ended([0], [output])):
                 return Verdict(TRACEBACK, line)
-            finished = '"finished"' in (trial.run / "status.json").read_text() if trial.run.exists() else False
-            if finished:
+            if Run(trial.run).status.get("state") == "finished":
                 break
             if state == "COMPLETED":
                 return Verdict(SILENT, "the job is COMPLETED and the run isn't finished")

@@ -1,4 +1,3 @@
-import json
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from sft.checkpoint import save as saving
 from sft.checkpoint.layout import Whole
 from sft.errors import UserError
 from sft.model.optimizer import build
+from sft.runs import manifest
 
 
 def trained(seed: int = 0, factory: Any = torch.optim.AdamW, **changes: object) -> Whole:
@@ -111,8 +111,8 @@ def test_pieces_of_any_size_make_the_same_weights(tmp_path: Path, monkeypatch: p
     files = {name: saving._write_shard(staging / name, layout, rank, 5) for rank, name in enumerate(names)}
     sizes = [path.stat().st_size for path in staging.iterdir()]
     assert max(sizes) < 1.2 * min(sizes)
-    document = {"format": checkpoints.FORMAT, "step": 1, **saving._description(layout), "files": sorted(files)}
-    (staging / "state.json").write_text(json.dumps(document))
+    document = {"format": checkpoints.FORMAT, "step": 1, "num_steps": 9, "stopped": False, "val_loss": None}
+    manifest.write_sealed(staging / "state.json", document | saving._description(layout) | {"files": sorted(files)})
     whole = checkpoints.Checkpoint(staging)
     for name, parameter in layout.model.named_parameters():
         assert torch.equal(whole.tensor(name), parameter), name

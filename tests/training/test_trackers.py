@@ -22,7 +22,7 @@ from offline import ANSWER
 from running import Sft
 from sft.config import CONF
 from sft.errors import UserError
-from sft.runs import answers_file
+from sft.runs import answers_file, manifest, saved
 from sft.runs.metric import timings
 from sft.runs.metrics_file import Metrics
 from sft.runs.run import WANDB_LACKS
@@ -345,7 +345,8 @@ def weights(folder: Path) -> None:
     for step, loss in ((1, 2.0), (2, 3.0)):
         checkpoint = folder / "checkpoints" / f"step-{step:08d}"
         checkpoint.mkdir(parents=True)
-        (checkpoint / "state.json").write_text(json.dumps({"step": step, "val_loss": loss}))
+        state = dict.fromkeys(saved.NEEDED) | {"format": 3, "step": step, "val_loss": loss}
+        manifest.write_sealed(checkpoint / "state.json", state)
         (checkpoint / "shard.safetensors").write_text(f"weights {step}")
     (folder / "export").mkdir()
     (folder / "export" / "verified.json").write_text('{"step": 2}')

@@ -11,6 +11,7 @@ from sft.runs import manifest
 ADVICE = "put back a copy, or remove the folder: sft train resumes from the newest checkpoint that is whole"
 NONE_IS_WHOLE = "no checkpoint is whole: put back a copy of one, or move {} away: the same command starts the run anew"
 ASIDE = "damaged-"  # begins the name of one that a resume has skipped
+NEEDED = ("step", "format", "num_steps", "stopped", "val_loss", "shapes", "buffers", "groups", "scalars", "files")
 NAME = re.compile(r"step-(\d{8,})")
 
 
@@ -29,8 +30,10 @@ def state(folder: Path) -> dict[str, object]:
         recorded = manifest.read_sealed(folder / "state.json", ADVICE, since=3)
     except FileNotFoundError:
         raise manifest.Damaged(f"{folder / 'state.json'} is missing", ADVICE) from None
-    if recorded.get("step") != int(folder.name.removeprefix("step-")):
-        raise manifest.Damaged(f"{folder} holds step {recorded.get('step')}: a copy under another's name", ADVICE)
+    if lacking := [name for name in NEEDED if name not in recorded]:
+        raise manifest.Damaged(f"{folder / 'state.json'} is damaged (it has no {lacking[0]})", ADVICE)
+    if recorded["step"] != int(folder.name.removeprefix("step-")):
+        raise manifest.Damaged(f"{folder} holds step {recorded['step']}: a copy under another's name", ADVICE)
     return recorded
 
 
@@ -47,7 +50,10 @@ def faults(folder: Path, contents: bool = True, share: tuple[int, int] = (0, 1))
         if not isinstance(found, dict):
             return [f"{folder / manifest.NAME} is missing"] if rank == 0 else []
         old = list(found.items())[rank::world_size]
-        return [*filter(None, (_fault_of_old(folder / name, expected, contents) for name, expected in old))]
+        try:
+            return [*filter(None, (_fault_of_old(folder / name, expected, contents) for name, expected in old))]
+        except (KeyError, TypeError):
+            return [f"{folder / 'state.json'} is damaged (its files have no size or checksum)"]
     mine = sorted(files)[rank::world_size]
     return manifest.faults(folder, {name: files[name] for name in mine}, contents)
 
