@@ -108,8 +108,12 @@ def counts(results: list[Result], kind: str | None = None) -> list[int]:
 
 def table(results: list[Result]) -> str:
     """Markdown that is readable as it is."""
-    names = [name for name in dict.fromkeys(kind.name for kind in KINDS) if counts(results, name)[0]]
-    names += sorted({result.kind for result in results} - {kind.name for kind in KINDS})
+    known = dict.fromkeys(kind.name for kind in KINDS)
+    names = [
+        name
+        for name in (*known, *sorted({result.kind for result in results} - known.keys()))
+        if counts(results, name)[0]
+    ]
     head = ["fault", "faults", "survived, bit-equal", "refused by name", "lost", "hung", "silent", "traceback"]
     rows = [[name, *map(str, counts(results, name))] for name in names] + [["all", *map(str, counts(results))]]
     widths = [max(len(row[at]) for row in [head, *rows]) for at in range(len(head))]
