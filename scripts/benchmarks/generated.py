@@ -7,6 +7,7 @@ import numpy as np
 
 from sft.data import ledger
 from sft.data.store import DTYPES
+from sft.runs import manifest
 
 SHORTEST, LONGEST = 25, 460  # tokens of a sample, as in GSM8K with a chat template around it
 
@@ -44,6 +45,7 @@ def write_store(folder: Path, tokens: np.ndarray, supervised: np.ndarray, vocab:
         arrays[name].astype(dtype).tofile(folder / f"{name}.bin")
     counts = ledger.empty() | {"rows": len(tokens), "samples": len(tokens), "tokens": int(offsets[-1])}
     (folder / "meta.json").write_text(json.dumps({"data_fingerprint": "generated", "sources": [counts]}))
+    manifest.write(folder, manifest.entries(folder, [path.name for path in folder.iterdir()]))
 
 
 def write_rows(path: Path, rng: np.random.Generator, num_rows: int) -> None:

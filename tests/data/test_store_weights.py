@@ -11,6 +11,7 @@ from sft.data import store as store_module
 from sft.data.labels import IGNORE
 from sft.data.rows import Source
 from sft.data.store import DTYPES, Store, sum_weights
+from sft.runs import manifest
 
 ARRAYS = {
     "input_ids": [11, 12, 2, 13, 10, 14, 16, 2, 5, 6],
@@ -32,6 +33,7 @@ def written(folder: Path, weights: list[float] | None) -> Store:
     sum_weights(folder)
     counts = {"samples": 3, "tokens": 10}
     (folder / "meta.json").write_text(json.dumps({"data_fingerprint": "", "sources": [counts]}))
+    manifest.write(folder, manifest.entries(folder, [path.name for path in folder.iterdir()]))
     return Store(folder, [Source("a.jsonl")])
 
 
