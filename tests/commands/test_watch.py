@@ -23,6 +23,12 @@ from sft.runs.process import live_process
 HERE = {"host": socket.gethostname(), "pid": os.getpid(), "process": live_process(os.getpid())}
 
 
+MADE: Any = {  # an answer
+    **{"step": 0, "number": 0, "source": "rows", "row": 1, "prompt": "p", "reference": "r", "base": None},
+    **{"answer": "a", "score": 0.5, "base_score": None, "num_tokens": 1, "num_reference_tokens": 1, "stopped": True},
+}
+
+
 class Made:
     """A run's folder as training writes it, a change at a time."""
 
@@ -44,8 +50,8 @@ class Made:
 
     def answer(self, step: int, answer: str) -> None:
         for number in (0, 1):
-            given: Any = {"step": step, "number": number, "prompt": f"p{number}", "reference": "r", "answer": answer}
-            answers_file.append(self.folder, [given])
+            given = {"step": step, "number": number, "prompt": f"p{number}", "reference": "r", "answer": answer}
+            answers_file.append(self.folder, [{**MADE, **given}])
 
 
 @pytest.fixture

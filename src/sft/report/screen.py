@@ -150,9 +150,8 @@ def news(before: Progress, run: Progress, is_validated: bool, now: float) -> lis
 
 def sample(answer: Answer, width: int) -> list[Text]:
     """A prompt with its reference and its answer, a line each."""
-    score = f", score {answer['score']:.2f}" if isinstance(answer.get("score"), int | float) else ""
-    cut = "" if answer.get("stopped", True) else ", cut"
-    lines = [Text(f"answer after step {answer['step']}{score}{cut}", "dim")]
+    cut = "" if answer["stopped"] else ", cut"
+    lines = [Text(f"answer after step {answer['step']}, score {answer['score']:.2f}{cut}", "dim")]
     styles = {"prompt": "", "reference": "", "answer": "bold"}
     texts = {name: plain(str(answer.get(name))) or EMPTY for name in styles}
     return [*lines, *(Text.assemble((f"  {name:<11}", "dim"), (texts[name], styles[name])) for name in styles)]
