@@ -58,6 +58,14 @@ def digit(path: Path) -> None:
     path.write_text(text.replace('"lr": 0.', '"lr": 1.', 1))
 
 
+def another_digit(path: Path) -> None:
+    """A number of an early row is another, and as good as before to whoever reads it."""
+    lines = path.read_text().splitlines()
+    assert lines[2].startswith("1,")
+    lines[2] = lines[2].replace(".", ".9", 1)
+    path.write_text("\n".join(lines) + "\n")
+
+
 def scribble(path: Path) -> None:
     """A number of the last line is none any more."""
     lines = path.read_text().splitlines()
@@ -213,6 +221,7 @@ def test_a_damaged_checkpoint_is_not_exported(sft: Sft, run: Path, capsys: pytes
         ("status.json", empty),
         ("metrics.csv", cut),
         ("metrics.csv", scribble),
+        ("metrics.csv", another_digit),
         ("metrics.csv", Path.unlink),
         ("events.jsonl", cut),
         ("data.json", empty),
@@ -237,7 +246,7 @@ def test_a_run_s_own_files(
     else:
         assert final_files(run) == files
         noted = [line for line in printed.out.splitlines() if line.startswith("note: ") and name in line]
-        assert bool(noted) is (name in ("config.yaml", "status.json") or (name, damage) == ("metrics.csv", scribble))
+        assert bool(noted) is (name in ("config.yaml", "status.json") or (name == "metrics.csv" and damage is not cut))
 
 
 def test_an_export_from_before_there_were_checksums(sft: Sft, run: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -62,6 +62,7 @@ class State(TypedDict):
     scalars: list[str]  # states that are one number for a whole parameter
     files: list[str]  # the shards
     optimizer_dropped: NotRequired[bool]  # weights alone are left
+    metrics: NotRequired[str]  # hash of the rows of metrics.csv before this step
     seed: int
     stop_token_ids: NotRequired[list[int]]
     template: NotRequired[dict[str, object]]  # what the chat template was rendered with, if with anything

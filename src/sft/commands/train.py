@@ -144,7 +144,7 @@ def main(config: DictConfig) -> float | None:
         for line in lines(config, data):
             log(line)
         file = MetricsFile(run.folder / "metrics.csv")
-        file.resume(first := 0 if begins else data.start_step)
+        file.resume(first := 0 if begins else data.start_step, resume.state.get("metrics") if resume else None)
         if other_callbacks:
             log(f"it was stopped early at step {data.start_step}, and continues {other_callbacks}")
         # Killed after its last step, only the export is left to do.

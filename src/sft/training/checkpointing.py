@@ -255,6 +255,7 @@ class Checkpoints(Callback):
             logger.save()
         log_probs = {"probes": probes.measure(module, trainer.datamodule)}  # type: ignore[attr-defined]
         average = averaging.of(trainer)
+        files = [logger for logger in trainer.loggers if isinstance(logger, MetricsFile)]
         if average and average.averages:
             with average.swapped_in(trainer, module):
                 log_probs["probes-average"] = probes.measure(module, trainer.datamodule)  # type: ignore[attr-defined]
@@ -269,6 +270,7 @@ class Checkpoints(Callback):
             "val_loss_average": _finite(average.val_loss) if average and measured else None,
             "exports_average": bool(average and average.export),
             "validated": validated,
+            **({"metrics": files[0].digest(step)} if files else {}),
             **self.facts,
         }
         made = save(
