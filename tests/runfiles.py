@@ -2,12 +2,18 @@
 
 import csv
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from sft.checkpoint.checkpoint import Checkpoint, complete
 from sft.runs import manifest
 from sft.runs.metric import timings
+
+ANSWER: dict[str, Any] = {  # a line of samples.jsonl
+    **{"step": 2, "number": 0, "source": "rows", "row": 1, "prompt": "p", "reference": "r", "base": None},
+    **{"answer": "a", "score": 0.5, "base_score": None, "num_tokens": 1, "num_reference_tokens": 1, "stopped": True},
+}
 
 
 def rows(folder: Path) -> list[dict[str, str]]:

@@ -356,7 +356,7 @@ def checked(trial: Trial, draw: Random) -> Verdict:
     trial.copy(trial.reference.whole)
     places = [*(f"{RUN}/{place}" for place in CHECKED), "cache/stores/*/*", "rows.jsonl"]
     files = sorted({path for place in places for path in trial.folder.glob(place) if path.is_file()})
-    path = draw.choice([path for path in files if path.stat().st_size and path.name not in ("README.md", "lock")])
+    path = draw.choice([path for path in files if path.stat().st_size and path.name != "README.md"])
     before = _meaning(path)
     trial.what = f"{path.relative_to(trial.folder)}: {damage(path, draw)}; sft check"
     ended = trial.command("check", "run=run")
@@ -365,13 +365,13 @@ def checked(trial: Trial, draw: Random) -> Verdict:
     if not any(ended.codes):
         return Verdict(SURVIVED) if _meaning(path) == before else Verdict(SILENT, "sft check ended with 0")
     said = next((line for line in ended.output.splitlines() if path.name in line), None)
-    return (
-        Verdict(REFUSED, said) if ended.code == 1 and said else Verdict(LOST, f"{ended.codes}: {ended.output[-300:]}")
-    )
+    if ended.code == 1 and said:
+        return Verdict(REFUSED, said)
+    return Verdict(LOST, f"{ended.codes}: {ended.last}")
 
 
 def _meaning(path: Path) -> object:
-    """Of a file's bytes: a line that JSON or YAML has twice changes nothing."""
+    """Of a file's bytes: a line that JSON has twice changes nothing."""
     try:
         data = path.read_bytes()
         return json.loads(data) if path.suffix == ".json" else data

@@ -111,6 +111,7 @@ DAMAGES = [
     ("status.json", cut),
     ("data.json", empty),
     ("metrics.csv", cut),
+    ("metrics.csv", another_digit),
     ("events.jsonl", cut),
     ("checkpoints/step-00000002/shard-00000-of-00001.safetensors", flip),
     ("checkpoints/step-00000003/state.json", digit),

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from runfiles import ANSWER
 from running import Sft
 from sft.commands import watch
 from sft.commands.watch import Queue, Watched, follow
@@ -21,12 +22,6 @@ from sft.runs import answers_file, events
 from sft.runs.process import live_process
 
 HERE = {"host": socket.gethostname(), "pid": os.getpid(), "process": live_process(os.getpid())}
-
-
-MADE: Any = {  # an answer
-    **{"step": 0, "number": 0, "source": "rows", "row": 1, "prompt": "p", "reference": "r", "base": None},
-    **{"answer": "a", "score": 0.5, "base_score": None, "num_tokens": 1, "num_reference_tokens": 1, "stopped": True},
-}
 
 
 class Made:
@@ -50,8 +45,8 @@ class Made:
 
     def answer(self, step: int, answer: str) -> None:
         for number in (0, 1):
-            given = {"step": step, "number": number, "prompt": f"p{number}", "reference": "r", "answer": answer}
-            answers_file.append(self.folder, [{**MADE, **given}])
+            given: Any = {"step": step, "number": number, "prompt": f"p{number}", "reference": "r", "answer": answer}
+            answers_file.append(self.folder, [ANSWER | given])
 
 
 @pytest.fixture

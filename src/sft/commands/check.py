@@ -10,6 +10,7 @@ import hashlib
 import json
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -131,7 +132,18 @@ def _tables(run: Run, metrics: Metrics) -> Iterator[Part]:
         if path.exists():
             lines = sum(bool(line.strip()) for line in path.read_bytes().split(b"\n"))
             state = WHOLE if lines == number else f"{path}: {lines - number} of {lines} lines can't be read"
+            if name == "metrics.csv" and state == WHOLE and (step := _differs_before(run, metrics)):
+                state = f"{path}: its figures before step {step} are others than were written"
             yield Part(name, state, path.stat().st_size, costs[name])
+
+
+def _differs_before(run: Run, metrics: Metrics) -> int | None:
+    """The step of the newest checkpoint that can be read, if it has another hash of the rows before it."""
+    for step, folder in reversed(saved.folders(run.checkpoints).items()):
+        with suppress(Damaged):
+            kept = saved.state(folder).get("metrics")  # none of an older checkpoint
+            return step if kept not in (None, metrics.digest(step)) else None
+    return None
 
 
 def _checkpoints(run: Run, seconds: float) -> Iterator[Part]:

@@ -1,6 +1,7 @@
 """Reads `metrics.csv` and its figures without torch, so that a table of runs is shown at once."""
 
 import csv
+import json
 import math
 import statistics
 from array import array
@@ -9,6 +10,10 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO
+
+from xxhash import xxh3_128
+
+from sft.runs.metric import timings
 
 BLOCK, MOST = 8 * 1024, 4 * 1024 * 1024  # bytes that are read at once: at first, and at most
 KEPT = 256  # bytes by which a file is known to be the one that was read before
@@ -45,6 +50,16 @@ class Metrics:
     def step(self) -> int:
         """Of the last row; 0 where there is none."""
         return int(self.rows[-1]["step"]) if self.rows else 0
+
+    def digest(self, step: int) -> str:
+        """Of the rows before `step`, whose own row may still get a validation's columns, in hexadecimal digits. Without
+        the machine's times, so that a resumed run has what an uninterrupted one has."""
+        digest, of_machine = xxh3_128(), timings(self.columns)
+        for row in self.rows:
+            if int(row["step"]) < step:
+                kept = sorted((name, value) for name, value in row.items() if value and name not in of_machine)
+                digest.update(json.dumps(kept).encode())
+        return digest.hexdigest()
 
     def values(self, column: str) -> list[float]:
         """What was measured of a metric, oldest first."""

@@ -270,7 +270,7 @@ class Checkpoints(Callback):
             "val_loss_average": _finite(average.val_loss) if average and measured else None,
             "exports_average": bool(average and average.export),
             "validated": validated,
-            **({"metrics": files[0].digest(step)} if files else {}),
+            **({"metrics": files[0].metrics.digest(step)} if files else {}),
             **self.facts,
         }
         made = save(

@@ -2,17 +2,14 @@
 
 import csv
 import io
-import json
 from collections.abc import Mapping
 from pathlib import Path
 
 from lightning.pytorch.loggers.logger import Logger
 from lightning.pytorch.utilities import rank_zero_only
-from xxhash import xxh3_128
 
 from sft.runs import lease
 from sft.runs.files import fsync, write_text
-from sft.runs.metric import timings
 from sft.runs.metrics_file import Metrics
 from sft.training.log import log
 
@@ -62,19 +59,9 @@ class MetricsFile(Logger):
             log(f"note: {self.path}: {stored.num_lost} of its lines can't be read and are left out")
         self.metrics.columns = stored.columns or self.metrics.columns
         self.metrics.rows = [row for row in stored.rows if 0 < step >= int(row["step"])]
-        if step and digest and digest != self.digest(step) and not stored.num_lost:
+        if step and digest and digest != self.metrics.digest(step) and not stored.num_lost:
             log(f"note: {self.path} is not what was written up to step {step}: its curves up to there may be wrong")
         self._rewrite()
-
-    def digest(self, step: int) -> str:
-        """Of the rows before `step`, whose own row may still get a validation's columns, in hexadecimal digits. Without
-        the machine's times, so that a resumed run saves what an uninterrupted one does."""
-        digest, of_machine = xxh3_128(), timings(self.metrics.columns)
-        for row in self.metrics.rows:
-            if int(row["step"]) < step:
-                kept = sorted((name, value) for name, value in row.items() if value and name not in of_machine)
-                digest.update(json.dumps(kept).encode())
-        return digest.hexdigest()
 
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
