@@ -250,6 +250,18 @@ def test_a_run_s_own_files(
         assert bool(noted) is (name in ("config.yaml", "status.json") or (name == "metrics.csv" and damage is not cut))
 
 
+def test_the_configuration_of_a_finished_run_is_written_again(
+    sft: Sft, run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    written = (run / "config.yaml").read_text()
+    flip(run / "config.yaml")
+    assert sft.train(*SETTINGS) == 0
+    printed = capsys.readouterr()
+    assert "note: runs/run/config.yaml is damaged (its checksum is another): written again" in printed.out
+    assert "is finished: nothing to do" in printed.out and not printed.err
+    assert (run / "config.yaml").read_text() == written
+
+
 def test_an_export_from_before_there_were_checksums(sft: Sft, run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (run / "export" / manifest.NAME).unlink()
     assert sft("generate", "run=run", "--prompt", "hi", "max_new_tokens=1") == 2

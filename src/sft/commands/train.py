@@ -29,7 +29,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from sft.runs import computation, lease, manifest, provenance, signals, startup
+from sft.runs import computation, config_file, lease, manifest, provenance, signals, startup
 from sft.runs.metrics_file import Metrics
 from sft.runs.results import Result, after, summarise
 from sft.runs.run import MLFLOW_LACKS, WANDB_LACKS, Run
@@ -74,6 +74,8 @@ def main(config: DictConfig) -> float | None:
     seen = lease.look(run.folder) if launch.rank == 0 else None
     other_callbacks = lifted(run, settings.get("callbacks") or {})
     if run.status.get("state") == "finished" and not other_callbacks:
+        if launch.rank == 0 and config_file.is_damaged(run.folder):
+            run.mend(settings)
         print(f"{run.folder} is finished: nothing to do (another run: run=NAME; anew: remove the folder)")
         if "stopped_early" in run.status:
             print(f"  it ended {after(run)}\n  without that callback, or with more patience, it continues")

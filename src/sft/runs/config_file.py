@@ -54,5 +54,13 @@ def read(folder: Path) -> Config:
     return config
 
 
+def is_damaged(folder: Path) -> bool:
+    try:
+        read(folder)
+    except Damaged:
+        return True
+    return False
+
+
 def _checksum(text: str) -> str:
     return xxh3_128(text.encode()).hexdigest()

@@ -255,7 +255,7 @@ class Run:
                 "start another run with run=NAME"
             )
         self.check_model(model or {})
-        self._mend(config)
+        self.mend(config)
         if not recorded:
             today = {TODAY: template[TODAY]} if template and TODAY in template else {}
             of_run = {"data": dict(data_fingerprint), "model": dict(model or {})}
@@ -287,7 +287,7 @@ class Run:
         self._mark("finished", num_steps, finished)
         events.record(self.folder, "finish", step=self._step())
 
-    def _mend(self, config: Config) -> None:
+    def mend(self, config: Config) -> None:
         """Writes `config.yaml`, and says what of it and of `status.json` was damaged."""
         lost = [self.status["error"]] if self.status.get("state") == "unreadable" else []
         try:
